@@ -1,0 +1,188 @@
+"""From prompt, answer and images to the tensors that Qwen2-VL and Qwen2.5-VL take.
+
+The chat template is the checkpoint's own, image tokens are expanded from the patch grid, and M-RoPE positions come
+from the model class's own `get_rope_index`. The image processor is the one built on PIL: the processor class that
+bundles all of this needs torchvision for its video part, whose build has to match torch's.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLModel,
+    Qwen2VLModel,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import cached_file
+
+from qvl_hydra.calibration.sample import IGNORED, Sample
+from qvl_hydra.errors import CalibrationError
+
+POSITION_CLASSES: dict[str, type[nn.Module]] = {"qwen2_5_vl": Qwen2_5_VLModel, "qwen2_vl": Qwen2VLModel}
+
+
+class EncodingError(ValueError):
+    """One sample cannot be encoded; the message says why."""
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What turns text and images into model inputs, all of it from one checkpoint.
+
+    Attributes:
+        rope_shell: the model class without layers or weights, for its `get_rope_index`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: Qwen2VLImageProcessorPil
+    config: PretrainedConfig
+    rope_shell: nn.Module
+
+
+def load_processor(path: str | Path, revision: str | None = None) -> Processor:
+    """Read tokenizer, chat template and image processor of a checkpoint; its weights are not touched.
+
+    Args:
+        path: checkpoint folder or hub id.
+        revision: hub revision; None is the default branch.
+
+    Raises:
+        CalibrationError: a file is missing, there is no chat template, or the family is another one.
+    """
+    origin = str(path)
+    try:
+        config = AutoConfig.from_pretrained(origin, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(origin, revision=revision, trust_remote_code=False)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(origin, revision=revision)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"{origin}: config, tokenizer or image processor cannot be read ({error}); the folder needs config.json, "
+            "tokenizer.json with tokenizer_config.json, and preprocessor_config.json"
+        ) from error
+    if config.model_type not in POSITION_CLASSES:
+        allowed = ", ".join(POSITION_CLASSES)
+        raise CalibrationError(f"{origin}: model_type is {config.model_type!r}; allowed: {allowed}")
+    tokenizer.chat_template = tokenizer.chat_template or _processor_template(origin, revision)
+    return Processor(tokenizer, image_processor, config, rope_shell(config))
+
+
+def _processor_template(origin: str, revision: str | None) -> str:
+    """The template of `chat_template.json`, where older checkpoints keep it for the processor."""
+    found = cached_file(
+        origin,
+        "chat_template.json",
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found is None:
+        raise CalibrationError(f"{origin}: no chat template; put chat_template.jinja or chat_template.json beside it")
+    template: str = json.loads(Path(found).read_text())["chat_template"]
+    return template
+
+
+def rope_shell(config: PretrainedConfig) -> nn.Module:
+    """The model class of a config's family without layers, on the meta device: it costs neither memory nor time."""
+    bare = copy.deepcopy(config)
+    bare.text_config.num_hidden_layers, bare.text_config.layer_types = 0, []
+    bare.vision_config.depth = 0
+    with torch.device("meta"):
+        return POSITION_CLASSES[config.model_type](bare)
+
+
+def with_pixel_limits(processor: Processor, min_pixels: int | None, max_pixels: int | None) -> Processor:
+    """The same processor with other limits on the area that images are resized to; None keeps the checkpoint's.
+
+    Raises:
+        CalibrationError: the lower limit is above the upper one.
+    """
+    size = processor.image_processor.size
+    low, high = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+    if low > high:
+        raise CalibrationError(
+            f"calibration.min_pixels={low} is above calibration.max_pixels={high} "
+            "(a limit not given is the image processor's own); give both so that min_pixels <= max_pixels"
+        )
+    changed = copy.deepcopy(processor.image_processor)
+    changed.size = {"shortest_edge": low, "longest_edge": high}
+    return replace(processor, image_processor=changed)
+
+
+def encode(processor: Processor, name: str, prompt: str, answer: str, images: list[Image.Image]) -> Sample:
+    """Encode one turn: the images, then the prompt, then the answer.
+
+    Args:
+        name: becomes the sample's id.
+        prompt: what the user asks.
+        answer: what the assistant says; the only text that is labelled, with its end of turn.
+        images: in RGB; none for a text-only sample.
+
+    Raises:
+        EncodingError: the text holds an image token of its own, or an image's sides differ more than 200-fold.
+    """
+    question, reply = render_turn(processor, prompt, answer, len(images))
+    tokenizer, config = processor.tokenizer, processor.config
+    asked = tokenizer.encode(question, add_special_tokens=False)
+    answered = tokenizer.encode(reply, add_special_tokens=False)
+    if asked.count(config.image_token_id) != len(images) or config.image_token_id in answered:
+        raise EncodingError("the text holds an image token of its own")
+    pixels, grid = None, None
+    if images:
+        try:
+            patches = processor.image_processor(images=images, return_tensors="pt")
+        except ValueError as error:
+            raise EncodingError(str(error)) from error
+        pixels, grid = patches["pixel_values"].float(), patches["image_grid_thw"]
+        asked = expand_image_tokens(asked, grid, config)
+    ids = torch.tensor(asked + answered)
+    labels = torch.cat([torch.full((len(asked),), IGNORED), ids[len(asked) :]])
+    return Sample(name, ids, position_ids(processor, ids, grid), labels, pixels, grid)
+
+
+def render_turn(processor: Processor, prompt: str, answer: str, images: int) -> tuple[str, str]:
+    """The turn as text through the chat template: what the model is given, and what it should say.
+
+    The two are tokenized apart, as in generation, where the answer's tokens follow a finished prompt.
+    """
+    content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+    asking = [{"role": "user", "content": content}]
+    answering = [*asking, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    template = processor.tokenizer.apply_chat_template
+    question = str(template(asking, tokenize=False, add_generation_prompt=True))
+    whole = str(template(answering, tokenize=False))
+    if not whole.startswith(question):
+        raise CalibrationError(
+            "the chat template does not put the answer after the generation prompt; "
+            "the checkpoint needs the template of Qwen2-VL or Qwen2.5-VL"
+        )
+    return question, whole[len(question) :].rstrip()  # the line break after the end of turn is nobody's answer
+
+
+def expand_image_tokens(ids: list[int], grid: Int64[Tensor, "image 3"], config: PretrainedConfig) -> list[int]:
+    """Repeat each image token as often as its image has merged patches."""
+    counts = iter((grid.prod(-1) // config.vision_config.spatial_merge_size**2).tolist())
+    expanded: list[int] = []
+    for token in ids:
+        expanded.extend([token] * next(counts) if token == config.image_token_id else [token])
+    return expanded
+
+
+def position_ids(
+    processor: Processor, ids: Int64[Tensor, "token"], grid: Int64[Tensor, "image 3"] | None
+) -> Int64[Tensor, "3 token"]:
+    """M-RoPE positions from the model's own function."""
+    kinds = (ids == processor.config.image_token_id).int()
+    positions, _ = processor.rope_shell.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid)
+    return positions[:, 0]

@@ -1,0 +1,53 @@
+"""Calibration source `jsonl`: one JSON object a line with image, prompt and answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import Dataset
+
+from qvl_hydra.calibration.record import Record, text_fault
+from qvl_hydra.settings import CalibrationSettings
+
+
+def check(settings: CalibrationSettings) -> list[str]:
+    """Files that are missing, before anything is read."""
+    faults = []
+    if not Path(settings.path or "").expanduser().is_file():
+        faults.append(f"calibration.path={settings.path}: no such file; give a .jsonl with image, prompt, answer")
+    if settings.images and not Path(settings.images).expanduser().is_dir():
+        faults.append(f"calibration.images={settings.images}: no such folder; null means the .jsonl file's own")
+    return faults
+
+
+def read(settings: CalibrationSettings) -> Iterator[Record]:
+    """One record a line that is not blank, in an order drawn from the seed.
+
+    `image` is a path, a list of paths, or null or absent for a text-only sample; relative paths are taken from
+    `calibration.images`, else from the file's own folder. `prompt` may be absent: then it is `calibration.prompt`.
+    """
+    path = Path(settings.path or "").expanduser()
+    folder = Path(settings.images).expanduser() if settings.images else path.parent
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = [{"name": f"{path.name}:{number}", "line": line} for number, line in enumerate(lines, 1) if line.strip()]
+    for row in Dataset.from_list(rows).shuffle(seed=settings.seed) if rows else ():
+        yield _record(row["name"], row["line"], folder, settings)
+
+
+def _record(name: str, line: str, folder: Path, settings: CalibrationSettings) -> Record:
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        return Record(name, fault=f"not valid JSON ({error})")
+    if not isinstance(content, dict):
+        return Record(name, fault="not a JSON object with image, prompt, answer")
+    prompt, answer = content.get("prompt", settings.prompt), content.get("answer")
+    if fault := text_fault(prompt, answer):
+        return Record(name, fault=fault)
+    images = content.get("image")
+    paths = [] if images is None else images if isinstance(images, list) else [images]
+    if not all(isinstance(item, str) and item for item in paths):
+        return Record(name, fault="image is neither a path, nor a list of paths, nor null")
+    return Record(name, prompt, answer.strip(), tuple(folder / item for item in paths))

@@ -1,0 +1,50 @@
+"""What a calibration source yields: one question with its answer and images, not read yet."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+
+@dataclass(frozen=True)
+class Record:
+    """One candidate sample of a source.
+
+    Attributes:
+        name: names the sample to a person: a file, or a file with its line.
+        images: files, or the bytes of image files; empty for a text-only sample.
+        fault: why the source already knows that the record cannot be used.
+    """
+
+    name: str
+    prompt: str = ""
+    answer: str = ""
+    images: tuple[Path | bytes, ...] = ()
+    fault: str | None = None
+
+
+def read_image(source: Path | bytes) -> Image.Image:
+    """Decode an image to RGB, turned the way its camera held it.
+
+    Raises:
+        OSError: the file is missing or is no image that can be read in full.
+    """
+    if isinstance(source, Path) and not source.is_file():
+        raise FileNotFoundError(f"image file {source} does not exist")
+    try:
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's decoders raise them all
+        label = str(source) if isinstance(source, Path) else "in the data set"
+        raise OSError(f"image {label} cannot be read: {error}") from error
+
+
+def text_fault(prompt: object, answer: object) -> str | None:
+    """Why these two texts make no sample, or None."""
+    for name, text in (("prompt", prompt), ("answer", answer)):
+        if not isinstance(text, str) or not text.strip():
+            return f"the {name} is missing or empty"
+    return None
