@@ -1,0 +1,145 @@
+"""What a run folder says to MLflow: parameters, metrics, tags, description, data set, files; from the folder alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+VALUE_LIMIT = 6000  # characters of a parameter, MLflow's own limit
+TAG_LIMIT = 8000
+KEY_LIMIT = 250
+LARGEST_ARTIFACT = 256 * 1024**2  # bytes; an exported model stays where it is
+TOP_ROWS = 15  # operators in a run's description
+_TAG_KEYS = ("task", "status", "model", "component", "strategy", "backend", "estimator", "scheme")
+_IDENTITY = frozenset({"calibration_size", "calibration_seed"})  # parameters already, and no result
+_PRIVATE = ("parts", "__pycache__")
+_PRIVATE_FILES = ("run.lock", "mlflow.json", "mlflow.lock", "fingerprint.json")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric value; `step` is the block of a `by_block` curve, else 0."""
+
+    key: str
+    value: float
+    step: int = 0
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's content; an absent one is empty."""
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return content
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """The resolved settings of the run, as `config.yaml` holds them; empty when there is none."""
+    path = folder / "config.yaml"
+    return (yaml.safe_load(path.read_text()) if path.exists() else None) or {}
+
+
+def parameters(folder: Path) -> dict[str, str]:
+    """The resolved settings of `config.yaml`, one flat key a value (`calibration.size`)."""
+    return {_legal(key): str(value)[:VALUE_LIMIT] for key, value in _leaves(config(folder), ".")}
+
+
+def metrics(folder: Path) -> list[Measured]:
+    """Scores and ranks of every scored operator, their curves over depth, and the numbers of `run.json`."""
+    found = [
+        Measured(_legal(key), float(value))
+        for key, value in _leaves(read_json(folder / "run.json"), "/")
+        if isinstance(value, int | float) and not isinstance(value, bool) and key not in _IDENTITY
+    ]
+    path = folder / "scores.parquet"
+    if path.exists():
+        found += list(_score_metrics(pd.read_parquet(path)))
+    return [metric for metric in found if math.isfinite(metric.value)]
+
+
+def _score_metrics(scores: pd.DataFrame) -> Iterator[Measured]:
+    for row in scores[scores["status"] == "scored"].to_dict("records"):
+        yield Measured(_legal(f"score/{row['op']}"), float(row["score"]))
+        yield Measured(_legal(f"rank/{row['op']}"), float(row["rank"]))
+        if pd.notna(row["block"]):
+            yield Measured(_legal(f"by_block/{row['component']}.{row['role']}"), float(row["score"]), int(row["block"]))
+
+
+def tags(folder: Path) -> dict[str, str]:
+    """What runs are filtered by (task, status, model, component, strategy, ...), the description, and further tags."""
+    run = read_json(folder / "run.json")
+    found = {key: str(run[key]) for key in _TAG_KEYS if run.get(key) is not None}
+    found.update({key: str(value)[:TAG_LIMIT] for key, value in (run.get("tags") or {}).items()})
+    note = description(folder)
+    return {**found, "mlflow.note.content": note} if note else found
+
+
+def description(folder: Path) -> str:
+    """Markdown for the run's page: the folder's `description.md`, else its most sensitive operators."""
+    own = folder / "description.md"
+    if own.exists():
+        return own.read_text()[:TAG_LIMIT]
+    path = folder / "scores.parquet"
+    if not path.exists():
+        return ""
+    run, scores = read_json(folder / "run.json"), pd.read_parquet(path)
+    counts = scores["status"].value_counts()
+    summary = ", ".join(f"{counts.get(status, 0)} {status}" for status in ("scored", "skipped", "failed"))
+    names = " · ".join(str(run.get(key, "")) for key in ("model", "component", "strategy", "backend"))
+    lines = [
+        f"**{names}**",
+        "",
+        f"{len(scores)} operators: {summary}. Higher scores are more sensitive.",
+        "",
+        *_top_table(scores),
+    ]
+    lines += ["", *(f"- {note}" for note in run.get("notes", []))] if run.get("notes") else []
+    return "\n".join(lines)[:TAG_LIMIT]
+
+
+def _top_table(scores: pd.DataFrame) -> list[str]:
+    ranked = scores[scores["status"] == "scored"].sort_values("rank").head(TOP_ROWS)
+    lines = ["| rank | operator | score | interval |", "|---|---|---|---|"]
+    for row in ranked.to_dict("records"):
+        interval = f"{row['score_low']:.4g} to {row['score_high']:.4g}" if pd.notna(row["score_low"]) else ""
+        lines.append(f"| {row['rank']} | `{row['op']}` | {row['score']:.4g} {row['unit'] or ''} | {interval} |")
+    return lines
+
+
+def artifacts(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Files of the folder that are sent, and those that are too large; parts, locks and nested runs are neither."""
+    sent: list[Path] = []
+    large: list[Path] = []
+    nested = {path.parent for path in folder.rglob("run.json")} - {folder}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        private = inside.parts[0] in _PRIVATE or path.name in _PRIVATE_FILES or path.suffix in (".tmp", ".lock")
+        if not path.is_file() or private or any(parent in nested for parent in path.parents):
+            continue
+        (large if path.stat().st_size > LARGEST_ARTIFACT else sent).append(path)
+    return sent, large
+
+
+def calibration(folder: Path) -> dict[str, Any]:
+    """What `calibration.json` says of the samples: source, size, seed, sha, bad, samples; empty when there is none."""
+    return read_json(folder / "calibration.json")
+
+
+def _leaves(tree: Mapping[str, Any], joint: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}{joint}{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            yield from _leaves(value, joint, name)
+        else:
+            yield name, value
+
+
+def _legal(key: str) -> str:
+    """The key with characters that MLflow refuses replaced, at most as long as it allows."""
+    return re.sub(r"[^\w.\- :/]", "_", key)[:KEY_LIMIT]

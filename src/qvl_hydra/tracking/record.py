@@ -1,0 +1,278 @@
+"""Opens, sends and closes the MLflow runs of run folders and of multiruns.
+
+Which run belongs to a folder is kept in the folder (`mlflow.json`; `mlflow_parent.json` for a multirun). The key in it
+is also a tag of the run, so that a run is found again when the answer of the server was lost, and so that the same
+folder sent to a second server makes exactly one run there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import getpass
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from qvl_hydra.errors import TrackingError
+from qvl_hydra.scores.store import write_json
+from qvl_hydra.settings import TrackingSettings
+from qvl_hydra.tracking import content
+from qvl_hydra.tracking.store import experiment_id, file_lock, open_client, told, tracking_uri
+
+T = TypeVar("T")
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+RECORD = "mlflow.json"
+PARENT_RECORD = "mlflow_parent.json"
+KEY_TAG = "record_key"
+PARENT_TAG = "mlflow.parentRunId"
+_METRIC_BATCH, _PARAM_BATCH = 1000, 100  # MLflow's limits of one request
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SweepParent:
+    """The multirun that a run is a job of.
+
+    Attributes:
+        folder: the sweep folder, above the jobs' folders.
+        name: of the parent run.
+        tags: of the parent run; `sweep_id` among them.
+    """
+
+    folder: Path
+    name: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+def open_run(
+    settings: TrackingSettings, folder: Path, *, name: str, tags: Mapping[str, str], sweep: SweepParent | None
+) -> str | None:
+    """Create the folder's run with status RUNNING, or open it again when the folder has one.
+
+    Returns:
+        The run id; None, with a warning, when MLflow cannot be used: the result stays on disk and is sent later.
+    """
+    _keep_record(folder / RECORD, name, tags, settings, _sweep_entry(folder, sweep))
+    try:
+        client = open_client(settings)
+        with told(tracking_uri(settings)):
+            run_id = _folder_run(client, settings, folder)
+            client.update_run(run_id, status="RUNNING")
+    except TrackingError as error:
+        logger.warning(
+            "%s\nThe result stays on disk; send it later with: python -m qvl_hydra.tracking.send %s", error, folder
+        )
+        return None
+    return run_id
+
+
+def send_run(folder: Path, settings: TrackingSettings, status: RunStatus = "FINISHED") -> str:
+    """Send everything the folder holds to its run, which is made when there is none; sending again changes nothing.
+
+    A parameter that the run has already keeps its first value, as MLflow demands; `config.yaml` among the artifacts
+    is the latest.
+
+    Returns:
+        The run id.
+
+    Raises:
+        TrackingError: MLflow cannot be used; the folder is as before.
+    """
+    if not (folder / RECORD).exists():
+        _keep_record(folder / RECORD, folder.name, {}, settings, None)
+    client = open_client(settings)
+    with told(tracking_uri(settings)):
+        run_id = _folder_run(client, settings, folder)
+        _send_content(client, run_id, folder)
+        client.set_terminated(run_id, status, end_time=_end_time(folder))
+    return run_id
+
+
+def parent_run(sweep_folder: Path, settings: TrackingSettings, name: str, tags: Mapping[str, str]) -> str:
+    """The one run above all jobs of a multirun, created by whichever job comes first.
+
+    Raises:
+        TrackingError: MLflow cannot be used.
+    """
+    _keep_record(sweep_folder / PARENT_RECORD, name, {"task": "multirun", **tags}, settings, None)
+    client = open_client(settings)
+    with told(tracking_uri(settings)):
+        return _ensure_run(client, settings, sweep_folder / PARENT_RECORD, {})
+
+
+def finish_parent(
+    sweep_folder: Path,
+    settings: TrackingSettings,
+    *,
+    status: RunStatus = "FINISHED",
+    note: str = "",
+    metrics: Mapping[str, float] | None = None,
+) -> str:
+    """End the multirun's run, with a description in Markdown and its numbers (jobs finished, failed).
+
+    Raises:
+        TrackingError: MLflow cannot be used, or the folder has no parent run.
+    """
+    path = sweep_folder / PARENT_RECORD
+    if not path.exists():
+        raise TrackingError(f"{sweep_folder} has no {PARENT_RECORD}: no multirun was tracked there")
+    client = open_client(settings)
+    now = int(time.time() * 1000)
+    with told(tracking_uri(settings)):
+        run_id = _ensure_run(client, settings, path, {})
+        if note:
+            client.set_tag(run_id, "mlflow.note.content", note[: content.TAG_LIMIT])
+        client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in (metrics or {}).items()])
+        client.set_terminated(run_id, status)
+    return run_id
+
+
+def recorded_run(folder: Path) -> dict[str, Any]:
+    """What the folder knows of its run: `run_id`, `uri`, `experiment_id`; empty when it was never tracked."""
+    return content.read_json(folder / RECORD)
+
+
+def recorded_settings(folder: Path, uri: str | None = None) -> TrackingSettings:
+    """The tracking settings a folder was run with, its store named absolutely; `uri` takes their place."""
+    known = {item.name for item in dataclasses.fields(TrackingSettings)}
+    given = content.config(folder).get("tracking", {})
+    settings = TrackingSettings(**{"uri": None, **{key: value for key, value in given.items() if key in known}})
+    record = recorded_run(folder)
+    return dataclasses.replace(
+        settings,
+        uri=uri or record.get("uri") or settings.uri,
+        experiment=record.get("experiment") or settings.experiment,
+    )
+
+
+def _keep_record(
+    path: Path, name: str, tags: Mapping[str, str], settings: TrackingSettings, sweep: dict[str, Any] | None
+) -> None:
+    """Write the record of a run that is still to be made; one that exists stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(path.with_suffix(".lock")):
+        if path.exists():
+            return
+        write_json(
+            path,
+            {
+                "key": uuid.uuid4().hex,
+                "name": name,
+                "tags": {key: str(value) for key, value in tags.items()},
+                "start_time": int(time.time() * 1000),
+                "sweep": sweep,
+                "uri": tracking_uri(settings),
+                "experiment": settings.experiment,
+                "run_id": None,
+                "experiment_id": None,
+            },
+        )
+
+
+def _sweep_entry(folder: Path, sweep: SweepParent | None) -> dict[str, Any] | None:
+    if sweep is None:
+        return None
+    relative = os.path.relpath(sweep.folder.absolute(), folder.absolute())  # still right when the sweep is moved
+    return {"folder": relative, "name": sweep.name, "tags": dict(sweep.tags)}
+
+
+def _folder_run(client: MlflowClient, settings: TrackingSettings, folder: Path) -> str:
+    """The run of a folder, below the run of its multirun."""
+    sweep = recorded_run(folder).get("sweep")
+    above = {}
+    if sweep is not None:
+        above[PARENT_TAG] = parent_run((folder / sweep["folder"]).resolve(), settings, sweep["name"], sweep["tags"])
+    return _ensure_run(client, settings, folder / RECORD, above)
+
+
+def _ensure_run(client: MlflowClient, settings: TrackingSettings, path: Path, above: Mapping[str, str]) -> str:
+    """The run that a record names in this store: the one it has, one with its key, or a new one."""
+    with file_lock(path.with_suffix(".lock")):
+        record, uri = json.loads(path.read_text()), tracking_uri(settings)
+        if record["uri"] == uri and record["run_id"] and _is_active(client, record["run_id"]):
+            return str(record["run_id"])
+        experiment = experiment_id(client, settings)
+        same_key = client.search_runs([experiment], filter_string=f"tags.{KEY_TAG} = '{record['key']}'", max_results=1)
+        if same_key:
+            run_id = same_key[0].info.run_id
+        else:
+            origin = {
+                KEY_TAG: record["key"],
+                "mlflow.user": getpass.getuser(),
+                "mlflow.source.name": "qvl_hydra",
+                "folder": str(path.parent.absolute()),
+            }
+            created = client.create_run(
+                experiment, record["start_time"], tags={**record["tags"], **origin, **above}, run_name=record["name"]
+            )
+            run_id = created.info.run_id
+        write_json(path, {**record, "uri": uri, "run_id": run_id, "experiment_id": experiment})
+        return str(run_id)
+
+
+def _is_active(client: MlflowClient, run_id: str) -> bool:
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+
+
+def _send_content(client: MlflowClient, run_id: str, folder: Path) -> None:
+    present = client.get_run(run_id).data.params
+    params = [Param(key, value) for key, value in content.parameters(folder).items() if key not in present]
+    for part in _batches(params, _PARAM_BATCH):
+        client.log_batch(run_id, params=part)
+    stamp = _end_time(folder)  # the same at every sending: equal rows are one row
+    metrics = [Metric(metric.key, metric.value, stamp, metric.step) for metric in content.metrics(folder)]
+    for batch in _batches(metrics, _METRIC_BATCH):
+        client.log_batch(run_id, metrics=batch)
+    files, large = content.artifacts(folder)
+    tags = content.tags(folder)
+    if large:
+        tags["files_left_out"] = ", ".join(str(path.relative_to(folder)) for path in large)[: content.TAG_LIMIT]
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    _send_dataset(client, run_id, folder)
+    for path in files:
+        inside = path.relative_to(folder).parent.as_posix()
+        client.log_artifact(run_id, str(path), None if inside == "." else inside)
+
+
+def _send_dataset(client: MlflowClient, run_id: str, folder: Path) -> None:
+    """The calibration set as a data set input; its digest is the hash over all its tensors."""
+    found = content.calibration(folder)
+    if not found:
+        return
+    source = {key: found.get(key) for key in ("source", "size", "seed")}
+    profile = {"num_rows": len(found.get("samples", [])), "num_bad": len(found.get("bad", []))}
+    dataset = Dataset(
+        name=f"{found.get('source', 'calibration')}-{found.get('size')}",
+        digest=str(found["sha"])[:36],
+        source_type="local",
+        source=json.dumps(source),
+        schema=json.dumps({"mlflow_colspec": [{"name": "sample", "type": "string", "required": True}]}),
+        profile=json.dumps(profile),
+    )
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "calibration")])])
+
+
+def _end_time(folder: Path) -> int:
+    """When the folder's result was written, in milliseconds; now, when it has none."""
+    path = folder / "run.json"
+    return int((path.stat().st_mtime if path.exists() else time.time()) * 1000)
+
+
+def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,167 @@
+"""Where MLflow writes: the tracking URI, the artifact root beside it, the experiment, and how to open the UI.
+
+Everything is absolute, so that the store can be opened from any folder. Only an `http` URI reaches a network.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from qvl_hydra.errors import TrackingError
+from qvl_hydra.settings import TrackingSettings
+
+logging.getLogger("alembic").setLevel(logging.WARNING)  # a new store tells every migration otherwise
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+
+from mlflow import MlflowClient  # noqa: E402  (after its loggers were quieted)
+from mlflow.exceptions import MlflowException  # noqa: E402
+
+SQLITE = "sqlite:///"
+STORE_FILE = "mlflow.db"
+ARTIFACT_FOLDER = "mlartifacts"
+SERVER_RETRIES = "1"  # a server that is away must not hold up a run that has its result on disk
+SERVER_TIMEOUT_S = "20"
+
+
+def tracking_uri(settings: TrackingSettings) -> str:
+    """The absolute tracking URI: `mlflow.db` in the working folder unless the settings name another place."""
+    uri = settings.uri
+    if uri is None:
+        return f"{SQLITE}{Path.cwd() / STORE_FILE}"
+    if uri.startswith(SQLITE):
+        return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).expanduser().absolute()}"
+    if "://" in uri or uri == "databricks":
+        return uri
+    path = Path(uri.removeprefix("file:")).expanduser().absolute()
+    return f"{SQLITE}{path}" if path.suffix == ".db" else path.as_uri()
+
+
+def is_server(uri: str) -> bool:
+    """Whether the URI is a tracking server's, which keeps the artifacts itself."""
+    return uri.startswith(("http://", "https://", "databricks"))
+
+
+def artifact_root(settings: TrackingSettings) -> str | None:
+    """Where a new experiment's artifacts go, as an absolute URI; None leaves it to the server."""
+    if settings.artifact_location is not None:
+        given = settings.artifact_location
+        return given if "://" in given else Path(given.removeprefix("file:")).expanduser().absolute().as_uri()
+    uri = tracking_uri(settings)
+    if is_server(uri):
+        return None
+    return (_store_folder(uri) / ARTIFACT_FOLDER).as_uri()
+
+
+def ui_command(settings: TrackingSettings) -> str:
+    """What to type to see the runs: the command of the UI, or the server's address."""
+    uri = tracking_uri(settings)
+    if is_server(uri):
+        return f"open {uri}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+
+
+def open_client(settings: TrackingSettings) -> MlflowClient:
+    """A client of the store; a SQLite store is made on first use.
+
+    Raises:
+        TrackingError: the store cannot be opened.
+    """
+    uri = tracking_uri(settings)
+    with told(uri), _store_lock(uri):
+        client = MlflowClient(tracking_uri=uri)
+        client.get_experiment_by_name(settings.experiment)  # makes the tables of a new store, one process at a time
+    return client
+
+
+def experiment_id(client: MlflowClient, settings: TrackingSettings) -> str:
+    """The id of the experiment, which is created when it is not there.
+
+    Raises:
+        TrackingError: the server is away, or the experiment was deleted.
+    """
+    uri = tracking_uri(settings)
+    with told(uri), _store_lock(uri):
+        found = client.get_experiment_by_name(settings.experiment)
+        if found is None:
+            created: str = client.create_experiment(settings.experiment, artifact_root(settings), _EXPERIMENT_TAGS)
+            return created
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"the MLflow experiment {settings.experiment!r} was deleted; take another tracking.experiment, "
+            f"or bring it back with `mlflow experiments restore --experiment-id {found.experiment_id}`"
+        )
+    identity: str = found.experiment_id
+    return identity
+
+
+@contextmanager
+def told(uri: str) -> Iterator[None]:
+    """Turn MLflow's failures into one message, and keep a server that is away from being asked for minutes.
+
+    Raises:
+        TrackingError: in place of any failure of MLflow inside the context.
+    """
+    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": SERVER_RETRIES, "MLFLOW_HTTP_REQUEST_TIMEOUT": SERVER_TIMEOUT_S}
+    unset = [name for name in limits if name not in os.environ]
+    os.environ.update({name: limits[name] for name in unset})
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        if "Max retries exceeded" in reason or "timed out" in reason:
+            reason = "it does not answer"
+        advice = "start it, or correct tracking.uri" if is_server(uri) else "look at it, or set another tracking.uri"
+        raise TrackingError(f"MLflow at {uri} cannot be used ({reason}); {advice}") from error
+    finally:
+        for name in unset:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold a lock file; it falls with the process. On a read-only place there is nothing to protect, and no lock."""
+    try:
+        stream = path.open("a+")
+    except OSError:
+        yield
+        return
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _store_lock(uri: str) -> Iterator[None]:
+    """One process at a time makes tables and experiments of a SQLite store; MLflow's own first steps race."""
+    if not uri.startswith(SQLITE):
+        yield
+        return
+    _store_folder(uri).mkdir(parents=True, exist_ok=True)
+    with file_lock(Path(uri.removeprefix(SQLITE) + ".lock")):
+        yield
+
+
+def _store_folder(uri: str) -> Path:
+    """The folder beside which artifacts of a local store go."""
+    if uri.startswith(SQLITE):
+        return Path(uri.removeprefix(SQLITE)).parent
+    if uri.startswith("file:"):
+        return Path(urlsplit(uri).path).parent
+    return Path.cwd()
+
+
+_EXPERIMENT_TAGS = {
+    "mlflow.note.content": (
+        "Sensitivity of the operators of Qwen-VL models to quantization. "
+        "`score/<operator>` and `rank/<operator>` compare operators between runs; "
+        "`by_block/<role>` draws scores over depth."
+    ),
+    "mlflow.experimentKind": "custom_model_development",  # else the UI asks on the first visit
+}
