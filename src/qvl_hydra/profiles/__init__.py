@@ -1,0 +1,1 @@
+"""Precision profiles: which operators stay in high precision, what that costs, and the files that other tools read."""

@@ -1,0 +1,99 @@
+"""Other ways to choose what stays in high precision, at the same budget: what scores have to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float64
+from torch import nn
+
+from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.profiles.select import Budget, cost_and_limit, profile_of, select
+from qvl_hydra.profiles.units import Unit, units_with_values
+from qvl_hydra.quantizers.qdq import OperatorQuantizer
+from qvl_hydra.quantizers.scheme import Scheme
+
+RANDOM_SEEDS = (0, 1, 2)
+
+
+def baseline_profiles(
+    units: Sequence[Unit],
+    budget: Budget,
+    scheme: Scheme,
+    high_bits: int,
+    weight_errors: Mapping[str, float],
+    ranges: Mapping[str, float],
+) -> list[Profile]:
+    """One profile a baseline, all within the budget.
+
+    - `random-<seed>`: units in random order;
+    - `first_and_last`: the operators nearest to the two ends of their tower, a common rule of thumb;
+    - `weight_error`: the largest `||Q(W) - W||^2`, which needs no data;
+    - `activation_range`: the widest input range on the calibration samples (omitted where the scheme has no static
+      input ranges).
+
+    Args:
+        weight_errors, ranges: one number an operator path.
+    """
+    orders = {f"random-{seed}": np.random.default_rng(seed).permutation(len(units)) for seed in RANDOM_SEEDS}
+    orders["first_and_last"] = np.argsort(distance_from_ends(units), kind="stable")
+    if ranges:
+        widest = [max(ranges[op.path] for op in unit.members) for unit in units]
+        orders["activation_range"] = np.argsort(-np.array(widest), kind="stable")
+    profiles = [
+        profile_of(units, take_in_order(units, order.tolist(), budget, scheme, high_bits), scheme, high_bits, name)
+        for name, order in orders.items()
+    ]
+    if any(weight_errors.values()):
+        by_weight = select(units_with_values(units, weight_errors), budget, scheme, high_bits)
+        kept = np.array([unit.members[0].path in by_weight.high for unit in units])
+        profiles.append(profile_of(units, kept, scheme, high_bits, "weight_error"))
+    return profiles
+
+
+def take_in_order(
+    units: Sequence[Unit], order: Sequence[int], budget: Budget, scheme: Scheme, high_bits: int
+) -> Bool[np.ndarray, " unit"]:
+    """Keep units one after the other as long as they fit; one that does not fit is passed over.
+
+    Units without a score stay in high precision first.
+    """
+    cost, limit = cost_and_limit(units, budget, scheme, high_bits)
+    kept = np.array([unit.score is None for unit in units])
+    spent = float(cost[kept].sum())
+    for index in order:
+        if not kept[index] and spent + cost[index] <= limit:
+            kept[index] = True
+            spent += float(cost[index])
+    return kept
+
+
+def distance_from_ends(units: Sequence[Unit]) -> Float64[np.ndarray, " unit"]:
+    """How far a unit is from the nearer end of its tower: 0 at an end, 0.5 in the middle."""
+    distances = np.zeros(len(units))
+    for component in ("vision", "lm"):
+        places = [index for index, unit in enumerate(units) if unit.members[0].component == component]
+        last = max(len(places) - 1, 1)
+        for rank, index in enumerate(places):
+            distances[index] = min(rank, last - rank) / last
+    return distances
+
+
+def weight_errors(module: nn.Module, quantizers: Mapping[str, OperatorQuantizer]) -> dict[str, float]:
+    """`||Q(W) - W||^2` of each operator; 0 where the scheme leaves weights in float."""
+    errors = {}
+    for path, quantizer in quantizers.items():
+        weight = module.get_submodule(path).weight
+        assert not isinstance(weight, nn.Module)
+        errors[path] = 0.0 if quantizer.weight is None else float((quantizer.weight - weight).double().square().sum())
+    return errors
+
+
+def input_ranges(quantizers: Mapping[str, OperatorQuantizer]) -> dict[str, float]:
+    """Width of each operator's calibrated input range; empty where the scheme has no static inputs."""
+    return {
+        path: quantizer.input.scale * (quantizer.input.qmax - quantizer.input.qmin)
+        for path, quantizer in quantizers.items()
+        if quantizer.input is not None
+    }

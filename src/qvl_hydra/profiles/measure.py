@@ -1,0 +1,180 @@
+"""Measures profiles on held-out samples against the float model.
+
+Samples of equal length and positions go through the model as rows of one batch: no padding, so that nothing but the
+profile differs from the reference. All profiles are measured on a batch before the next one, so that only one batch's
+reference logits are in memory; image features of a tower that is not quantized are computed once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qvl_hydra.calibration.sample import IGNORED, Sample
+from qvl_hydra.errors import ProfileError
+from qvl_hydra.models.forward import logits, text_inputs, vision_features
+from qvl_hydra.profiles.apply import applied
+from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.quantizers.qdq import OperatorQuantizer
+
+BATCH_LOGITS = 2**26  # numbers in one batch's logits at most: 256 MiB in float32, and a few copies of it
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a model does on the held-out samples.
+
+    Attributes:
+        squared_error: mean over samples of the squared change of the component's output (logits at every position, or
+            merged image features), the quantity that `squared_error` scores are about.
+        kl: KL(float model || this model) in nats a token, mean over all positions of all samples.
+        loss: cross-entropy of the answer tokens in nats, mean over answer tokens.
+        exact_match: share of samples whose every answer token (its end of turn included) is the most likely one given
+            the image, the question and the right answer up to it: what greedy decoding gets right in full.
+    """
+
+    squared_error: float
+    kl: float
+    loss: float
+    exact_match: float
+
+
+@dataclass
+class _Sums:
+    squared: float = 0.0
+    kl: float = 0.0
+    loss: float = 0.0
+    right: int = 0
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Samples of one shape, and what the float model makes of them."""
+
+    samples: tuple[Sample, ...]
+    labels: Int64[Tensor, "row token"]
+    embeds: Float[Tensor, "row token hidden"] | None  # None: the vision tower is quantized, and features change
+    logits: Float[Tensor, "row token vocab"]
+    features: tuple[Float[Tensor, "image_token hidden"], ...] | None  # component=vision: what is scored
+
+
+def measure_profiles(
+    module: nn.Module,
+    profiles: Sequence[Profile],
+    quantizers: Mapping[str, OperatorQuantizer],
+    samples: Sequence[Sample],
+    component: str,
+    each: Callable[[], None] = lambda: None,
+) -> list[Measurement]:
+    """Measure every profile; equal ones are measured once.
+
+    Args:
+        module: the float model; it leaves as it came.
+        quantizers: of every operator that some profile quantizes.
+        samples: held-out samples with answers; with `vision` those without an image are left out.
+        each: called after each profile on each batch, `steps(...)` times in all.
+
+    Returns:
+        One measurement a profile, in their order.
+
+    Raises:
+        ProfileError: no sample can be measured on, or a profile's outputs are not finite.
+    """
+    batches = _batches(module, samples, component)
+    kinds = {frozenset(op.path for op in profile.low): profile for profile in profiles}
+    sums = {low: _Sums() for low in kinds}
+    tokens = answers = count = 0
+    with torch.no_grad():
+        for rows in batches:
+            batch = _reference(module, rows, component)
+            tokens += batch.labels.numel()
+            answers += int((batch.labels != IGNORED).sum())
+            count += len(rows)
+            for low, profile in kinds.items():
+                with applied(module, profile, quantizers):
+                    _add(sums[low], module, batch)
+                each()
+    found = {low: _mean(sums[low], count, tokens, answers, kinds[low].chooser) for low in kinds}
+    return [found[frozenset(op.path for op in profile.low)] for profile in profiles]
+
+
+def steps(module: nn.Module, profiles: Sequence[Profile], samples: Sequence[Sample], component: str) -> int:
+    """How often `measure_profiles` calls `each`."""
+    return len(_batches(module, samples, component)) * len({frozenset(profile.low) for profile in profiles})
+
+
+def _batches(module: nn.Module, samples: Sequence[Sample], component: str) -> list[list[Sample]]:
+    usable = [sample for sample in samples if bool((sample.labels != IGNORED).any())]
+    if component == "vision":
+        usable = [sample for sample in usable if sample.pixel_values is not None]
+    if not usable:
+        raise ProfileError(
+            "no held-out sample has an answer (with component=vision: an image and an answer); "
+            "choose a calibration source with answers or captions"
+        )
+    vocabulary = module.get_submodule("lm_head").get_parameter("weight").shape[0]
+    shapes: dict[bytes, list[Sample]] = {}
+    for sample in usable:
+        shapes.setdefault(sample.position_ids.numpy().tobytes(), []).append(sample)
+    batches = []
+    for rows in shapes.values():
+        at_once = max(1, BATCH_LOGITS // (rows[0].input_ids.numel() * vocabulary))
+        batches += [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
+    return batches
+
+
+def _reference(module: nn.Module, rows: Sequence[Sample], component: str) -> _Reference:
+    embeds = _embeds(module, rows)
+    features = tuple(vision_features(module, row) for row in rows) if component == "vision" else None
+    labels = torch.stack([row.labels for row in rows]).to(embeds.device)
+    found = logits(module, embeds, rows[0]).float()
+    return _Reference(tuple(rows), labels, embeds if component == "lm" else None, found, features)
+
+
+def _embeds(module: nn.Module, rows: Sequence[Sample]) -> Float[Tensor, "row token hidden"]:
+    return torch.cat([text_inputs(module, row) for row in rows])
+
+
+def _add(sums: _Sums, module: nn.Module, batch: _Reference) -> None:
+    """Run the model, as it is now, over one batch."""
+    embeds = _embeds(module, batch.samples) if batch.embeds is None else batch.embeds
+    found = logits(module, embeds, batch.samples[0]).float()
+    if batch.features is None:
+        sums.squared += float((found - batch.logits).double().square().sum())
+    else:
+        for row, reference in zip(batch.samples, batch.features, strict=True):
+            sums.squared += float((vision_features(module, row) - reference).double().square().sum())
+    sums.kl += float(_kl(batch.logits, found))
+    loss, hits = _answers(found, batch.labels)
+    sums.loss += float(loss)
+    sums.right += int(hits.sum())
+
+
+def _kl(reference: Float[Tensor, "row token vocab"], found: Float[Tensor, "row token vocab"]) -> Float[Tensor, ""]:
+    """Sum over rows and tokens, in nats."""
+    return functional.kl_div(
+        found.double().log_softmax(-1), reference.double().log_softmax(-1), reduction="sum", log_target=True
+    )
+
+
+def _answers(
+    found: Float[Tensor, "row token vocab"], labels: Int64[Tensor, "row token"]
+) -> tuple[Float[Tensor, ""], Bool[Tensor, " row"]]:
+    """Sum of the loss over answer tokens, and which rows have every answer token right."""
+    asked = labels[:, 1:] != IGNORED
+    loss = functional.cross_entropy(found[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="sum")
+    hits = (found[:, :-1].argmax(-1) == labels[:, 1:]) | ~asked
+    return loss, hits.all(1)
+
+
+def _mean(sums: _Sums, count: int, tokens: int, answers: int, chooser: str) -> Measurement:
+    result = Measurement(sums.squared / count, sums.kl / tokens, sums.loss / answers, sums.right / count)
+    if not all(math.isfinite(value) for value in (result.squared_error, result.kl, result.loss)):
+        raise ProfileError(f"the model's outputs under the profile of {chooser} are not finite: {result}")
+    return result

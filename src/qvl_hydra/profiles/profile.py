@@ -1,0 +1,88 @@
+"""A precision profile: the scheme of the quantized operators, and the operators that stay in high precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from qvl_hydra.operators.discover import Operator
+from qvl_hydra.quantizers.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A decision about the operators of a sweep; every other operator of the model stays as it is.
+
+    Attributes:
+        scheme: what the quantized operators are put into.
+        operators: the operators decided on, in data order.
+        high: paths of those that stay in high precision.
+        high_bits: width that their weights count with.
+        chooser: what decided: `scores`, or the name of a baseline.
+        predicted: sum of the scores of the quantized operators; None where no score exists.
+    """
+
+    scheme: Scheme
+    operators: tuple[Operator, ...]
+    high: frozenset[str]
+    high_bits: int
+    chooser: str
+    predicted: float | None = None
+
+    @property
+    def low(self) -> tuple[Operator, ...]:
+        """The quantized operators, in data order."""
+        return tuple(op for op in self.operators if op.path not in self.high)
+
+    @property
+    def share_high(self) -> float:
+        return len(self.high) / len(self.operators)
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of the weights decided on; scales, zero points and biases are not counted."""
+        return sum(weight_bits(op, self) for op in self.operators) / 8
+
+    @property
+    def average_bits(self) -> float:
+        """Bits a weight, over all weights decided on."""
+        return self.weight_bytes * 8 / sum(weight_values(op) for op in self.operators)
+
+
+def weight_values(op: Operator) -> int:
+    """Numbers in an operator's weight, without its bias."""
+    return op.in_features * op.out_features
+
+
+def low_bits(scheme: Scheme, high_bits: int) -> int:
+    """Bits of a weight in the scheme; a scheme that leaves weights in float saves none."""
+    return high_bits if scheme.weight is None else scheme.weight.bits
+
+
+def weight_bits(op: Operator, profile: Profile) -> int:
+    """Bits of an operator's whole weight under a profile."""
+    bits = profile.high_bits if op.path in profile.high else low_bits(profile.scheme, profile.high_bits)
+    return bits * weight_values(op)
+
+
+def describe(profile: Profile) -> dict[str, Any]:
+    """The profile as plain values, for `profile.json`."""
+    return {
+        "chooser": profile.chooser,
+        "scheme": profile.scheme.name,
+        "n_operators": len(profile.operators),
+        "n_high": len(profile.high),
+        "share_high": profile.share_high,
+        "average_bits": profile.average_bits,
+        "weight_bytes": profile.weight_bytes,
+        "predicted": profile.predicted,
+        "high": in_order(profile.operators, profile.high),
+        "low": [op.path for op in profile.low],
+    }
+
+
+def in_order(operators: Iterable[Operator], paths: Iterable[str]) -> list[str]:
+    """The paths in data order."""
+    wanted = set(paths)
+    return [op.path for op in operators if op.path in wanted]

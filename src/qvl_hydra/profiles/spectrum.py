@@ -1,0 +1,114 @@
+"""The curve from everything quantized to everything in high precision, measured, with baselines of the same budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from torch import nn
+
+from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.profiles.baselines import baseline_profiles
+from qvl_hydra.profiles.measure import Measurement, measure_profiles
+from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.profiles.select import Budget, select
+from qvl_hydra.profiles.units import Unit
+from qvl_hydra.quantizers.qdq import OperatorQuantizer
+
+COLUMNS = (
+    "chooser",  # scores, or a baseline
+    "budget",
+    "value",
+    "n_high",
+    "share_high",
+    "average_bits",
+    "weight_bytes",
+    "predicted",  # sum of the quantized operators' scores, in the sweep's metric
+    "squared_error",
+    "kl",
+    "loss",
+    "exact_match",
+    "recovered",  # share of the exact match that quantizing everything loses, won back; null where nothing is lost
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A profile and the budget it was chosen for."""
+
+    budget: Budget
+    profile: Profile
+
+
+def candidates(
+    units: Sequence[Unit],
+    chosen: Profile,
+    budget: Budget,
+    shares: Sequence[float],
+    errors: Mapping[str, float] | None,
+    ranges: Mapping[str, float],
+) -> list[Candidate]:
+    """Every profile to measure: both ends, the chosen one, one a share of the spectrum, and the baselines of each.
+
+    Args:
+        chosen: the profile selected for `budget`.
+        shares: the spectrum. A share that operators without a score overrun is raised to what they take.
+        errors: weight error of each operator; None leaves all baselines out.
+        ranges: width of each operator's input range.
+    """
+    scheme, bits = chosen.scheme, chosen.high_bits
+    total = sum(len(unit.members) for unit in units)
+    least = sum(len(unit.members) for unit in units if unit.score is None) / total
+    found: list[Candidate] = []
+    budgets = [Budget("share", max(share, least)) for share in sorted({0.0, *shares, 1.0})]
+    for item in dict.fromkeys([*budgets, budget]):
+        best = chosen if item == budget else select(units, item, scheme, bits)
+        found.append(Candidate(item, best))
+        if errors is not None and least * total < len(best.high) < total:
+            same = Budget("count", len(best.high)) if item.kind == "error" else item
+            others = baseline_profiles(units, same, scheme, bits, errors, ranges)
+            found += [Candidate(item, other) for other in others]
+    return found
+
+
+def measure_curve(
+    module: nn.Module,
+    found: Sequence[Candidate],
+    quantizers: Mapping[str, OperatorQuantizer],
+    samples: Sequence[Sample],
+    component: str,
+    each: Callable[[], None] = lambda: None,
+) -> pd.DataFrame:
+    """One row a candidate, with the columns of `COLUMNS`: the content of `profiles.parquet`."""
+    measured = measure_profiles(module, [item.profile for item in found], quantizers, samples, component, each)
+    low = next(value for item, value in zip(found, measured, strict=True) if item.budget == found[0].budget)
+    high = next(value for item, value in zip(found, measured, strict=True) if not item.profile.low)
+    rows = [_row(item, value, low, high) for item, value in zip(found, measured, strict=True)]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def best_baseline(table: pd.DataFrame, budget: str, value: float) -> pd.Series | None:
+    """The baseline of this budget with the highest exact match (of equals, the lowest KL); None without baselines."""
+    same = table[(table["budget"] == budget) & (table["value"] == value) & (table["chooser"] != "scores")]
+    if same.empty:
+        return None
+    return same.sort_values(["exact_match", "kl"], ascending=[False, True]).iloc[0]
+
+
+def _row(item: Candidate, value: Measurement, low: Measurement, high: Measurement) -> dict[str, object]:
+    lost = high.exact_match - low.exact_match
+    profile = item.profile
+    return {
+        "chooser": profile.chooser,
+        "budget": item.budget.kind,
+        "value": item.budget.value,
+        "n_high": len(profile.high),
+        "share_high": profile.share_high,
+        "average_bits": profile.average_bits,
+        "weight_bytes": profile.weight_bytes,
+        "predicted": profile.predicted,
+        **dataclasses.asdict(value),
+        "recovered": (value.exact_match - low.exact_match) / lost if lost > 0 else None,
+    }
