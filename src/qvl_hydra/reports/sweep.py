@@ -1,0 +1,152 @@
+"""The report of one sweep, made from the files of its folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from qvl_hydra.comparison.reading import RunScores, read_run
+from qvl_hydra.comparison.stability import Criterion, predicted_curve, smallest_stable_size, top_probability
+from qvl_hydra.reports.bars import ranked_bars
+from qvl_hydra.reports.chart import Point, Series, chart
+from qvl_hydra.reports.figures import bars_figure, chart_figure, heat_figure, write_figure
+from qvl_hydra.reports.heat import Row, heat_map
+from qvl_hydra.reports.page import Column, Section, facts, notes, number, table, text, write_page
+
+REPORT = "report.html"
+FIGURES = "figures"
+DRAWS = 500  # resampled score vectors behind the probabilities and the stability curve
+SHARES: tuple[float, float] = (0.0, 1.02)
+MIB = 1024**2
+
+
+def write_sweep_report(folder: Path, extra: Sequence[Section] = ()) -> Path:
+    """Write `report.html` and `figures/*.png` from what the folder holds, finished or not.
+
+    Args:
+        folder: with `scores.parquet` at least.
+        extra: further sections, put before the table of operators.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ComparisonError: there are no scores.
+    """
+    run = read_run(folder)
+    criterion = Criterion(top_k=min(10, max(1, len(run.scores) // 2)))
+    curve = stability(run, criterion)
+    if len(run.scores):
+        write_figure(heat_figure(run.table), folder / FIGURES / "heat_map.png")
+        write_figure(bars_figure(run.table), folder / FIGURES / "ranked.png")
+    if len(curve):
+        figure = chart_figure(stability_series(curve), "samples", "agreement", log_x=True, y_limits=SHARES)
+        write_figure(figure, folder / FIGURES / "stability.png")
+    sections = [
+        Section("Run", _summary(run)),
+        Section("Blocks and roles", heat_map(run.table)),
+        Section("Most sensitive operators", ranked_bars(run.table)),
+        Section("How many samples are enough", stability_section(curve, criterion, run)),
+        *extra,
+        Section("Operators", _operators(run, criterion.top_k)),
+        Section(
+            "Settings",
+            f"<details><summary>All settings</summary><pre>{text(yaml.safe_dump(dict(run.config)))}</pre></details>",
+        ),
+    ]
+    title = " · ".join(str(run.run[key]) for key in ("model", "component", "strategy", "backend") if key in run.run)
+    return write_page(folder / REPORT, title or folder.name, sections)
+
+
+def _summary(run: RunScores) -> str:
+    counts, told = run.table["status"].value_counts(), run.run
+    tiles = {
+        "status": told.get("status", "running"),
+        "operators": len(run.table),
+        **{status: int(counts.get(status, 0)) for status in ("scored", "skipped", "failed")},
+        "scheme": told.get("scheme"),
+        "estimator": told.get("estimator"),
+        "metric": run.table["metric"].dropna().iloc[0] if run.table["metric"].notna().any() else None,
+        "samples scored": told.get("n_samples"),
+        "calibration samples": told.get("calibration_size"),
+        "device": told.get("device"),
+        "time": f"{told['wall_s']:.1f} s" if "wall_s" in told else None,
+        "forward-equivalents": number(told.get("forward_equivalents")),
+        "peak memory": f"{told['peak_memory_bytes'] / MIB:.0f} MiB" if "peak_memory_bytes" in told else None,
+    }
+    return facts(tiles) + notes(told.get("notes", []))
+
+
+def stability(run: RunScores, criterion: Criterion) -> pd.DataFrame:
+    """The agreement predicted for smaller runs; empty when there are fewer than two samples or three operators."""
+    samples = run.samples()
+    count = samples.values.shape[1]
+    if count < 2 or len(samples.scores) < 3:
+        return pd.DataFrame()
+    sizes = [size for size in (2**power for power in range(20)) if size < count] + [count]
+    return predicted_curve(samples, sizes, criterion, DRAWS, seed=0, nested=False)
+
+
+def stability_series(curve: pd.DataFrame, suffix: str = "", dashed: bool = False) -> list[Series]:
+    """Spearman and top-k overlap of a stability curve, with their bands."""
+    found = []
+    for key, name in (("spearman", "Spearman"), ("overlap", "top-k overlap")):
+        points = [
+            Point(row["size"], row[key], row[f"{key}_low"], row[f"{key}_high"], _curve_tip(row, key, name))
+            for row in curve.to_dict("records")
+        ]
+        found.append(Series(name + suffix, points, dashed=dashed))
+    return found
+
+
+def _curve_tip(row: Row, key: str, name: str) -> str:
+    interval = f"{number(row[f'{key}_low'])} to {number(row[f'{key}_high'])}"
+    return f"{row['size']:g} samples\n{name} {number(row[key])} ({interval})"
+
+
+def stability_section(curve: pd.DataFrame, criterion: Criterion, run: RunScores) -> str:
+    """The predicted curve, and what it says in one sentence."""
+    if curve.empty:
+        return "" if run.scores.empty else '<p class="note">One sample, or two operators, say nothing about others.</p>'
+    size, full = smallest_stable_size(curve, criterion.confidence), int(curve["size"].max())
+    asked = (
+        f"{criterion.overlap:.0%} of the top {criterion.top_k} in common with another run of {full} samples, "
+        f"with {criterion.confidence:.0%} confidence"
+    )
+    verdict = f"From {size} samples on: {asked}." if size else f"{full} samples are not enough for {asked}."
+    drawn = chart(stability_series(curve), "samples", "agreement", log_x=True, y_limits=SHARES)
+    how = (
+        f"Predicted by resampling the {full} samples of this run: a set of so many against another set of {full}. "
+        f"Bands hold {criterion.confidence:.0%} of the draws. Activation ranges stay those of this run."
+    )
+    return f'<p>{text(verdict)}</p>{drawn}<p class="note">{text(how)}</p>'
+
+
+def _operators(run: RunScores, k: int) -> str:
+    probability = pd.Series(top_probability(run.samples(), k, DRAWS, seed=0), index=run.scores.index)
+    columns = [
+        Column("rank", number=True),
+        Column("operator", code=True),
+        Column("score", number=True),
+        Column("low", number=True),
+        Column("high", number=True),
+        Column(f"P(top {k})", number=True),
+        Column("block", number=True),
+        Column("role"),
+        Column("parameters", number=True),
+        Column("estimator"),
+        Column("status"),
+    ]
+    rows, classes = [], []
+    for row in run.table.sort_values("rank", na_position="last").to_dict("records"):
+        status = row["status"] if row["status"] == "scored" else f"{row['status']}: {row['reason']}"
+        block, rank = (None if pd.isna(row[key]) else int(row[key]) for key in ("block", "rank"))
+        chance = float(probability.get(row["op"], float("nan")))
+        scores = (row["score"], row["score_low"], row["score_high"])
+        estimator = row["estimator"] if isinstance(row["estimator"], str) else ""
+        rows.append((rank, row["op"], *scores, chance, block, row["role"], int(row["n_params"]), estimator, status))
+        classes.append(row["status"])
+    return table(columns, rows, identity="operators", classes=classes)
