@@ -1,0 +1,1 @@
+"""Engines: the backends that measure, behind one protocol and in one table."""

@@ -1,0 +1,87 @@
+"""Static activation ranges and states by one walk: every segment's weights are touched once for all samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qvl_hydra.engines.walker import Context, State, Walker
+from qvl_hydra.operators.discover import Operator
+from qvl_hydra.quantizers.apply import OperatorObserver, replaced_forwards
+from qvl_hydra.quantizers.qdq import QuantParams
+from qvl_hydra.quantizers.scheme import Scheme
+
+Params = tuple[QuantParams | None, QuantParams | None]
+SchemeRanges = dict[str, dict[str, Params]]  # scheme name -> operator path -> input, output
+
+
+class Ranges:
+    """Observed ranges of every scheme, and the operators whose range is unusable.
+
+    Attributes:
+        params: scheme name, then operator path, to the parameters of input and output.
+        failed: operator path to what is wrong with its range.
+    """
+
+    def __init__(self, schemes: Sequence[Scheme]) -> None:
+        self.params: SchemeRanges = {scheme.name: {} for scheme in schemes}
+        self.failed: dict[str, str] = {}
+
+
+@torch.no_grad()
+def walk(
+    walker: Walker,
+    contexts: Sequence[Context],
+    starts: Sequence[State],
+    operators: Sequence[Operator],
+    schemes: Sequence[Scheme],
+    step: Callable[[], None],
+    keep: int = 0,
+) -> tuple[Ranges, list[list[State]]]:
+    """Walk samples through the component in float; observe ranges and keep the states between segments.
+
+    Args:
+        contexts, starts: of the samples, the scored ones first; their inputs to the component.
+        operators: observed for each scheme with static ranges.
+        step: called after each segment.
+        keep: of so many samples, from the first, the input of each segment and the last output are kept.
+
+    Returns:
+        Ranges, and the states: one list a kept sample, `len(segments) + 1` long, of one row each.
+    """
+    ranges = Ranges(schemes)
+    static = [scheme for scheme in schemes if scheme.needs_ranges]
+    states = list(starts)
+    kept: list[list[State]] = [[state] for state in states[:keep]]
+    for segment in walker.segments:
+        inside = [op for op in operators if segment.holds(op)] if static else []
+        observers = {op.path: [OperatorObserver(scheme) for scheme in static] for op in inside}
+        with walker.weights(segment), replaced_forwards(walker.module, _observing(observers)):
+            for index, context in enumerate(contexts):
+                if not walker.skips(segment, context.sample):
+                    states[index] = segment.run(states[index], context)
+                if index < keep:
+                    kept[index].append(states[index])
+        for path, seen in observers.items():
+            for scheme, observer in zip(static, seen, strict=True):
+                try:
+                    ranges.params[scheme.name][path] = observer.params()
+                except ValueError as error:
+                    ranges.failed[path] = str(error)
+        step()
+    return ranges, kept
+
+
+def _observing(observers: dict[str, list[OperatorObserver]]) -> dict[str, Callable[[nn.Module, Tensor], Tensor]]:
+    def forward_of(seen: list[OperatorObserver]) -> Callable[[nn.Module, Tensor], Tensor]:
+        def forward(target: nn.Module, x: Tensor) -> Tensor:
+            y: Tensor = type(target).forward(target, x)
+            for observer in seen:
+                observer.observe(target, x, y)
+            return y
+
+        return forward
+
+    return {path: forward_of(seen) for path, seen in observers.items()}

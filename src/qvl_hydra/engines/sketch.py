@@ -1,0 +1,204 @@
+"""The sketch estimator: every operator's score from K backward passes, with no loop over operators.
+
+For a probe `r` over the output, one backward pass of `<r, F>` gives the gradient `g` at every operator's output. If
+`delta` is the change of that output when the operator is quantized on its own input, `p_t = <g_t, delta_t>` at token `t`
+is the probe's view of the output change, to first order (DESIGN.md, section 4). With `delta` split into what the
+weight's error and what the activations' error does,
+
+    weight:      delta_t = (Q(W) - W) x_t         p = <g_t, delta_t>
+    input:       delta_t = W (Q(x_t) - x_t)       p = <W' g_t, Q(x_t) - x_t>   (`W' g` is the backward pass's own)
+    output:      delta_t = Q(y_t) - y_t           p = <g_t, delta_t>
+
+so that only the weight part costs a product of its own. `combine` turns the `p_t` into one value a sample and probe.
+
+The walk is a forward, then a reverse walk with each segment computed again: memory for the states between segments
+and one segment's graph, weights touched twice. Cost: K + 3 forwards (docs/estimators.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qvl_hydra.engines.targets import Target
+from qvl_hydra.engines.walker import Context, Segment, State, Walker
+from qvl_hydra.quantizers.apply import replaced_forwards
+from qvl_hydra.quantizers.qdq import OperatorQuantizer, apply_operator, as_tokens, qdq_activation
+
+Products = Float[Tensor, "probe token"]
+
+
+@dataclass
+class OperatorError:
+    """What one scheme does to one operator on one sample, and the products with each probe's gradient.
+
+    Attributes:
+        weight: change of the output by the weight's error, (token, out).
+        input: rounding error of the input, (token, in).
+        output: rounding error of the output, (token, out).
+        weight_products, activation_products: one (token,) tensor a probe.
+        element: sums of squared elementwise products, one (token,) tensor a probe; only when asked for.
+    """
+
+    weight: Tensor | None
+    input: Tensor | None
+    output: Tensor | None
+    whole: Tensor | None = None
+    weight_products: list[Tensor] = field(default_factory=list)
+    activation_products: list[Tensor] = field(default_factory=list)
+    element: list[Tensor] = field(default_factory=list)
+
+
+class _Tap(torch.autograd.Function):
+    """An operator's forward in float whose backward also takes the products with its errors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module, errors: list[OperatorError]) -> Tensor:
+        ctx.module, ctx.errors, ctx.shape = module, errors, x.shape
+        return apply_operator(module, x, module.weight)  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        weight: Tensor = ctx.module.weight.flatten(1)
+        flat = g.reshape(-1, weight.shape[0])
+        to_input = flat @ weight
+        for error in ctx.errors:
+            _take_products(error, flat.float(), to_input.float())
+        return to_input.view(ctx.shape), None, None
+
+
+def _take_products(error: OperatorError, g: Tensor, to_input: Tensor) -> None:
+    if error.weight is not None:
+        error.weight_products.append((g * error.weight).sum(-1))
+    activation = [
+        (gradient * change).sum(-1)
+        for gradient, change in ((to_input, error.input), (g, error.output))
+        if change is not None
+    ]
+    if activation:
+        error.activation_products.append(torch.stack(activation).sum(0))
+    if error.whole is not None:
+        error.element.append((g * error.whole).square().sum(-1))
+
+
+def operator_error(
+    module: nn.Module, x: Float[Tensor, "token *in"], quantizer: OperatorQuantizer, element: bool
+) -> OperatorError:
+    """The error that a scheme makes in one operator on the input given.
+
+    Args:
+        x: the operator's float input, tokens first.
+        element: also keep the whole change of the output, for elementwise products.
+    """
+    scheme = quantizer.scheme
+    tokens = as_tokens(module, x)
+    weight: Tensor = module.weight.flatten(1)  # type: ignore[operator, union-attr]
+    rounded = weight if quantizer.weight is None else quantizer.weight.flatten(1)
+    by_weight = None if quantizer.weight is None else (tokens @ (rounded - weight).T).float()
+    quantized = qdq_activation(tokens, scheme.input, quantizer.input)
+    by_input = None if scheme.input is None else (quantized - tokens).float()
+    by_output = None
+    if scheme.output is not None:
+        y = torch.nn.functional.linear(quantized, rounded, module.bias)  # type: ignore[arg-type]
+        by_output = (qdq_activation(y, scheme.output, quantizer.output) - y).float()
+    whole = None
+    if element:
+        change = quantized @ rounded.T - tokens @ weight.T
+        whole = change.float() if by_output is None else change.float() + by_output
+    return OperatorError(by_weight, by_input, by_output, whole)
+
+
+def combine(variant: str, weight: Products | None, activation: Products | None) -> Float[Tensor, "probe"]:
+    """One value a probe from the products at each token.
+
+    Args:
+        variant: `sequence`: square of the sum over tokens, an unbiased estimate of the linearised squared error;
+            `token`: sum of the squares, without the products between tokens, far less noisy; `split`: the weight's
+            error, which is the same at every token, by sequence, the rounding of activations by token.
+        weight, activation: products by the two kinds of error; None where the scheme has none.
+    """
+    parts = [part for part in (weight, activation) if part is not None]
+    if variant == "split":
+        by_weight = 0 if weight is None else weight.sum(-1).square()
+        return by_weight + (0 if activation is None else activation.square().sum(-1))
+    total = torch.stack(parts).sum(0)
+    return total.sum(-1).square() if variant == "sequence" else total.square().sum(-1)
+
+
+@dataclass(frozen=True)
+class SketchSegment:
+    """One segment's work in the reverse walk.
+
+    Attributes:
+        targets: those with operators in the segment.
+        quantizers: by operator path, one a scheme.
+        variant: how products of tokens are summed; `element` is the elementwise score of other tools.
+    """
+
+    walker: Walker
+    segment: Segment
+    targets: Sequence[Target]
+    quantizers: dict[str, list[OperatorQuantizer]]
+    variant: str
+
+
+def step_back(
+    work: SketchSegment, context: Context, state: State, gradients: Sequence[State]
+) -> tuple[dict[tuple[str, int], Tensor], list[State]]:
+    """Compute a segment again and take every probe's gradient through it.
+
+    Args:
+        state: the segment's input, one row.
+        gradients: at the segment's output, one a probe.
+
+    Returns:
+        Values by target name and scheme index, one a probe; and the gradients at the segment's input.
+    """
+    errors: dict[str, list[OperatorError]] = {}
+
+    def forward_of(path: str) -> Callable[[nn.Module, Tensor], Tensor]:
+        def forward(module: nn.Module, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                tokens = x.detach().flatten(0, 1) if x.dim() == 3 else x.detach()
+                element = work.variant == "element"
+                errors[path] = [operator_error(module, tokens, q, element) for q in work.quantizers[path]]
+            result: Tensor = _Tap.apply(x, module, errors[path])
+            return result
+
+        return forward
+
+    with torch.enable_grad(), replaced_forwards(work.walker.module, {path: forward_of(path) for path in work.quantizers}):
+        start = state.detach().requires_grad_()
+        end = work.segment.run(start, context)
+        back = [
+            torch.autograd.grad(end, start, gradient.to(end.dtype), retain_graph=index + 1 < len(gradients))[0]
+            for index, gradient in enumerate(gradients)
+        ]
+    return _values(work, errors), back
+
+
+def _values(work: SketchSegment, errors: dict[str, list[OperatorError]]) -> dict[tuple[str, int], Tensor]:
+    values: dict[tuple[str, int], Tensor] = {}
+    for target in work.targets:
+        members = [errors[op.path] for op in target.operators if op.path in errors]
+        for index in range(len(members[0]) if members else 0):
+            seen = [member[index] for member in members]
+            values[target.name, index] = _target_value(work.variant, seen)
+    return values
+
+
+def _target_value(variant: str, seen: Sequence[OperatorError]) -> Tensor:
+    """Operators quantized together add their products before anything is squared."""
+    if variant == "element":
+        return torch.stack([torch.stack(error.element).sum(-1) for error in seen]).sum(0)
+
+    def total(name: str) -> Tensor | None:
+        parts = [torch.stack(getattr(error, name)) for error in seen if getattr(error, name)]
+        return torch.stack(parts).sum(0) if parts else None
+
+    return combine(variant, total("weight_products"), total("activation_products"))

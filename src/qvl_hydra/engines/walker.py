@@ -1,0 +1,269 @@
+"""The block walker: a Qwen-VL model as one straight row of segments that states of many rows walk through.
+
+Segments are the patch embedding, the vision blocks, the merger, the join (image features into the token sequence), the
+decoder blocks, and the head (final norm and `lm_head`). A state has a row for each copy of a sample that is under way:
+`(row, token, width)`. Every block is the Hugging Face module itself; what it needs beside the hidden state (rotary
+embeddings, windows, masks) is recorded from the model's own forward with all blocks passed over, so nothing of the
+model's logic is written again here, and both families and all image sizes are served alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.models.load import LoadedModel
+from qvl_hydra.operators.discover import Operator
+
+State = Float[Tensor, "row token width"]
+VISUAL, LANGUAGE, HEAD = "model.visual", "model.language_model", "lm_head"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the segments need to know of one sample.
+
+    Attributes:
+        block_inputs: keyword arguments of each block, by module path.
+        order: for each patch in walking order its place in the image (windows are walked one by one).
+        back: for each merged feature in image order its place in walking order.
+        text: token embeddings, zero where image features go.
+        places: which tokens take image features.
+    """
+
+    sample: Sample
+    block_inputs: dict[str, dict[str, Any]]
+    order: Int64[Tensor, "patch"] | None
+    back: Int64[Tensor, "feature"] | None
+    text: Float[Tensor, "token width"]
+    places: Bool[Tensor, "token"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One step of the walk.
+
+    Attributes:
+        name: module path, or `join`.
+        vision: passed over by samples without images.
+        roots: module paths whose weights it needs; its operators lie below them.
+        run: from the state before and the sample's context to the state after.
+    """
+
+    name: str
+    vision: bool
+    roots: tuple[str, ...]
+    run: Callable[[State, Context], State]
+
+    def holds(self, op: Operator) -> bool:
+        """Whether the operator is computed in this segment."""
+        return any(op.path == root or op.path.startswith(f"{root}.") for root in self.roots)
+
+
+class Walker:
+    """The segments of a model for one component.
+
+    Attributes:
+        prefix: walked in float to make the input of the component (vision tower and join, for `lm`).
+        segments: the component's own.
+    """
+
+    def __init__(self, model: LoadedModel, component: str) -> None:
+        self.model = model
+        self.module = model.module
+        self.component = component
+        vision, language = self._vision_segments(), self._language_segments()
+        join = [Segment("join", True, (), _join)]
+        self.prefix: list[Segment] = [*vision, *join] if component == "lm" else []
+        self.segments: list[Segment] = {
+            "vision": vision,
+            "lm": language,
+            "full": [*vision, *join, *language],
+        }[component]
+
+    def weights(self, segment: Segment) -> AbstractContextManager[None]:
+        """Have the segment's weights in memory for a while."""
+        return self.model.weights(segment.roots)
+
+    def usable(self, sample: Sample) -> bool:
+        """Whether the sample reaches the component at all: the vision tower needs an image."""
+        return self.component != "vision" or sample.pixel_values is not None
+
+    def skips(self, segment: Segment, sample: Sample) -> bool:
+        """Whether the sample passes over the segment."""
+        return segment.vision and sample.pixel_values is None
+
+    @torch.no_grad()
+    def contexts(self, samples: Sequence[Sample]) -> list[Context]:
+        """Contexts of samples; costs no pass through any block."""
+        table = f"{LANGUAGE}.embed_tokens"
+        with self.model.weights([table]):
+            embedding = self.module.get_submodule(table)
+            texts = [embedding(sample.input_ids.to(self.model.device)) for sample in samples]
+        return [self._context(sample, text) for sample, text in zip(samples, texts, strict=True)]
+
+    @torch.no_grad()
+    def starts(self, contexts: Sequence[Context]) -> list[State]:
+        """The input of the component for each sample, one row; the prefix is walked once for all samples."""
+        states = [self._first_state(context) for context in contexts]
+        for segment in self.prefix:
+            with self.weights(segment):
+                for index, context in enumerate(contexts):
+                    if not self.skips(segment, context.sample):
+                        states[index] = segment.run(states[index], context)
+        return states
+
+    def _first_state(self, context: Context) -> State:
+        if context.sample.pixel_values is None:
+            return context.text[None]
+        return context.sample.pixel_values.to(device=self.model.device, dtype=self.model.dtype)[None]
+
+    def _context(self, sample: Sample, text: Tensor) -> Context:
+        places = (sample.input_ids == self.model.config.image_token_id).to(self.model.device)
+        inputs: dict[str, dict[str, Any]] = {}
+        order = back = None
+        if sample.pixel_values is not None:
+            order, back = self._record_vision(sample, inputs)
+        if self.component != "vision":
+            self._record_language(sample, text, inputs)
+        return Context(sample, inputs, order, back, text.masked_fill(places[:, None], 0), places)
+
+    def _record_vision(self, sample: Sample, inputs: dict[str, dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        """Run the vision tower with numbered patches and every computing part passed over."""
+        assert sample.image_grid_thw is not None
+        visual = self.module.get_submodule(VISUAL)
+        grid = sample.image_grid_thw.to(self.model.device)
+        patches = int(grid.prod(-1).sum())
+        merged = patches // visual.spatial_merge_size**2
+        seen: list[Tensor] = []
+
+        def number_features(x: Tensor) -> Tensor:
+            seen.append(x[:, 0].long())
+            return torch.arange(merged, device=x.device, dtype=torch.float64)[:, None]
+
+        with ExitStack() as stack:
+            stack.enter_context(_recording(visual.blocks, f"{VISUAL}.blocks", inputs))
+            stack.enter_context(_replaced(visual.patch_embed, lambda x: x))
+            stack.enter_context(_replaced(visual.merger, number_features))
+            numbers = torch.arange(patches, device=self.model.device, dtype=torch.float64)
+            result = visual(numbers[:, None].repeat(1, 2), grid_thw=grid)
+        return seen[0], result.pooler_output[:, 0].long()
+
+    def _record_language(self, sample: Sample, text: Tensor, inputs: dict[str, dict[str, Any]]) -> None:
+        language = self.module.get_submodule(LANGUAGE)
+        with _recording(language.layers, f"{LANGUAGE}.layers", inputs), _replaced(language.norm, lambda x: x):
+            positions = sample.position_ids.to(self.model.device)[:, None]
+            language(inputs_embeds=text[None], position_ids=positions, use_cache=False)
+
+    def _vision_segments(self) -> list[Segment]:
+        visual = self.module.get_submodule(VISUAL)
+
+        def embed(x: State, context: Context) -> State:
+            rows, patches, _ = x.shape
+            embedded: Tensor = visual.patch_embed(x.reshape(rows * patches, -1))
+            return embedded.view(rows, patches, -1)[:, context.order]
+
+        def merge(x: State, context: Context) -> State:
+            rows = x.shape[0]
+            merged: Tensor = visual.merger(x.reshape(rows * x.shape[1], -1))
+            return merged.view(rows, -1, merged.shape[-1])[:, context.back]
+
+        paths = [f"{VISUAL}.blocks.{index}" for index in range(len(visual.blocks))]
+        return [
+            Segment(f"{VISUAL}.patch_embed", True, (f"{VISUAL}.patch_embed",), embed),
+            *(Segment(path, True, (path,), self._vision_block(path)) for path in paths),
+            Segment(f"{VISUAL}.merger", True, (f"{VISUAL}.merger",), merge),
+        ]
+
+    def _vision_block(self, path: str) -> Callable[[State, Context], State]:
+        block = self.module.get_submodule(path)
+
+        def run(x: State, context: Context) -> State:
+            rows, patches, width = x.shape
+            inputs = _repeat_rows(context.block_inputs[path], rows, patches)
+            y: Tensor = block(x.reshape(rows * patches, width), **inputs)
+            return y.view(rows, patches, width)
+
+        return run
+
+    def _language_segments(self) -> list[Segment]:
+        language = self.module.get_submodule(LANGUAGE)
+
+        def head(x: State, context: Context) -> State:
+            y: Tensor = self.module.lm_head(language.norm(x))
+            return y
+
+        paths = [f"{LANGUAGE}.layers.{index}" for index in range(len(language.layers))]
+        return [
+            *(Segment(path, False, (path,), self._language_block(path)) for path in paths),
+            Segment(HEAD, False, (f"{LANGUAGE}.norm", HEAD), head),
+        ]
+
+    def _language_block(self, path: str) -> Callable[[State, Context], State]:
+        block = self.module.get_submodule(path)
+
+        def run(x: State, context: Context) -> State:
+            # Rotary embeddings and masks have one row, which broadcasts over all.
+            y = block(x, **context.block_inputs[path])
+            return y[0] if isinstance(y, tuple) else y
+
+        return run
+
+
+def _join(features: State, context: Context) -> State:
+    rows = features.shape[0]
+    tokens = context.text[None].expand(rows, -1, -1)
+    index = context.places.nonzero()[:, 0]
+    return tokens.index_copy(1, index, features.to(tokens.dtype))
+
+
+def _repeat_rows(inputs: dict[str, Any], rows: int, patches: int) -> dict[str, Any]:
+    """A vision block's inputs for several copies of the images, packed one behind the other."""
+    if rows == 1:
+        return inputs
+
+    def repeat(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(repeat(name, item) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        if name == "cu_seqlens":
+            starts = torch.arange(rows, device=value.device, dtype=value.dtype)[:, None] * patches
+            return torch.cat([value[:1], (starts + value[None, 1:]).flatten()])
+        return value.repeat(rows, *[1] * (value.dim() - 1)) if value.dim() and value.shape[0] == patches else value
+
+    return {name: repeat(name, value) for name, value in inputs.items()}
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextmanager
+def _recording(blocks: nn.ModuleList, path: str, inputs: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Within the context every block gives its input back and notes its keyword arguments."""
+
+    def recorder(name: str) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            assert not args, "blocks are called with keyword arguments"
+            inputs[name] = kwargs
+            return hidden_states
+
+        return forward
+
+    with ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            stack.enter_context(_replaced(block, recorder(f"{path}.{index}")))
+        yield

@@ -1,0 +1,291 @@
+"""Loads Qwen2-VL and Qwen2.5-VL: pretrained from a local folder, the hub or the package, or random in the same shape.
+
+`describe_model` needs no weights and comes first: it finds the config, builds the module tree on the meta device, and
+so lets operators be selected and memory be checked before anything large is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    PretrainedConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+)
+
+from qvl_hydra.errors import ModelError
+from qvl_hydra.models.memory import GIB, free_memory_bytes
+from qvl_hydra.models.stream import Checkpoint, parameters_on_meta, weights_of
+from qvl_hydra.settings import ModelSettings
+
+MODEL_CLASSES: dict[str, type[nn.Module]] = {
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BUNDLED = "bundled:"
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A model before its weights: where it is, its config, and its module tree on the meta device.
+
+    Attributes:
+        folder: local folder with `config.json`; for a hub id the downloaded snapshot's, once it is needed.
+        source: what the settings named.
+        skeleton: the model on the meta device, for shapes and names only.
+    """
+
+    source: str
+    folder: Path
+    family: str
+    config: PretrainedConfig
+    skeleton: nn.Module
+    settings: ModelSettings
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters in the dtype asked for, tied ones once."""
+        size = DTYPES[self.settings.dtype].itemsize
+        return sum(parameter.numel() for parameter in self.skeleton.parameters()) * size
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to measure, in eval mode and without gradients.
+
+    Attributes:
+        module: the Hugging Face module; with `streamed` placement its blocks are on the meta device between uses.
+        sha: hash over the config and the weight files (or over the config and the seed when weights are random).
+    """
+
+    module: nn.Module
+    description: ModelDescription
+    device: torch.device
+    sha: str
+    checkpoint: Checkpoint | None = None  # where a streamed model's weights are
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.description.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.description.settings.dtype]
+
+    def weights(self, roots: Sequence[str]) -> AbstractContextManager[None]:
+        """Have the weights below these module paths in memory for a while; no cost for a resident model."""
+        return weights_of(self.module, roots, self.checkpoint, self.device, self.dtype)
+
+    @property
+    def family(self) -> str:
+        return self.description.family
+
+    @property
+    def streamed(self) -> bool:
+        return self.checkpoint is not None
+
+
+def describe_model(settings: ModelSettings) -> ModelDescription:
+    """Find the model and its shape, without reading weights.
+
+    Raises:
+        ModelError: the folder is missing or incomplete, the hub cannot be reached, or the family is another one.
+    """
+    folder = model_folder(settings)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path={settings.path}: {folder / 'config.json'} is no model config ({error})") from error
+    if config.model_type != settings.family:
+        allowed = ", ".join(MODEL_CLASSES)
+        raise ModelError(
+            f"model.path={settings.path} holds a {config.model_type!r} model, but model.family={settings.family}; "
+            f"set model.family to match (allowed: {allowed})"
+        )
+    _override(config, settings)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        skeleton = MODEL_CLASSES[settings.family](config)
+    if config.tie_word_embeddings:
+        skeleton.tie_weights()
+    return ModelDescription(settings.path, folder, settings.family, config, skeleton.eval(), settings)
+
+
+def model_folder(settings: ModelSettings) -> Path:
+    """The local folder of the model; a hub id is downloaded (weights only where they will be read).
+
+    Raises:
+        ModelError: no such folder, or the hub has no answer.
+    """
+    if settings.path.startswith(BUNDLED):
+        name = settings.path.removeprefix(BUNDLED)
+        folder = Path(str(resources.files("qvl_hydra"))) / "assets" / name
+        if not (folder / "config.json").is_file():
+            names = sorted(path.parent.name for path in folder.parent.glob("*/config.json"))
+            raise ModelError(f"model.path={settings.path}: the package bundles {', '.join(names)}")
+        return folder
+    folder = Path(settings.path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.path={settings.path}: the folder has no config.json; give a checkpoint's folder")
+        return folder
+    looks_local = settings.path.startswith(("/", ".", "~")) or settings.path.count("/") != 1
+    if looks_local:
+        raise ModelError(f"model.path={settings.path}: no such folder; give a checkpoint's folder or a hub id (owner/name)")
+    if settings.weights == "random":
+        shape = Path(str(resources.files("qvl_hydra"))) / "assets" / "configs" / settings.name
+        if (shape / "config.json").is_file():
+            return shape
+    return _download(settings)
+
+
+def _download(settings: ModelSettings) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
+    if settings.weights == "pretrained":
+        patterns.append("*.safetensors")
+    try:
+        return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises a dozen unrelated kinds
+        raise ModelError(
+            f"model.path={settings.path}: neither a local folder nor a hub model that can be reached "
+            f"({type(error).__name__}); download it and give its folder, or set model.weights=random to time its shape"
+        ) from error
+
+
+def _override(config: PretrainedConfig, settings: ModelSettings) -> None:
+    for key, value in settings.overrides.items():
+        part, _, name = key.partition(".")
+        target = getattr(config, part, None)
+        if not name or target is None or not hasattr(target, name):
+            raise ModelError(
+                f"model.overrides has {key!r}; expected text_config.<key> or vision_config.<key> of the model's config"
+            )
+        setattr(target, name, value)
+        if part == "text_config" and name == "num_hidden_layers":
+            config.text_config.layer_types = ["full_attention"] * value
+
+
+def require_memory(description: ModelDescription, extra_bytes: int, purpose: str) -> None:
+    """Refuse a model that does not fit, before it is loaded.
+
+    Args:
+        extra_bytes: memory the work needs beside the weights.
+        purpose: what the memory is for, for the message.
+
+    Raises:
+        ModelError: with what it would need, what there is, and what to do.
+    """
+    limit = description.settings.memory_limit_gib
+    free = free_memory_bytes() if limit is None else int(limit * GIB)
+    need = description.weight_bytes + extra_bytes
+    if need > free:
+        raise ModelError(
+            f"{description.settings.name} in {description.settings.dtype} needs {need / GIB:.1f} GiB for {purpose} "
+            f"({description.weight_bytes / GIB:.1f} GiB of it weights), and {free / GIB:.1f} GiB are free; "
+            "take backend=torch with model.placement=streamed, model.dtype=bfloat16, fewer operators "
+            "(operators.max_ops, operators.blocks) or a smaller model"
+        )
+
+
+def load_model(description: ModelDescription, device: torch.device, seed: int) -> LoadedModel:
+    """Read or draw the weights and place the model.
+
+    Raises:
+        ModelError: the checkpoint is incomplete or its shapes do not fit the config.
+    """
+    settings = description.settings
+    checkpoint = None
+    if settings.placement == "streamed":
+        checkpoint = Checkpoint(description.folder)
+        module = _streamed_model(description, device)
+    elif settings.weights == "random":
+        module = _random_model(description, device, seed)
+    else:
+        module = _pretrained_model(description).to(device)
+    module.requires_grad_(False).eval()
+    return LoadedModel(module, description, device, model_sha(description, seed), checkpoint)
+
+
+def _pretrained_model(description: ModelDescription) -> nn.Module:
+    cls = MODEL_CLASSES[description.family]
+    try:
+        model, info = cls.from_pretrained(  # type: ignore[attr-defined]
+            description.folder,
+            dtype=DTYPES[description.settings.dtype],
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{description.folder}: the weights cannot be read: {error}") from error
+    missing = [key for key in info["missing_keys"] if key != "lm_head.weight"]
+    if missing:
+        raise ModelError(f"{description.folder}: {len(missing)} weights are missing, first {sorted(missing)[:3]}")
+    return model
+
+
+def _streamed_model(description: ModelDescription, device: torch.device) -> nn.Module:
+    with parameters_on_meta():
+        model = MODEL_CLASSES[description.family](description.config)
+    for owner in model.modules():
+        for name, buffer in owner._buffers.items():
+            owner._buffers[name] = None if buffer is None else buffer.to(device)
+    return model
+
+
+def _random_model(description: ModelDescription, device: torch.device, seed: int) -> nn.Module:
+    """The model's shape with weights drawn as transformers initialises them, on `device`."""
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(DTYPES[description.settings.dtype])
+        with torch.device(device):
+            model = MODEL_CLASSES[description.family](description.config)
+    finally:
+        torch.set_default_dtype(default)
+        torch.random.set_rng_state(generator_state)
+    return model
+
+
+def model_sha(description: ModelDescription, seed: int) -> str:
+    """Hash that names the model: config and weight files, or config and seed for random weights."""
+    digest = hashlib.sha256()
+    config = {key: value for key, value in description.config.to_dict().items() if key not in _UNHASHED}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    if description.settings.weights == "random":
+        digest.update(f"random:{seed}".encode())
+    else:
+        for path in sorted(description.folder.glob("*.safetensors")):
+            _digest_file(digest, path)
+    return digest.hexdigest()[:16]
+
+
+def _digest_file(digest: hashlib._Hash, path: Path) -> None:
+    """A weight file's name, size and content; of a file above 1 GiB only its header and 4096 places spread over it."""
+    size = path.stat().st_size
+    digest.update(f"{path.name}:{size}".encode())
+    with path.open("rb") as stream:
+        if size <= GIB:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+            return
+        digest.update(stream.read(8 + int.from_bytes(stream.read(8), "little")))
+        for index in range(4096):
+            stream.seek(size * index // 4096)
+            digest.update(stream.read(4096))
+
+
+_UNHASHED = frozenset({"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"})

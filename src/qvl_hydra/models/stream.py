@@ -1,0 +1,114 @@
+"""Streamed placement: a model whose weights stay in the checkpoint and are read one part at a time.
+
+The module tree holds parameters on the meta device (no memory); buffers such as rotary frequencies are real. A part's
+weights are there only within `weights_of`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from qvl_hydra.errors import ModelError
+
+# Checkpoints published before transformers 4.52 name the towers without `model.` and `language_model.`.
+_RENAMES = (
+    (re.compile(r"^visual\."), "model.visual."),
+    (re.compile(r"^model\.(?!language_model\.|visual\.)"), "model.language_model."),
+)
+
+
+class Checkpoint:
+    """Weights of a checkpoint folder by module path, read on demand.
+
+    Args:
+        folder: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
+
+    Raises:
+        ModelError: no safetensors there, or a shard is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            stored = json.loads(index.read_text())["weight_map"]
+        elif (folder / "model.safetensors").is_file():
+            with safe_open(folder / "model.safetensors", "pt") as opened:
+                stored = dict.fromkeys(opened.keys(), "model.safetensors")
+        else:
+            raise ModelError(f"{folder} has no model.safetensors, and no index of shards; streamed placement reads those")
+        missing = sorted({name for name in stored.values() if not (folder / name).is_file()})
+        if missing:
+            raise ModelError(f"{folder} lacks {len(missing)} of its shards: {', '.join(missing[:3])}")
+        self.places = {_renamed(key): (folder / name, key) for key, name in stored.items()}
+
+    def read(self, path: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """One parameter; `lm_head.weight` of a model with tied embeddings is the embedding table."""
+        if path == "lm_head.weight" and path not in self.places:
+            path = "model.language_model.embed_tokens.weight"
+        if path not in self.places:
+            raise ModelError(f"the checkpoint has no weight {path}")
+        file, key = self.places[path]
+        with safe_open(file, "pt") as opened:
+            tensor: Tensor = opened.get_tensor(key)
+        return tensor.to(device=device, dtype=dtype)
+
+
+def _renamed(key: str) -> str:
+    for pattern, replacement in _RENAMES:
+        if pattern.match(key):
+            return pattern.sub(replacement, key)
+    return key
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Within the context new modules get their parameters on the meta device and their buffers for real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def weights_of(
+    module: nn.Module, roots: Sequence[str], checkpoint: Checkpoint | None, device: torch.device, dtype: torch.dtype
+) -> Iterator[None]:
+    """Have the weights below `roots` in memory for a while.
+
+    Args:
+        module: the whole model.
+        roots: module paths.
+        checkpoint: None when the model is resident; then there is nothing to do.
+    """
+    if checkpoint is None:
+        yield
+        return
+    taken: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for root in roots:
+            for path, owner in module.get_submodule(root).named_modules(prefix=root):
+                for name, parameter in list(owner._parameters.items()):
+                    if parameter is not None:
+                        taken.append((owner, name, parameter))
+                        read = checkpoint.read(f"{path}.{name}", device, dtype)
+                        owner._parameters[name] = nn.Parameter(read, requires_grad=False)
+        yield
+    finally:
+        for owner, name, parameter in taken:
+            owner._parameters[name] = parameter

@@ -1,0 +1,1 @@
+"""Operators: the quantizable modules of a Qwen-VL model, found and selected."""

@@ -1,0 +1,159 @@
+"""Finds the quantizable operators of a Qwen-VL model and selects those to score.
+
+The language tower is `model.language_model` with `lm_head`, the vision tower is `model.visual` with its merger and
+patch embedding. Works on a model without weights (meta device), so that a selection can be checked early.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from qvl_hydra.errors import OperatorError
+from qvl_hydra.settings import OperatorSettings, parse_blocks
+
+LANGUAGE_PREFIX = "model.language_model."
+VISION_PREFIX = "model.visual."
+HEAD = "lm_head"
+# What runtimes such as vLLM and TensorRT-LLM run as one matrix product, and the name they give it.
+FUSED_ROLES = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+_BLOCK = re.compile(r"^(?:model\.language_model\.layers|model\.visual\.blocks)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One quantizable `Linear` or `Conv` module.
+
+    Attributes:
+        path: Hugging Face module path, such as `model.language_model.layers.3.mlp.down_proj`.
+        component: `lm` or `vision`.
+        block: layer index in its tower; None for patch embedding, merger and head.
+        role: what it is in its block: `down_proj`, `qkv`; `patch_embed`, `merger.0`, `merger.2`, `lm_head` outside.
+        group: path of the fused operator that a runtime makes of it and its neighbours, else its own path.
+        kind: class of the module.
+        in_features, out_features: width of a token before and after.
+        n_params: weight and bias together.
+    """
+
+    path: str
+    component: str
+    block: int | None
+    role: str
+    group: str
+    kind: str
+    in_features: int
+    out_features: int
+    n_params: int
+
+
+def find_operators(model: nn.Module, component: str) -> list[Operator]:
+    """Every operator of the component, in the order in which data meets them: vision tower, language tower, head.
+
+    Args:
+        model: a `Qwen2VLForConditionalGeneration` or `Qwen2_5_VLForConditionalGeneration`, with or without weights.
+        component: `lm`, `vision` or `full`.
+    """
+    found = [
+        _describe(path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)
+    ]
+    vision = [op for op in found if op.component == "vision"]
+    # The merger is registered after the blocks, the patch embedding before them: registration order is data order.
+    language = [op for op in found if op.component == "lm"]
+    return {"lm": language, "vision": vision, "full": vision + language}[component]
+
+
+def select_operators(operators: Sequence[Operator], settings: OperatorSettings, seed: int) -> list[Operator]:
+    """The operators that globs, blocks and the cap leave, in their first order.
+
+    With `operators.fuse` the cap counts fused groups.
+
+    Raises:
+        OperatorError: a glob or block names nothing, or nothing is left.
+    """
+    kept = list(operators)
+    problems: list[str] = []
+    if settings.include is not None:
+        problems += _unmatched("include", settings.include, operators)
+        kept = [op for op in kept if _matches(op, settings.include)]
+    if settings.exclude is not None:
+        problems += _unmatched("exclude", settings.exclude, operators)
+        kept = [op for op in kept if not _matches(op, settings.exclude)]
+    if settings.blocks is not None:
+        blocks = parse_blocks(settings.blocks)
+        present = {op.block for op in operators if op.block is not None}
+        if blocks - present:
+            missing = sorted(blocks - present)
+            problems.append(f"operators.blocks={settings.blocks}: no block {missing}; blocks are 0-{max(present)}")
+        kept = [op for op in kept if op.block in blocks]
+    if problems:
+        raise OperatorError("; ".join(problems))
+    if not kept:
+        raise OperatorError("operators.include, exclude and blocks together leave no operator to score")
+    if settings.max_ops is None:
+        return kept
+    units = list(dict.fromkeys(op.group if settings.fuse else op.path for op in kept))
+    chosen = set(_cap(units, settings.max_ops, settings.select, seed))
+    return [op for op in kept if (op.group if settings.fuse else op.path) in chosen]
+
+
+def _cap(units: list[str], cap: int, select: str, seed: int) -> list[str]:
+    if cap >= len(units) or select == "first":
+        return units[:cap]
+    if select == "random":
+        return random.Random(seed).sample(units, cap)
+    if cap == 1:
+        return [units[len(units) // 2]]
+    return [units[round(index * (len(units) - 1) / (cap - 1))] for index in range(cap)]
+
+
+def _describe(path: str, module: nn.Module) -> Operator:
+    match = _BLOCK.match(path)
+    block = int(match.group(1)) if match else None
+    parts = path.split(".")
+    role = parts[-1]
+    if ".patch_embed." in path:
+        role = "patch_embed"
+    elif ".merger." in path:
+        role = f"merger.{parts[-1]}"
+    group = path
+    if block is not None and role in FUSED_ROLES:
+        group = ".".join([*parts[:-1], FUSED_ROLES[role]])
+    weight: nn.Parameter = module.weight  # type: ignore[assignment]
+    bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
+    return Operator(
+        path=path,
+        component="vision" if path.startswith(VISION_PREFIX) else "lm",
+        block=block,
+        role=role,
+        group=group,
+        kind=type(module).__name__,
+        in_features=weight[0].numel(),
+        out_features=weight.shape[0],
+        n_params=weight.numel() + (0 if bias is None else bias.numel()),
+    )
+
+
+def _matches(op: Operator, globs: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(op.path, glob) for glob in globs)
+
+
+def _unmatched(key: str, globs: Sequence[str], operators: Sequence[Operator]) -> list[str]:
+    example = operators[len(operators) // 2].path
+    return [
+        f"operators.{key}: the glob {glob!r} matches no operator; a path looks like {example}"
+        for glob in globs
+        if not any(fnmatch.fnmatchcase(op.path, glob) for op in operators)
+    ]

@@ -1,0 +1,1 @@
+"""Quantization schemes: formats, observers of activation ranges, quantize-dequantize."""

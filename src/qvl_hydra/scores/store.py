@@ -1,0 +1,199 @@
+"""A run's folder: per-sample scores on disk as soon as they exist, a lock, and what a resumed run needs.
+
+Scores are written in parts, one file a unit of work (a sample, a group of samples, a batch), each whole or absent:
+written beside and renamed. A killed run leaves its parts; the same run started again skips them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from qvl_hydra.errors import RunFolderError
+
+PARTS = "parts"
+FINGERPRINT = "fingerprint.json"
+LOCK = "run.lock"
+
+
+@dataclass(frozen=True)
+class SampleScore:
+    """One number: one operator on one calibration sample, under one metric, scheme and estimator.
+
+    Attributes:
+        op: module path of the operator, or of the fused group.
+        sample: id of the sample (of the batch, for engines that score whole batches).
+        probe: random probe it comes from; None for exact measurements.
+        value: in the unit of the metric; higher is more sensitive.
+        metric: squared_error, kl, loss_change, trace or omega.
+        estimator: exact or sketch, or what the backend calls its own.
+        scheme: name of the quantization scheme.
+    """
+
+    op: str
+    sample: str
+    probe: int | None
+    value: float
+    metric: str
+    estimator: str
+    scheme: str
+
+
+COLUMNS = tuple(item.name for item in fields(SampleScore))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole: it appears with all its content or not at all."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(content, indent=2, sort_keys=True, default=str) + "\n").encode())
+
+
+def write_parquet(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table as parquet, atomically."""
+    beside = path.with_name(path.name + ".tmp")
+    frame.to_parquet(beside, index=False)
+    os.replace(beside, path)
+
+
+class RunFolder:
+    """The folder of one run: where engines put scores, and where a resumed run finds them.
+
+    Engines use `done`, `write`, `skip`, `fail`, `remember` and `recall`; they never touch the files themselves.
+
+    Attributes:
+        after_write: called when scores were written, so that what exists can be shown while the run goes on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.after_write: Callable[[], None] = lambda: None
+        self.parts = path / PARTS
+        self.parts.mkdir(parents=True, exist_ok=True)
+
+    def done(self, unit: str) -> bool:
+        """Whether the scores of this unit of work are on disk already."""
+        return (self.parts / f"{unit}.parquet").exists()
+
+    def write(self, unit: str, scores: Iterable[SampleScore]) -> None:
+        """Put the scores of one unit of work on disk, whole."""
+        frame = pd.DataFrame([[getattr(score, name) for name in COLUMNS] for score in scores], columns=list(COLUMNS))
+        frame["probe"] = frame["probe"].astype("Int64")
+        write_parquet(self.parts / f"{unit}.parquet", frame.astype({"value": "float64"}))
+        self.after_write()
+
+    def skip(self, op: str, reason: str) -> None:
+        """Note that an operator will not be scored, and why."""
+        self._note("skipped", op, reason)
+
+    def fail(self, op: str, error: str) -> None:
+        """Note that an operator's measurement failed, and how."""
+        self._note("failed", op, error)
+
+    def endings(self) -> dict[str, tuple[str, str]]:
+        """For each operator that was skipped or failed: which of both, and the reason."""
+        found: dict[str, tuple[str, str]] = {}
+        for status in ("skipped", "failed"):
+            for op, reason in self.recall(status, {}).items():
+                found[op] = (status, reason)
+        return found
+
+    def remember(self, name: str, content: Any) -> None:
+        """Keep a small JSON value that a resumed run must find again (a chunk size, a random order)."""
+        write_json(self.parts / f"{name}.json", content)
+
+    def recall(self, name: str, default: Any = None) -> Any:
+        """The value kept under this name, or `default`."""
+        path = self.parts / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else default
+
+    def frame(self) -> pd.DataFrame:
+        """All scores on disk so far, one row a `SampleScore`, in the order of their units' names."""
+        frames = [pd.read_parquet(path) for path in sorted(self.parts.glob("*.parquet"))]
+        frames = [frame for frame in frames if len(frame)]
+        if not frames:
+            return pd.DataFrame(columns=list(COLUMNS)).astype({"value": "float64", "probe": "Int64"})
+        return pd.concat(frames, ignore_index=True)
+
+    def _note(self, status: str, op: str, reason: str) -> None:
+        self.remember(status, {**self.recall(status, {}), op: reason})
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder; the lock falls with the process, however it ends.
+
+        Raises:
+            RunFolderError: another run holds it.
+        """
+        with (self.path / LOCK).open("a+") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunFolderError(
+                    f"another run is writing in {self.path}; wait for it, or give this one its own hydra.run.dir"
+                ) from error
+            yield
+
+
+def adopt(source: Path, target: RunFolder) -> None:
+    """Take over what another, unfinished run left: its parts and the run it is tracked as.
+
+    The other folder keeps its files but is no longer offered for resumption.
+    """
+    for path in (source / PARTS).iterdir():
+        if path.suffix != ".tmp":
+            shutil.copy2(path, target.parts / path.name)
+    if (source / "mlflow.json").exists():
+        shutil.copy2(source / "mlflow.json", target.path / "mlflow.json")
+    (source / FINGERPRINT).rename(source / "resumed.json")
+
+
+def find_resumable(roots: Sequence[Path], fingerprint: str, exclude: Path) -> Path | None:
+    """The latest unfinished run folder of the same fingerprint that no process holds.
+
+    Args:
+        roots: folders to search (`outputs`, `multirun`).
+        fingerprint: hash of all settings that decide the result.
+        exclude: the folder of the run that asks.
+    """
+    candidates: list[tuple[float, Path]] = []
+    for root in roots:
+        for path in root.rglob(FINGERPRINT) if root.is_dir() else ():
+            folder = path.parent
+            if folder.resolve() == exclude.resolve():
+                continue
+            try:
+                result = folder / "run.json"
+                if result.exists() and json.loads(result.read_text()).get("status") == "complete":
+                    continue
+                same = json.loads(path.read_text()).get("fingerprint") == fingerprint
+            except (OSError, ValueError):
+                continue
+            if same and any((folder / PARTS).glob("*.parquet")) and not _is_locked(folder):
+                candidates.append((path.stat().st_mtime, folder))
+    return max(candidates)[1] if candidates else None
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        with RunFolder(folder).locked():
+            return False
+    except RunFolderError:
+        return True

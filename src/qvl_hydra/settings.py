@@ -1,0 +1,429 @@
+"""The typed settings of a run, and the one door from a composed config to them.
+
+Nothing past `build_settings` reads a raw config. The door checks types, names and values, collects every fault and
+raises them together, before a model is loaded. Values and their reasons live in `conf/`, types and limits here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from qvl_hydra.errors import SettingsError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, from where, and how it is held in memory."""
+
+    name: str
+    path: str  # local folder, `bundled:<name>`, or hub id
+    family: Literal["qwen2_5_vl", "qwen2_vl"]
+    weights: Literal["pretrained", "random"] = "pretrained"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    revision: str | None = None
+    placement: Literal["resident", "streamed"] = "resident"
+    overrides: dict[str, Any] = field(default_factory=dict)  # text/vision config keys changed for weights=random
+    memory_limit_gib: float | None = None  # null: what the machine has free
+
+    def faults(self) -> list[str]:
+        found = [] if self.path else ["model.path is empty; give a local folder or a hub id"]
+        if self.overrides and self.weights != "random":
+            found.append("model.overrides changes a shape, which needs model.weights=random")
+        if self.memory_limit_gib is not None and self.memory_limit_gib <= 0:
+            found.append(f"model.memory_limit_gib={self.memory_limit_gib}; must be above 0, or null")
+        return found
+
+
+@dataclass(frozen=True)
+class ComponentSettings:
+    """What is scored: the language tower with its head, the vision tower, or both end to end."""
+
+    name: Literal["lm", "vision", "full"]
+
+
+@dataclass(frozen=True)
+class OperatorSettings:
+    """Which operators of the component are scored."""
+
+    include: list[str] | None = None  # globs over module paths; null: all
+    exclude: list[str] | None = None
+    blocks: str | None = None  # "0-3,7"; blocks of every tower in the component
+    max_ops: int | None = None  # the cap
+    select: Literal["even", "first", "random"] = "even"  # how the cap chooses
+    fuse: bool = False  # score what runtimes fuse (q/k/v, gate/up) as one
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.max_ops is not None and self.max_ops < 1:
+            found.append(f"operators.max_ops={self.max_ops}; must be 1 or more, or null for no cap")
+        if self.blocks is not None:
+            try:
+                parse_blocks(self.blocks)
+            except ValueError as error:
+                found.append(f"operators.blocks={self.blocks!r}; {error}")
+        return found
+
+
+def parse_blocks(text: str) -> frozenset[int]:
+    """Block indices named by a text such as `0-3,7`.
+
+    Raises:
+        ValueError: the text is not a list of indices and ranges.
+    """
+    blocks: set[int] = set()
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()):
+            raise ValueError("expected indices and ranges such as '0-3,7'")
+        first, last = int(low), int(high) if dash else int(low)
+        if last < first:
+            raise ValueError(f"the range {part.strip()} runs backwards")
+        blocks.update(range(first, last + 1))
+    return frozenset(blocks)
+
+
+@dataclass(frozen=True)
+class StrategySettings:
+    """What a score is, and how it is estimated (docs/estimators.md)."""
+
+    name: Literal["mse_v2", "hawq_v2"]
+    estimator: Literal["auto", "exact", "sketch"] = "auto"
+    direction: Literal["requantize", "fallback"] = "requantize"
+    metric: Literal["squared_error", "kl", "loss_change"] = "squared_error"
+    confidence_batches: int | None = 2  # batches of calibration.batch_size samples that are scored; null: all
+    probes: int = 4  # sketch: backward passes a sample; hawq_v2: the first round of Hutchinson probes
+    variant: Literal["split", "sequence", "token", "element"] = "split"  # sketch: how products of tokens are summed
+    exact_share: float = 0.2  # auto: share of the operators, most sensitive first, measured exactly
+    control_share: float = 0.1  # auto: share of the others, drawn at random, measured exactly as a control
+    agreement_warn: float = 0.8  # auto: warn when sketch and exact agree less (Spearman) on what both saw
+    weighting: Literal["weight_error", "trace"] = "weight_error"  # hawq_v2: `trace` is Neural Compressor's order
+    max_probes: int = 64  # hawq_v2: at most so many Hutchinson probes
+    tolerance: float = 0.05  # hawq_v2: stop when the median relative standard error is below
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.confidence_batches is not None and self.confidence_batches < 1:
+            found.append(f"strategy.confidence_batches={self.confidence_batches}; must be 1 or more, or null for all")
+        if self.probes < 1:
+            found.append(f"strategy.probes={self.probes}; must be 1 or more")
+        if self.max_probes < self.probes:
+            found.append(f"strategy.max_probes={self.max_probes}; must not be below strategy.probes={self.probes}")
+        for key in ("exact_share", "control_share"):
+            value = getattr(self, key)
+            if not 0 <= value <= 1:
+                found.append(f"strategy.{key}={value}; must lie between 0 and 1")
+        if self.tolerance <= 0:
+            found.append(f"strategy.tolerance={self.tolerance}; must be above 0")
+        return found
+
+
+@dataclass(frozen=True)
+class QuantSettings:
+    """The scheme an operator is put into. `null` for a part means that the part stays in float."""
+
+    name: str
+    weight_bits: int | None = 8
+    weight_group_size: int | None = None  # null: one scale an output channel
+    weight_symmetric: bool = True
+    input_bits: int | None = 8
+    input_granularity: Literal["tensor", "token"] = "tensor"  # `token` ranges are taken at run time
+    input_symmetric: bool = False
+    output_bits: int | None = None
+    observer: Literal["minmax", "percentile", "histogram"] = "minmax"
+    percentile: float = 99.99  # observer=percentile: share of values inside the range, per cent
+    perturb: Literal["both", "weight", "activation"] = "both"
+    also: list[str] = field(default_factory=list)  # further schemes by name, sharing the sketch's backward passes
+
+    def faults(self) -> list[str]:
+        found = []
+        for key in ("weight_bits", "input_bits", "output_bits"):
+            bits = getattr(self, key)
+            if bits is not None and not 2 <= bits <= 8:
+                found.append(f"quant.{key}={bits}; must lie between 2 and 8, or null for float")
+        if self.weight_bits is None and self.input_bits is None and self.output_bits is None:
+            found.append("quant: weight, input and output all stay in float, so nothing would be measured")
+        if self.weight_group_size is not None and self.weight_group_size < 1:
+            found.append(f"quant.weight_group_size={self.weight_group_size}; must be 1 or more, or null")
+        if not 50 < self.percentile <= 100:
+            found.append(f"quant.percentile={self.percentile}; must be above 50 and at most 100")
+        if self.perturb == "weight" and self.weight_bits is None:
+            found.append("quant.perturb=weight, but quant.weight_bits is null")
+        if self.perturb == "activation" and self.input_bits is None and self.output_bits is None:
+            found.append("quant.perturb=activation, but neither quant.input_bits nor quant.output_bits is set")
+        return found
+
+
+@dataclass(frozen=True)
+class BackendSettings:
+    """Who measures, and where."""
+
+    name: Literal["torch", "inc_fx", "inc_onnxrt", "onnxrt", "modelopt"]
+    device: str = "auto"  # auto, cpu, cuda, cuda:<index>
+    threads: int | None = None  # null: torch's own choice
+    row_chunk: int | None = None  # perturbed copies advanced together; null: sized from free memory
+    tf32: bool = True  # CUDA: float32 products on tensor cores
+    graph: str | None = None  # onnxrt, inc_onnxrt: an ONNX file to score; null: export the model first
+    method: Literal["gradient", "kl_div"] = "gradient"  # modelopt: its scoring method
+
+    def faults(self) -> list[str]:
+        found = []
+        kind, _, index = self.device.partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
+            found.append(f"backend.device={self.device!r}; allowed: auto, cpu, cuda, cuda:<index>")
+        for key in ("threads", "row_chunk"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                found.append(f"backend.{key}={value}; must be 1 or more, or null")
+        return found
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """Where samples come from."""
+
+    source: Literal["bundled", "coco_captions", "imagefolder", "jsonl"]
+    size: int = 16  # samples; activation ranges come from all of them
+    seed: int = 0
+    batch_size: int = 4  # samples a batch, the unit of strategy.confidence_batches
+    split: Literal["calibration", "evaluation"] = "calibration"  # bundled: which of its two disjoint parts
+    on_bad: Literal["skip", "fail"] = "skip"  # corrupt image, missing file, empty caption
+    path: str | None = None  # jsonl file, or folder of imagefolder
+    annotations: str | None = None  # coco_captions: annotation json
+    images: str | None = None  # coco_captions, jsonl: folder the image names are relative to
+    dataset: str | None = None  # coco_captions: a data set id instead of files
+    prompt: str = "Describe the image."  # for sources without a question of their own
+    min_pixels: int | None = None  # null: the image processor's own
+    max_pixels: int | None = None
+    max_length: int | None = None  # tokens; longer samples count as bad
+
+    def faults(self) -> list[str]:
+        found = []
+        for key in ("size", "batch_size"):
+            if getattr(self, key) < 1:
+                found.append(f"calibration.{key}={getattr(self, key)}; must be 1 or more")
+        for key in ("min_pixels", "max_pixels", "max_length"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                found.append(f"calibration.{key}={value}; must be 1 or more, or null")
+        if self.source in ("imagefolder", "jsonl") and not self.path:
+            found.append(f"calibration={self.source} needs calibration.path")
+        if self.source == "coco_captions" and not self.dataset and not (self.annotations and self.images):
+            found.append("calibration=coco_captions needs calibration.annotations and calibration.images, or calibration.dataset")
+        return found
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """Where MLflow writes."""
+
+    uri: str | None  # null: SQLite beside the working folder
+    experiment: str = "qvl_hydra"
+    run_name: str | None = None
+    artifact_location: str | None = None  # null: beside the store
+    enabled: bool = True
+    sweep_id: str | None = None  # shared by the jobs of one multirun; set by the program
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What the entry does."""
+
+    name: Literal["sweep", "compare", "profile", "quantize", "export_onnx"]
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """task=compare, and the comparison that follows an experiment which asks for one."""
+
+    runs: list[str] = field(default_factory=list)  # run ids or run folders
+    sweep_id: str | None = None
+    filter: str | None = None  # MLflow search filter
+    reference: str | None = None  # run id or folder the others are compared with; null: the largest calibration
+    top_k: int = 10
+    confidence: float = 0.95
+    resamples: int = 1000
+    kind: Literal["runs", "calibration_sizes", "proxy"] = "runs"
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.top_k < 1:
+            found.append(f"compare.top_k={self.top_k}; must be 1 or more")
+        if not 0.5 < self.confidence < 1:
+            found.append(f"compare.confidence={self.confidence}; must lie between 0.5 and 1")
+        if self.resamples < 100:
+            found.append(f"compare.resamples={self.resamples}; must be 100 or more")
+        return found
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """task=profile and task=quantize: which operators stay in high precision."""
+
+    scores: str | None = None  # run id or run folder of a sweep; null: the sweep is run first
+    budget: Literal["count", "share", "average_bits", "weight_bytes", "error"] = "share"
+    value: float = 0.1  # of the budget: operators, share of operators, bits, bytes, or the score sum allowed
+    spectrum: list[float] = field(default_factory=list)  # shares kept in high precision; empty: one profile
+    high_bits: int = 16  # width a kept operator's weights count with
+    evaluation_size: int = 64  # held-out samples the profile is measured on
+    baselines: bool = True
+    formats: list[str] = field(default_factory=list)  # exports to write; empty: all
+    quantize_with: list[str] = field(default_factory=list)  # task=quantize: inc, compressed_tensors
+
+    def faults(self) -> list[str]:
+        found = []
+        if any(not 0 <= share <= 1 for share in self.spectrum):
+            found.append(f"profile.spectrum={self.spectrum}; every share must lie between 0 and 1")
+        if self.value < 0 or (self.budget == "share" and self.value > 1):
+            found.append(f"profile.value={self.value}; must not be negative, nor above 1 for profile.budget=share")
+        if self.evaluation_size < 1:
+            found.append(f"profile.evaluation_size={self.evaluation_size}; must be 1 or more")
+        return found
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """task=export_onnx."""
+
+    folder: str | None = None  # null: `onnx/` in the run folder
+    opset: int = 17
+    exporter: Literal["auto", "torchscript", "dynamo"] = "auto"
+    image_height: int | None = None  # pixels, multiple of 28; null: the first calibration image
+    image_width: int | None = None
+    tolerance: float = 1e-4  # largest difference to PyTorch allowed, relative to the largest output
+    check_samples: int = 2
+
+    def faults(self) -> list[str]:
+        found = []
+        for key in ("image_height", "image_width"):
+            value = getattr(self, key)
+            if value is not None and (value < 28 or value % 28):
+                found.append(f"export.{key}={value}; must be a positive multiple of 28 (patch 14, merge 2)")
+        if self.tolerance <= 0:
+            found.append(f"export.tolerance={self.tolerance}; must be above 0")
+        return found
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run needs to know."""
+
+    model: ModelSettings
+    component: ComponentSettings
+    strategy: StrategySettings
+    quant: QuantSettings
+    backend: BackendSettings
+    calibration: CalibrationSettings
+    tracking: TrackingSettings
+    task: TaskSettings
+    operators: OperatorSettings = field(default_factory=OperatorSettings)
+    compare: CompareSettings = field(default_factory=CompareSettings)
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+    seed: int = 0
+    resume: str = "auto"  # auto, never, or the folder of the run to go on with
+
+    def faults(self) -> list[str]:
+        """Faults between groups."""
+        found = []
+        hawq = self.strategy.name == "hawq_v2"
+        if hawq and self.backend.name not in ("torch", "inc_fx"):
+            found.append(f"strategy=hawq_v2 is measured by backend=torch or inc_fx, not {self.backend.name}")
+        if hawq and self.quant.weight_bits is None and self.strategy.weighting == "weight_error":
+            found.append("strategy=hawq_v2 weighs by the weight error, but quant.weight_bits is null")
+        if hawq and self.model.placement == "streamed":
+            found.append("strategy=hawq_v2 needs model.placement=resident: a Hessian product goes through all blocks")
+        if self.model.placement == "streamed" and self.backend.name != "torch":
+            found.append(f"model.placement=streamed is done by backend=torch, not {self.backend.name}")
+        if self.backend.name != "torch" and self.strategy.estimator == "sketch":
+            found.append(f"strategy.estimator=sketch is done by backend=torch, not {self.backend.name}")
+        if self.strategy.direction == "fallback" and self.strategy.estimator == "sketch":
+            found.append("strategy.estimator=sketch measures direction=requantize; take exact for fallback")
+        if self.operators.fuse and self.backend.name not in ("torch", "onnxrt"):
+            found.append(f"operators.fuse is done by backend=torch and onnxrt, not {self.backend.name}")
+        return found
+
+
+def build_settings(config: Mapping[str, Any]) -> Settings:
+    """Turn a composed config (plain dict, interpolations resolved) into typed settings.
+
+    Raises:
+        SettingsError: with every fault found: unknown and missing keys, wrong types, values out of range.
+    """
+    faults: list[str] = []
+    settings = _build(Settings, config, "", faults)
+    if settings is not None and not faults:
+        faults.extend(settings.faults())
+    if faults or settings is None:
+        raise SettingsError(faults)
+    return settings
+
+
+def _build(cls: type[T], given: Mapping[str, Any], path: str, faults: list[str]) -> T | None:
+    hints = typing.get_type_hints(cls)
+    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    before = len(faults)
+    for key in given:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), list(fields), n=1)
+            hint = f"did you mean {path}{close[0]}?" if close else f"known keys: {', '.join(fields)}"
+            faults.append(f"unknown key {path}{key}; {hint}")
+    values: dict[str, Any] = {}
+    for name, item in fields.items():
+        if name in given:
+            values[name] = _convert(hints[name], given[name], f"{path}{name}", faults)
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            faults.append(f"missing key {path}{name}")
+    if len(faults) > before:
+        return None
+    built = cls(**values)
+    if path and hasattr(built, "faults"):
+        faults.extend(built.faults())
+    return built
+
+
+def _convert(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return _convert(next(option for option in options if option is not type(None)), value, path, faults)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, Mapping):
+            return _build(hint, value, f"{path}.", faults)
+        faults.append(f"{path}={value!r}; expected a group of keys")
+        return None
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            faults.append(f"{path}={value!r}; allowed: {', '.join(map(str, typing.get_args(hint)))}")
+        return value
+    if origin is list:
+        if not isinstance(value, list | tuple):
+            faults.append(f"{path}={value!r}; expected a list such as [a,b]")
+            return None
+        return [_convert(typing.get_args(hint)[0], item, f"{path}[{index}]", faults) for index, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            faults.append(f"{path}={value!r}; expected a mapping")
+            return None
+        return dict(value)
+    return _convert_scalar(hint, value, path, faults)
+
+
+def _convert_scalar(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        expected = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint]
+        faults.append(f"{path}={value!r}; expected {expected}")
+    return value

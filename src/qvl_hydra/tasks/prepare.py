@@ -1,0 +1,129 @@
+"""From settings to what every task works on: model, operators, calibration samples, schemes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qvl_hydra.calibration.encode import Processor, load_processor
+from qvl_hydra.calibration.sample import CalibrationSet, Sample
+from qvl_hydra.calibration.sources import check_calibration, load_calibration
+from qvl_hydra.engines.protocol import pick_device
+from qvl_hydra.errors import QvlHydraError
+from qvl_hydra.models.load import (
+    BUNDLED,
+    LoadedModel,
+    ModelDescription,
+    describe_model,
+    load_model,
+    model_folder,
+    require_memory,
+)
+from qvl_hydra.operators.discover import Operator, find_operators, select_operators
+from qvl_hydra.quantizers.scheme import Scheme, scheme_from_settings
+from qvl_hydra.settings import QuantSettings, Settings
+
+TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+BACKEND_PACKAGES = {
+    "inc_fx": ("neural_compressor", "neural-compressor", "inc"),
+    "inc_onnxrt": ("neural_compressor", "neural-compressor", "inc"),
+    "onnxrt": ("onnxruntime", "onnxruntime-gpu", "onnx"),
+    "modelopt": ("modelopt", "nvidia-modelopt", "modelopt"),
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a task works on.
+
+    Attributes:
+        operators: those selected, in data order.
+        scored: the samples that scores are measured on.
+        schemes: the scheme to score, then further ones.
+    """
+
+    description: ModelDescription
+    model: LoadedModel
+    processor: Processor
+    operators: tuple[Operator, ...]
+    calibration: CalibrationSet
+    scored: tuple[Sample, ...]
+    schemes: tuple[Scheme, ...]
+
+
+def environment_faults(settings: Settings) -> list[str]:
+    """What the settings ask for that is not there: model folder, files, device, packages. Nothing large is read."""
+    faults: list[str] = []
+    needs_model = settings.task.name != "compare"
+    checks = [lambda: pick_device(settings.backend.device)]
+    if needs_model:
+        checks.append(lambda: check_calibration(settings.calibration))
+        if "/" not in settings.model.path or Path(settings.model.path).expanduser().exists() or settings.model.path[0] in "/.~":
+            checks.append(lambda: model_folder(settings.model))
+    for check in checks:
+        try:
+            check()
+        except QvlHydraError as error:
+            faults.append(str(error))
+    module, package, extra = BACKEND_PACKAGES.get(settings.backend.name, ("", "", ""))
+    if module and importlib.util.find_spec(module) is None:
+        faults.append(f"backend={settings.backend.name} needs {package}, which is not installed: pip install 'qvl-hydra[{extra}]'")
+    return faults
+
+
+def prepare(settings: Settings, further_schemes: Sequence[QuantSettings] = ()) -> Prepared:
+    """Select operators, check memory, read samples, and load the model last.
+
+    Raises:
+        QvlHydraError: anything missing, unreadable, empty or too large, named.
+    """
+    description = describe_model(settings.model)
+    found = find_operators(description.skeleton, settings.component.name)
+    operators = tuple(select_operators(found, settings.operators, settings.seed))
+    require_memory(description, working_bytes(settings, description, operators), f"backend={settings.backend.name}")
+    processor = processor_of(description)
+    calibration = load_calibration(settings.calibration, processor)
+    model = load_model(description, pick_device(settings.backend.device), settings.seed)
+    batches = settings.strategy.confidence_batches
+    count = len(calibration.samples) if batches is None else batches * settings.calibration.batch_size
+    schemes = tuple(
+        scheme_from_settings(dataclasses.replace(quant, perturb=settings.quant.perturb))
+        for quant in (settings.quant, *further_schemes)
+    )
+    return Prepared(description, model, processor, operators, calibration, calibration.samples[:count], schemes)
+
+
+def processor_of(description: ModelDescription) -> Processor:
+    """The checkpoint's own processor; a bare shape takes the bundled one of its family, and its special tokens."""
+    if (description.folder / "tokenizer_config.json").exists() or description.settings.weights == "pretrained":
+        return load_processor(description.folder)
+    bundled = model_folder(dataclasses.replace(description.settings, path=f"{BUNDLED}tiny_{description.family}"))
+    processor = load_processor(bundled)
+    for name in TOKEN_IDS:
+        setattr(description.config, name, getattr(processor.config, name))
+    return processor
+
+
+def working_bytes(settings: Settings, description: ModelDescription, operators: Sequence[Operator]) -> int:
+    """Memory that a backend needs beside the weights, at least; negative where it holds less than all weights."""
+    weights = description.weight_bytes
+    if settings.model.placement == "streamed":
+        parts = [child for child in description.skeleton.modules() if type(child).__name__.endswith(("DecoderLayer", "VisionBlock"))]
+        largest = max(sum(p.numel() for p in part.parameters()) for part in parts)
+        table = description.skeleton.get_input_embeddings().weight.numel()
+        return max(3 * largest, 2 * table) * torch.float32.itemsize - weights
+    if settings.backend.name == "inc_fx":
+        # Neural Compressor works on a float32 copy of the model, of which it makes another for each measurement.
+        return 3 * sum(p.numel() for p in description.skeleton.parameters()) * torch.float32.itemsize - weights
+    if settings.backend.name in ("onnxrt", "inc_onnxrt"):
+        return 2 * sum(p.numel() for p in description.skeleton.parameters()) * torch.float32.itemsize
+    if settings.strategy.name == "hawq_v2":
+        largest = max(op.n_params for op in operators)
+        return 5 * largest * torch.float32.itemsize
+    return math.ceil(0.1 * weights)

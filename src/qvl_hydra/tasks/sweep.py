@@ -1,0 +1,277 @@
+"""task=sweep: score the operators, and leave the files of DESIGN.md section 5."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from qvl_hydra import __version__
+from qvl_hydra.engines.metrics import UNITS
+from qvl_hydra.engines.protocol import EngineReport, SweepJob, load_engine
+from qvl_hydra.errors import RunFolderError
+from qvl_hydra.models.memory import GIB, peak_memory_bytes
+from qvl_hydra.reports.sweep import write_sweep_report
+from qvl_hydra.scores.store import FINGERPRINT, RunFolder, adopt, find_resumable, write_json, write_parquet
+from qvl_hydra.scores.table import Scored, score_table
+from qvl_hydra.screen import Screen
+from qvl_hydra.settings import QuantSettings, Settings
+from qvl_hydra.tasks.prepare import Prepared, prepare
+
+REFRESH_S = 10.0  # how old scores.parquet may get while the run goes on
+SHOWN = 10
+PACKAGES = (
+    "torch", "transformers", "numpy", "pandas", "hydra-core", "mlflow", "neural-compressor", "onnx", "onnxruntime-gpu",
+    "nvidia-modelopt",
+)  # fmt: skip
+# What decides neither a score nor its place among others.
+UNFINGERPRINTED = ("tracking", "resume", "compare", "profile", "export", "task")
+
+
+def run(settings: Settings, folder: RunFolder, screen: Screen, further_schemes: Sequence[QuantSettings] = ()) -> None:
+    """Score, write, show.
+
+    Raises:
+        QvlHydraError: see `prepare`; and what the engine cannot do.
+        KeyboardInterrupt: after what there is was written, marked partial.
+    """
+    began = time.perf_counter()
+    prepared = prepare(settings, further_schemes)
+    fingerprint = _fingerprint(settings, prepared)
+    _resume(settings, folder, fingerprint, screen)
+    _write_calibration(settings, folder, prepared)
+    job = _job(settings, folder, prepared)
+    note: dict[str, Any] = {"fingerprint": fingerprint, "began": began}
+    folder.after_write = _refresher(settings, folder, prepared)
+    report: EngineReport | None = None
+    try:
+        report = load_engine(settings.backend.name)(job, folder, screen)
+    finally:  # Ctrl-C, an error or the end: what there is is written
+        screen.finish()
+        _write_results(settings, folder, prepared, report, note)
+    _show(settings, folder, report, screen)
+
+
+def _job(settings: Settings, folder: RunFolder, prepared: Prepared) -> SweepJob:
+    workdir = folder.path / settings.backend.name
+    workdir.mkdir(exist_ok=True)
+    return SweepJob(
+        model=prepared.model,
+        component=settings.component.name,
+        operators=prepared.operators,
+        calibration=prepared.calibration,
+        scored=prepared.scored,
+        batch_size=settings.calibration.batch_size,
+        schemes=prepared.schemes,
+        strategy=settings.strategy,
+        backend=settings.backend,
+        fuse=settings.operators.fuse,
+        seed=settings.seed,
+        workdir=workdir,
+    )
+
+
+def _fingerprint(settings: Settings, prepared: Prepared) -> str:
+    """Hash of everything that decides the result."""
+    content = {key: value for key, value in asdict(settings).items() if key not in UNFINGERPRINTED}
+    content |= {
+        "model_sha": prepared.model.sha,
+        "calibration_sha": prepared.calibration.sha,
+        "torch": torch.__version__,
+        "qvl_hydra": __version__,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _resume(settings: Settings, folder: RunFolder, fingerprint: str, screen: Screen) -> None:
+    """Find what an earlier run of the same settings left, here or in another folder, and note whose folder this is."""
+    path = folder.path / FINGERPRINT
+    if path.exists() and json.loads(path.read_text())["fingerprint"] != fingerprint:
+        raise RunFolderError(
+            f"{folder.path} holds the results of a run with other settings; give this one its own hydra.run.dir"
+        )
+    if path.exists() and settings.resume == "never":
+        raise RunFolderError(f"{folder.path} holds results already; give resume=never its own hydra.run.dir")
+    if not path.exists() and settings.resume != "never":
+        source = _source(settings, folder, fingerprint)
+        if source is not None:
+            adopt(source, folder)
+            screen.say(f"going on where {source} stopped")
+    write_json(path, {"fingerprint": fingerprint, "qvl_hydra": __version__})
+
+
+def _source(settings: Settings, folder: RunFolder, fingerprint: str) -> Path | None:
+    if settings.resume == "auto":
+        roots = [Path.cwd() / "outputs", Path.cwd() / "multirun"]
+        return find_resumable(roots, fingerprint, folder.path)
+    given = Path(settings.resume)
+    kept = given / FINGERPRINT
+    if not kept.exists():
+        raise RunFolderError(f"resume={given}: no unfinished run there; allowed: auto, never, or a run's folder")
+    if json.loads(kept.read_text())["fingerprint"] != fingerprint:
+        raise RunFolderError(f"resume={given}: that run had other settings, samples or versions")
+    return given
+
+
+def _write_calibration(settings: Settings, folder: RunFolder, prepared: Prepared) -> None:
+    calibration = prepared.calibration
+    write_json(
+        folder.path / "calibration.json",
+        {
+            "source": calibration.source,
+            "size": len(calibration.samples),
+            "seed": settings.calibration.seed,
+            "sha": calibration.sha,
+            "bad": [asdict(item) for item in calibration.bad],
+            "samples": [sample.id for sample in calibration.samples],
+            "scored": [sample.id for sample in prepared.scored],
+        },
+    )
+
+
+def _ranking_metric(settings: Settings) -> str:
+    if settings.strategy.name == "hawq_v2":
+        return "trace" if settings.strategy.weighting == "trace" else "omega"
+    return settings.strategy.metric
+
+
+def _tables(
+    settings: Settings, folder: RunFolder, prepared: Prepared, report: EngineReport | None
+) -> dict[str, tuple[pd.DataFrame, float | None]]:
+    """The table of each scheme that has scores; the main one always."""
+    frame = folder.frame()
+    metric = report.metric if report else _ranking_metric(settings)
+    schemes = list(dict.fromkeys([prepared.schemes[0].name, *frame["scheme"].unique()]))
+    main = prepared.schemes[0].name
+    if len(frame) and main not in set(frame["scheme"]):
+        schemes.remove(main)  # a backend that knows one scheme only scored that one
+    return {
+        scheme: score_table(
+            Scored(
+                prepared.operators, frame, folder.endings(), metric, UNITS.get(metric, report.unit if report else ""),
+                scheme, settings.operators.fuse, settings.seed,
+            )
+        )
+        for scheme in schemes
+    }  # fmt: skip
+
+
+def _refresher(settings: Settings, folder: RunFolder, prepared: Prepared) -> Callable[[], None]:
+    """Keeps scores.parquet readable and young while the run goes on."""
+    last = time.monotonic()
+
+    def refresh() -> None:
+        nonlocal last
+        if time.monotonic() - last > REFRESH_S:
+            table, _ = next(iter(_tables(settings, folder, prepared, None).values()))
+            write_parquet(folder.path / "scores.parquet", table)
+            last = time.monotonic()
+
+    return refresh
+
+
+def _write_results(
+    settings: Settings, folder: RunFolder, prepared: Prepared, report: EngineReport | None, note: dict[str, Any]
+) -> None:
+    tables = _tables(settings, folder, prepared, report)
+    main = next(iter(tables))
+    for scheme, (table, _) in tables.items():
+        name = "scores.parquet" if scheme == main else f"scores_{scheme}.parquet"
+        write_parquet(folder.path / name, table)
+    write_parquet(folder.path / "sample_scores.parquet", folder.frame())
+    write_json(folder.path / "run.json", _run_record(settings, prepared, report, tables[main], main, note))
+    write_sweep_report(folder.path)
+
+
+def _run_record(
+    settings: Settings,
+    prepared: Prepared,
+    report: EngineReport | None,
+    scored: tuple[pd.DataFrame, float | None],
+    scheme: str,
+    note: dict[str, Any],
+) -> dict[str, Any]:
+    table, factor = scored
+    status = table["status"].value_counts()
+    forward_s, engine_s = (report.forward_s, report.engine_s) if report else (None, None)
+    details = dict(report.details) if report else {}
+    if factor is not None:
+        details["sketch_factor"] = factor
+    if prepared.model.device.type == "cuda":
+        details["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(prepared.model.device)
+    return {
+        "task": "sweep",
+        "status": "complete" if report else "partial",
+        "backend": settings.backend.name,
+        "device": str(prepared.model.device),
+        "strategy": settings.strategy.name,
+        "estimator": report.estimator if report else settings.strategy.estimator,
+        "scheme": scheme,
+        "component": settings.component.name,
+        "model": settings.model.name,
+        "n_ops": len(table),
+        "n_scored": int(status.get("scored", 0)),
+        "n_skipped": int(status.get("skipped", 0)),
+        "n_failed": int(status.get("failed", 0)),
+        "n_samples": len(prepared.scored),
+        "calibration_size": len(prepared.calibration.samples),
+        "calibration_seed": settings.calibration.seed,
+        "calibration_bad": len(prepared.calibration.bad),
+        "wall_s": time.perf_counter() - note["began"],
+        "engine_s": engine_s,
+        "forward_s": forward_s,
+        "forward_equivalents": engine_s / forward_s if engine_s is not None and forward_s else None,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "versions": versions(),
+        "model_sha": prepared.model.sha,
+        "calibration_sha": prepared.calibration.sha,
+        "fingerprint": note["fingerprint"],
+        "notes": list(report.notes) if report else ["stopped before the end: what is here was measured until then"],
+        "details": details,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on, as far as installed."""
+    found = {"python": platform.python_version(), "qvl_hydra": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _show(settings: Settings, folder: RunFolder, report: EngineReport, screen: Screen) -> None:
+    table = pd.read_parquet(folder.path / "scores.parquet")
+    record = json.loads((folder.path / "run.json").read_text())
+    top = table[table["status"] == "scored"].sort_values("rank").head(SHOWN)
+    title = f"most sensitive of {settings.model.name} ({record['scheme']}; {report.unit})"
+    rows = [
+        [f"{row.rank:2d} {row.op.removeprefix('model.')}", f"{row.score:.4g}", f"{row.score_low:.3g} to {row.score_high:.3g}", str(row.estimator)]
+        for row in top.itertuples()
+    ]
+    screen.table(title, ["operator", "score", "95 % interval", "by"], rows)
+    for note in report.notes:
+        screen.say(note)
+    agreement = report.details.get("agreement")
+    if agreement is not None:
+        seen = report.details["exact_operators"]
+        screen.say(f"sketch and exact agree on the {seen} operators that both measured: rank correlation {agreement:.3f}")
+    counted = ", ".join(f"{record[f'n_{name}']} {name}" for name in ("scored", "skipped", "failed") if record[f"n_{name}"])
+    screen.say(
+        f"{counted} of {record['n_ops']} operators on {record['n_samples']} samples in {record['wall_s']:.1f} s "
+        f"({record['forward_equivalents'] or 0:.1f} forward-equivalents, peak memory "
+        f"{record['peak_memory_bytes'] / GIB:.1f} GiB)"
+    )
+    if record["calibration_bad"]:
+        screen.say(f"{record['calibration_bad']} bad calibration samples were left out; calibration.json names them")
