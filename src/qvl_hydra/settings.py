@@ -246,11 +246,16 @@ class CompareSettings:
     runs: list[str] = field(default_factory=list)  # run ids or run folders
     sweep_id: str | None = None
     filter: str | None = None  # MLflow search filter
-    reference: str | None = None  # run id or folder the others are compared with; null: the largest calibration
+    reference: str | None = None  # id or folder of the run to compare with; null: most samples, or with proxy the first
     top_k: int = 10
+    overlap: float = 0.9  # share of the top k in common from which a ranking counts as stable
     confidence: float = 0.95
     resamples: int = 1000
     kind: Literal["runs", "calibration_sizes", "proxy"] = "runs"
+    after: bool = False  # compare the jobs of a multirun when it has ended
+    regret_shares: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2])  # proxy: shares of operators kept in float
+    regret_samples: int = 16  # proxy: samples the target's error is measured on
+    random_draws: int = 5  # proxy: random choices measured for each share
 
     def faults(self) -> list[str]:
         found = []
@@ -258,9 +263,21 @@ class CompareSettings:
             found.append(f"compare.top_k={self.top_k}; must be 1 or more")
         if not 0.5 < self.confidence < 1:
             found.append(f"compare.confidence={self.confidence}; must lie between 0.5 and 1")
+        if not 0 < self.overlap <= 1:
+            found.append(f"compare.overlap={self.overlap}; must be above 0 and at most 1")
         if self.resamples < 100:
             found.append(f"compare.resamples={self.resamples}; must be 100 or more")
+        if any(not 0 < share < 1 for share in self.regret_shares):
+            found.append(f"compare.regret_shares={self.regret_shares}; every share must lie between 0 and 1")
+        for key in ("regret_samples", "random_draws"):
+            if getattr(self, key) < 1:
+                found.append(f"compare.{key}={getattr(self, key)}; must be 1 or more")
         return found
+
+
+ProfileFormat = Literal[
+    "neural_compressor", "compressed_tensors", "llm_compressor", "modelopt", "auto_round", "tensorrt_llm"
+]
 
 
 @dataclass(frozen=True)
@@ -271,20 +288,21 @@ class ProfileSettings:
     budget: Literal["count", "share", "average_bits", "weight_bytes", "error"] = "share"
     value: float = 0.1  # of the budget: operators, share of operators, bits, bytes, or the score sum allowed
     spectrum: list[float] = field(default_factory=list)  # shares kept in high precision; empty: one profile
-    high_bits: int = 16  # width a kept operator's weights count with
-    evaluation_size: int = 64  # held-out samples the profile is measured on
+    high_bits: int = 16  # bits that a kept operator's weights count with
+    evaluation_size: int = 256  # held-out samples that profiles are measured on
     baselines: bool = True
-    formats: list[str] = field(default_factory=list)  # exports to write; empty: all
-    quantize_with: list[str] = field(default_factory=list)  # task=quantize: inc, compressed_tensors
+    formats: list[ProfileFormat] = field(default_factory=list)  # exports to write; empty: all that can express it
+    quantize_with: list[Literal["inc", "compressed_tensors"]] = field(default_factory=list)  # empty: both
 
     def faults(self) -> list[str]:
         found = []
         if any(not 0 <= share <= 1 for share in self.spectrum):
             found.append(f"profile.spectrum={self.spectrum}; every share must lie between 0 and 1")
-        if self.value < 0 or (self.budget == "share" and self.value > 1):
+        if (self.budget != "error" and self.value < 0) or (self.budget == "share" and self.value > 1):
             found.append(f"profile.value={self.value}; must not be negative, nor above 1 for profile.budget=share")
-        if self.evaluation_size < 1:
-            found.append(f"profile.evaluation_size={self.evaluation_size}; must be 1 or more")
+        for key in ("evaluation_size", "high_bits"):
+            if getattr(self, key) < 1:
+                found.append(f"profile.{key}={getattr(self, key)}; must be 1 or more")
         return found
 
 
@@ -293,15 +311,20 @@ class ExportSettings:
     """task=export_onnx."""
 
     folder: str | None = None  # null: `onnx/` in the run folder
-    opset: int = 17
-    exporter: Literal["auto", "torchscript", "dynamo"] = "auto"
-    image_height: int | None = None  # pixels, multiple of 28; null: the first calibration image
+    opset: int = 18
+    exporter: Literal["auto", "torchscript", "dynamo"] = "auto"  # auto: torchscript, and dynamo where that fails
+    external_data: bool = False  # true: weights in a file of their own; beyond 2 GB they are in any case
+    image_height: int | None = None  # pixels, multiple of 28; null: the first calibration image, 672 for real models
     image_width: int | None = None
     tolerance: float = 1e-4  # largest difference to PyTorch allowed, relative to the largest output
-    check_samples: int = 2
+    check_samples: int = 2  # calibration samples that the graph is compared on
 
     def faults(self) -> list[str]:
         found = []
+        if self.check_samples < 1:
+            found.append(f"export.check_samples={self.check_samples}; must be 1 or more")
+        if (self.image_height is None) != (self.image_width is None):
+            found.append("export.image_height and export.image_width are given together, or both null")
         for key in ("image_height", "image_width"):
             value = getattr(self, key)
             if value is not None and (value < 28 or value % 28):

@@ -39,13 +39,18 @@ class SampleTable:
 def sample_table(scores: pd.Series, sample_scores: pd.DataFrame) -> SampleTable:
     """Per-sample scores as a matrix, operators in the order of `scores`.
 
+    Values are scaled to the operator's score, which a run may have rescaled (sketched scores beside exact ones).
+
     Args:
         scores: score of each operator, indexed by its path.
         sample_scores: rows with `op`, `sample`, `value`, already of one metric and scheme.
     """
     wide = sample_scores.pivot_table(index="op", columns="sample", values="value", aggfunc="mean", sort=False)
-    wide = wide.reindex(scores.index)
-    return SampleTable(scores.to_numpy(float), wide.to_numpy(float), tuple(map(str, wide.columns)))
+    found, values = scores.to_numpy(float), wide.reindex(scores.index).to_numpy(float)
+    means = np.nansum(values, axis=1) / np.maximum(np.isfinite(values).sum(axis=1), 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scale = np.where(found * means > 0, found / means, 1.0)
+    return SampleTable(found, values * scale[:, None], tuple(map(str, wide.columns)))
 
 
 def draw_weights(samples: Sequence[str], draws: int, rng: np.random.Generator) -> dict[str, Float[Array, " draw"]]:

@@ -6,7 +6,7 @@ reference's top k; and every larger size on the list is stable too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,3 +96,31 @@ def top_probability(table: SampleTable, k: int, draws: int, seed: int) -> Float[
         return np.full(len(table.scores), np.nan)
     weights = draw_weights(table.samples, draws, np.random.default_rng(seed))
     return top_membership(resampled_scores(table, weights), k).mean(axis=0)
+
+
+def measured_curve(
+    agreement: pd.DataFrame, sizes: Mapping[str, int], seeds: Mapping[str, int], reference: str
+) -> pd.DataFrame:
+    """Agreement of runs of different calibration sizes with the reference, from the table of pairs.
+
+    Args:
+        agreement: `agreement.pairs`.
+        sizes, seeds: calibration size and seed of each run, by name.
+
+    Returns:
+        One row a run other than the reference: the columns of `predicted_curve`, `run`, `seed`, and `shared`, the
+        samples it has in common with the reference.
+    """
+    rows = []
+    for row in agreement.to_dict("records"):
+        if reference not in (row["a"], row["b"]):
+            continue
+        name = row["b"] if row["a"] == reference else row["a"]
+        values = {key: row.get(key, np.nan) for key in _CURVE}
+        rows.append(
+            {"run": name, "size": sizes[name], "seed": seeds[name], "shared": row.get("shared_samples"), **values}
+        )
+    return pd.DataFrame(rows).sort_values(["size", "seed"], ignore_index=True)
+
+
+_CURVE = [f"{name}{end}" for name in ("spearman", "kendall", "overlap") for end in ("", "_low", "_high")] + ["p_stable"]

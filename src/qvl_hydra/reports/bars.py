@@ -18,10 +18,12 @@ def bar_scale(scored: pd.DataFrame) -> tuple[Callable[[float], float], bool]:
     """A function from a score to a share of the bar's width, and whether it is logarithmic."""
     scores = scored["score"].astype(float)
     top, bottom = float(scores.max()), float(scores.min())
+    highs = scored["score_high"].dropna().astype(float)
+    end = max(top, float(highs.max())) if len(highs) else top
     if bottom > 0 and top / float(scores.median()) > LOG_RATIO:
-        low, high = math.log(bottom / 1.5), math.log(top)
+        low, high = math.log(bottom / 1.5), math.log(end)
         return lambda value: (math.log(value) - low) / (high - low) if value > 0 else 0.0, True
-    low, high = min(0.0, bottom), max(top, 0.0)
+    low, high = min(0.0, bottom), max(end, 0.0)
     return lambda value: (value - low) / (high - low) if high > low else 0.0, False
 
 

@@ -36,7 +36,11 @@ def heat_map(scores: pd.DataFrame) -> str:
         for name, title in TOWERS.items()
         if (scores["component"] == name).any()
     ]
-    scale = "Darker is more sensitive; the scale is logarithmic." if _is_log(scored) else "Darker is more sensitive."
+    scale = (
+        "Stronger colour is more sensitive; the scale is logarithmic."
+        if _is_log(scored)
+        else "Stronger colour is more sensitive."
+    )
     legend = f'<p class="note">{scale} {MARKS["failed"]} failed, {MARKS["skipped"]} skipped, empty: not asked for.</p>'
     return f'<div class="row">{"".join(towers)}</div>{legend}'
 

@@ -1,0 +1,83 @@
+"""The part of a report that is about precision profiles, made from the files of the run folder."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from qvl_hydra.reports.page import Column, Section, facts, notes, number, table, text
+
+SHOWN = {
+    "chooser": "chosen by",
+    "n_high": "in high precision",
+    "share_high": "share",
+    "average_bits": "bits a weight",
+    "weight_bytes": "weight bytes",
+    "predicted": "predicted error",
+    "measured": "measured error",
+    "kl": "KL (nats a token)",
+    "loss": "task loss",
+    "exact_match": "exact match",
+    "recovered": "recovered",
+}
+
+
+def profile_sections(folder: Path) -> list[Section]:
+    """Sections for `write_sweep_report(extra=...)`: the profile with its curve, every profile measured, the exports.
+
+    Args:
+        folder: with `run.json`, `profiles.parquet`, `profile.json`, `exports/exports.json` and the figure.
+    """
+    record = json.loads((folder / "run.json").read_text())["profile"]
+    profile = json.loads((folder / "profile.json").read_text())
+    profiles = pd.read_parquet(folder / "profiles.parquet")
+    picture = base64.b64encode((folder / "figures" / "profile_spectrum.png").read_bytes()).decode()
+    source = f"data:image/png;base64,{picture}"
+    figure = f'<img style="max-width:100%" alt="exact match, KL and additivity of profiles" src="{source}">'
+    kept = "".join(f"<li><code>{text(path)}</code></li>" for path in profile["high"])
+    said = f"{len(profile['high'])} operators stay in high precision"
+    listed = f"<details><summary>{said}</summary><ul>{kept}</ul></details>"
+    rows = [[_value(row[name]) for name in SHOWN] for row in profiles.to_dict("records")]
+    columns = [Column(title, number=name != "chooser") for name, title in SHOWN.items()]
+    return [
+        Section("Precision profile", _summary(record) + figure + listed),
+        Section("Profiles measured", table(columns, rows, identity="profiles")),
+        Section("Exports", _exports(folder / "exports" / "exports.json")),
+    ]
+
+
+def _summary(record: dict[str, object]) -> str:
+    tiles = {
+        "budget": record["budget"],
+        "in high precision": f"{record['n_high']} ({number(record['share_high'])})",
+        "bits a weight": number(record["average_bits"]),
+        "exact match": number(record["exact_match"]),
+        "everything quantized": number(record["exact_match_quantized"]),
+        "float": number(record["exact_match_float"]),
+        "recovered": number(record["recovered"]),
+        "best baseline": number(record.get("best_baseline_exact_match")),
+        "held-out samples": record["evaluation_samples"],
+    }
+    return facts(tiles)
+
+
+def _exports(path: Path) -> str:
+    content = json.loads(path.read_text())
+    columns = [Column("format"), Column("for"), Column("files", code=True), Column("remarks")]
+    rows = [
+        [
+            item["format"],
+            item["consumer"],
+            ", ".join(item.get("files", [])),
+            item.get("error") or "; ".join(item["notes"]),
+        ]
+        for item in content["formats"]
+    ]
+    return table(columns, rows) + notes(content["misaligned"])
+
+
+def _value(value: object) -> object:
+    return None if value is None or value != value else value  # NaN is the only value unequal to itself
