@@ -37,14 +37,16 @@ def one_by_one(
             component_found = reference_output(model.module, sample, component)
         squared.append(float(((component_found - component_reference) ** 2).sum()))
         p, q = reference.double().softmax(-1), found.double().softmax(-1)
-        divergences += (p * (p / q).log()).sum(-1).tolist()
+        divergences.append(float((p * (p / q).log()).sum(-1).mean()))
         right = True
+        answer = []
         for place in range(1, len(sample.labels)):
             label = int(sample.labels[place])
             if label != IGNORED:
-                losses.append(-float(functional.log_softmax(found[place - 1], -1)[label]))
+                answer.append(-float(functional.log_softmax(found[place - 1], -1)[label]))
                 right = right and int(found[place - 1].argmax()) == label
         matches.append(right)
+        losses.append(sum(answer) / len(answer))
     count = len(samples)
     return Measurement(
         sum(squared) / count, sum(divergences) / len(divergences), sum(losses) / len(losses), sum(matches) / count

@@ -19,14 +19,15 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def draw_spectrum(table: pd.DataFrame, metric: str, path: Path) -> None:
-    """Draw `profiles.parquet`: exact match, KL, and measured against predicted squared error.
+    """Draw `profiles.parquet`: exact match, KL, and measured against predicted error where both are known.
 
     Args:
         table: columns of `spectrum.COLUMNS`.
-        metric: of the scores; measured and predicted error are compared when it is `squared_error`.
+        metric: of the scores, for the axis titles.
         path: PNG file to write.
     """
-    panels = 3 if metric == "squared_error" else 2
+    both = table[(table["predicted"] > 0) & (table["measured"] > 0)]
+    panels = 3 if len(both) else 2
     figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
     axes = figure.subplots(1, panels)
     _against_share(axes[0], table, "exact_match", "exact match on held-out samples")
@@ -34,7 +35,7 @@ def draw_spectrum(table: pd.DataFrame, metric: str, path: Path) -> None:
     _against_share(axes[1], table[table["kl"] > 0], "kl", "KL to the float model (nats a token)")
     axes[1].set_yscale("log")
     if panels == 3:
-        _additivity(axes[2], table)
+        _additivity(axes[2], both, metric)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -60,18 +61,16 @@ def _against_share(axes: Axes, table: pd.DataFrame, column: str, label: str) -> 
     axes.grid(alpha=0.3)
 
 
-def _additivity(axes: Axes, table: pd.DataFrame) -> None:
+def _additivity(axes: Axes, rows: pd.DataFrame, metric: str) -> None:
     """Predicted (sum of scores) against measured: on the diagonal, errors of single operators add up."""
-    rows = table[(table["predicted"] > 0) & (table["squared_error"] > 0)]
+    choosers = rows["chooser"].str.replace(r"-\d+$", "", regex=True)
     for name, style in STYLES.items():
-        some = rows[rows["chooser"].str.replace(r"-\d+$", "", regex=True) == name]
-        if len(some):
-            axes.scatter(some["predicted"], some["squared_error"], s=18, color=style["color"], marker=style["marker"])
-    if len(rows):
-        both = pd.concat([rows["predicted"], rows["squared_error"]])
-        axes.plot([both.min(), both.max()], [both.min(), both.max()], color="black", linewidth=0.8)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-    axes.set_xlabel("predicted: sum of scores of quantized operators")
-    axes.set_ylabel("measured squared error")
+        some = rows[choosers == name]
+        axes.scatter(some["predicted"], some["measured"], s=18, color=style["color"], marker=style["marker"])
+    both = pd.concat([rows["predicted"], rows["measured"]])
+    axes.plot([both.min(), both.max()], [both.min(), both.max()], color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel(f"predicted {metric.replace('_', ' ')}: sum of the scores of what is quantized")
+    axes.set_ylabel("measured, all quantized at once")
     axes.grid(alpha=0.3)

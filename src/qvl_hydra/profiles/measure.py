@@ -33,8 +33,8 @@ class Measurement:
     Attributes:
         squared_error: mean over samples of the squared change of the component's output (logits at every position, or
             merged image features), the quantity that `squared_error` scores are about.
-        kl: KL(float model || this model) in nats a token, mean over all positions of all samples.
-        loss: cross-entropy of the answer tokens in nats, mean over answer tokens.
+        kl: KL(float model || this model) in nats a token: mean over all positions of a sample, then over samples.
+        loss: cross-entropy in nats an answer token: mean over the answer of a sample, then over samples.
         exact_match: share of samples whose every answer token (its end of turn included) is the most likely one given
             the image, the question and the right answer up to it: what greedy decoding gets right in full.
     """
@@ -89,18 +89,16 @@ def measure_profiles(
     batches = _batches(module, samples, component)
     kinds = {frozenset(op.path for op in profile.low): profile for profile in profiles}
     sums = {low: _Sums() for low in kinds}
-    tokens = answers = count = 0
+    count = 0
     with torch.no_grad():
         for rows in batches:
             batch = _reference(module, rows, component)
-            tokens += batch.labels.numel()
-            answers += int((batch.labels != IGNORED).sum())
             count += len(rows)
             for low, profile in kinds.items():
                 with applied(module, profile, quantizers):
                     _add(sums[low], module, batch)
                 each()
-    found = {low: _mean(sums[low], count, tokens, answers, kinds[low].chooser) for low in kinds}
+    found = {low: _mean(sums[low], count, kinds[low].chooser) for low in kinds}
     return [found[frozenset(op.path for op in profile.low)] for profile in profiles]
 
 
@@ -150,31 +148,31 @@ def _add(sums: _Sums, module: nn.Module, batch: _Reference) -> None:
     else:
         for row, reference in zip(batch.samples, batch.features, strict=True):
             sums.squared += float((vision_features(module, row) - reference).double().square().sum())
-    sums.kl += float(_kl(batch.logits, found))
-    loss, hits = _answers(found, batch.labels)
-    sums.loss += float(loss)
+    sums.kl += float(_kl(batch.logits, found).sum())
+    losses, hits = _answers(found, batch.labels)
+    sums.loss += float(losses.sum())
     sums.right += int(hits.sum())
 
 
-def _kl(reference: Float[Tensor, "row token vocab"], found: Float[Tensor, "row token vocab"]) -> Float[Tensor, ""]:
-    """Sum over rows and tokens, in nats."""
-    return functional.kl_div(
-        found.double().log_softmax(-1), reference.double().log_softmax(-1), reduction="sum", log_target=True
-    )
+def _kl(reference: Float[Tensor, "row token vocab"], found: Float[Tensor, "row token vocab"]) -> Float[Tensor, " row"]:
+    """Mean over the tokens of each row, in nats."""
+    log_p, log_q = reference.log_softmax(-1), found.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum((1, 2), dtype=torch.float64) / found.shape[1]
 
 
 def _answers(
     found: Float[Tensor, "row token vocab"], labels: Int64[Tensor, "row token"]
-) -> tuple[Float[Tensor, ""], Bool[Tensor, " row"]]:
-    """Sum of the loss over answer tokens, and which rows have every answer token right."""
+) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:
+    """Mean loss over the answer tokens of each row, and which rows have every answer token right."""
     asked = labels[:, 1:] != IGNORED
-    loss = functional.cross_entropy(found[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="sum")
+    before = found[:, :-1].transpose(1, 2)
+    losses = functional.cross_entropy(before, labels[:, 1:], ignore_index=IGNORED, reduction="none")
     hits = (found[:, :-1].argmax(-1) == labels[:, 1:]) | ~asked
-    return loss, hits.all(1)
+    return losses.sum(1) / asked.sum(1), hits.all(1)
 
 
-def _mean(sums: _Sums, count: int, tokens: int, answers: int, chooser: str) -> Measurement:
-    result = Measurement(sums.squared / count, sums.kl / tokens, sums.loss / answers, sums.right / count)
+def _mean(sums: _Sums, count: int, chooser: str) -> Measurement:
+    result = Measurement(sums.squared / count, sums.kl / count, sums.loss / count, sums.right / count)
     if not all(math.isfinite(value) for value in (result.squared_error, result.kl, result.loss)):
         raise ProfileError(f"the model's outputs under the profile of {chooser} are not finite: {result}")
     return result

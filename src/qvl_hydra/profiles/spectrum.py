@@ -26,6 +26,7 @@ COLUMNS = (
     "average_bits",
     "weight_bytes",
     "predicted",  # sum of the quantized operators' scores, in the sweep's metric
+    "measured",  # the same quantity measured, all quantized at once; null for a metric that is not measured (omega)
     "squared_error",
     "kl",
     "loss",
@@ -79,13 +80,22 @@ def measure_curve(
     quantizers: Mapping[str, OperatorQuantizer],
     samples: Sequence[Sample],
     component: str,
+    metric: str,
     each: Callable[[], None] = lambda: None,
 ) -> pd.DataFrame:
-    """One row a candidate, with the columns of `COLUMNS`: the content of `profiles.parquet`."""
+    """Measure every candidate.
+
+    Args:
+        metric: of the scores, which `predicted` is in.
+        each: called as `measure_profiles` does.
+
+    Returns:
+        One row a candidate, with the columns of `COLUMNS`: the content of `profiles.parquet`.
+    """
     measured = measure_profiles(module, [item.profile for item in found], quantizers, samples, component, each)
-    low = next(value for item, value in zip(found, measured, strict=True) if item.budget == found[0].budget)
+    low = measured[0]  # the first candidate quantizes all that may be
     high = next(value for item, value in zip(found, measured, strict=True) if not item.profile.low)
-    rows = [_row(item, value, low, high) for item, value in zip(found, measured, strict=True)]
+    rows = [_row(item, value, low, high, metric) for item, value in zip(found, measured, strict=True)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -97,7 +107,10 @@ def best_baseline(table: pd.DataFrame, budget: str, value: float) -> pd.Series |
     return same.sort_values(["exact_match", "kl"], ascending=[False, True]).iloc[0]
 
 
-def _row(item: Candidate, value: Measurement, low: Measurement, high: Measurement) -> dict[str, object]:
+def _row(
+    item: Candidate, value: Measurement, low: Measurement, high: Measurement, metric: str
+) -> dict[str, object]:
+    in_metric = {"squared_error": value.squared_error, "kl": value.kl, "loss_change": value.loss - high.loss}
     lost = high.exact_match - low.exact_match
     profile = item.profile
     return {
@@ -109,6 +122,7 @@ def _row(item: Candidate, value: Measurement, low: Measurement, high: Measuremen
         "average_bits": profile.average_bits,
         "weight_bytes": profile.weight_bytes,
         "predicted": profile.predicted,
+        "measured": in_metric.get(metric),
         **dataclasses.asdict(value),
         "recovered": (value.exact_match - low.exact_match) / lost if lost > 0 else None,
     }

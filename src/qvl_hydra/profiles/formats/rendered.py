@@ -1,0 +1,75 @@
+"""What every format gives, and what several formats cannot express."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from qvl_hydra.errors import ProfileError
+from qvl_hydra.operators.discover import Operator
+from qvl_hydra.profiles.profile import Profile
+
+KERNEL_MULTIPLE = 64  # widths that INT8 kernels tile by; vLLM's CUTLASS and Marlin refuse or pad others
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The files of one format.
+
+    Attributes:
+        files: name and text of each.
+        notes: where the consumer computes something else than the profile's scheme, one sentence each.
+    """
+
+    files: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format and its consumer.
+
+    Attributes:
+        consumer: the tool that reads it.
+        loaded: versions the tests load it with; None when no test does.
+        render: makes the files of a profile, given every operator of the model. Raises ProfileError, naming the
+            operators, for what the format cannot express.
+    """
+
+    consumer: str
+    loaded: str | None
+    render: Callable[[Profile, Sequence[Operator]], Rendered]
+
+
+def require_linear(profile: Profile, format_name: str) -> None:
+    """Refuse a quantized convolution.
+
+    Raises:
+        ProfileError: naming each.
+    """
+    others = [f"{op.path} ({op.kind})" for op in profile.low if op.kind != "Linear"]
+    if others:
+        raise ProfileError(
+            f"{format_name} quantizes Linear modules only and cannot express {', '.join(others)}; "
+            "leave them out of the sweep with operators.exclude=['*patch_embed*'], so that they stay as they are"
+        )
+
+
+def refuse(profile: Profile, format_name: str, what: str, remedy: str) -> ProfileError:
+    """The error for a scheme that a format cannot express, naming the operators it is for."""
+    low = [op.path for op in profile.low]
+    return ProfileError(
+        f"{format_name} cannot express {what} (scheme {profile.scheme.name}), asked for {len(low)} operators, "
+        f"first {low[0] if low else 'none'}; {remedy}"
+    )
+
+
+def misaligned(profile: Profile) -> list[str]:
+    """Quantized operators whose width no common INT8 kernel takes as it is, one sentence each."""
+    found = []
+    for op in profile.low:
+        widths = {"input": op.in_features, "output": op.out_features}
+        odd = [f"{side} width {width}" for side, width in widths.items() if width % KERNEL_MULTIPLE]
+        if odd:
+            found.append(f"{op.path}: {' and '.join(odd)} not divisible by {KERNEL_MULTIPLE}")
+    return found

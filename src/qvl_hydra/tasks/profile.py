@@ -1,0 +1,140 @@
+"""task=profile: decides a precision profile, measures it beside baselines and the spectrum, and writes the exports."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from qvl_hydra.models.memory import peak_memory_bytes
+from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.profiles.baselines import input_ranges, weight_errors
+from qvl_hydra.profiles.figure import draw_spectrum
+from qvl_hydra.profiles.formats.table import write_formats
+from qvl_hydra.profiles.measure import steps
+from qvl_hydra.profiles.profile import describe
+from qvl_hydra.profiles.spectrum import best_baseline, candidates, measure_curve
+from qvl_hydra.reports.profile import profile_sections
+from qvl_hydra.reports.sweep import write_sweep_report
+from qvl_hydra.scores.store import RunFolder, write_json, write_parquet
+from qvl_hydra.screen import Screen
+from qvl_hydra.settings import Settings
+from qvl_hydra.tasks.decide import Decision, decide, held_out
+from qvl_hydra.tasks.sweep import versions
+
+FIGURE = Path("figures") / "profile_spectrum.png"
+
+
+def run(settings: Settings, folder: RunFolder, screen: Screen) -> None:
+    """Decide, measure, write, show.
+
+    Raises:
+        QvlHydraError: see `decide`; and a format asked for by name that cannot express the profile.
+    """
+    began = time.perf_counter()
+    decision = decide(settings, folder, screen)
+    table, samples = _measure(settings, decision, screen)
+    write_parquet(folder.path / "profiles.parquet", table)
+    write_json(folder.path / "profile.json", {"budget": str(decision.budget), **describe(decision.profile)})
+    draw_spectrum(table, decision.metric, folder.path / FIGURE)
+    everything = find_operators(decision.prepared.model.module, "full")
+    exports = write_formats(decision.profile, everything, settings.profile.formats, folder.path / "exports")
+    summary = summarise(table, decision) | {"evaluation_samples": samples}
+    notes = [*decision.notes, *_export_notes(exports)]
+    write_json(folder.path / "run.json", _run_record(decision, summary, notes, time.perf_counter() - began))
+    write_sweep_report(folder.path, extra=profile_sections(folder.path))
+    _show(decision, table, summary, notes, screen)
+
+
+def _measure(settings: Settings, decision: Decision, screen: Screen) -> tuple[pd.DataFrame, int]:
+    module = decision.prepared.model.module
+    errors = weight_errors(module, decision.quantizers) if settings.profile.baselines else None
+    found = candidates(
+        decision.units, decision.profile, decision.budget, settings.profile.spectrum, errors,
+        input_ranges(decision.quantizers),
+    )  # fmt: skip
+    samples = held_out(settings, decision.prepared)
+    component = settings.component.name
+    profiles = [item.profile for item in found]
+    screen.total(steps(module, profiles, samples, component), f"measuring {len(profiles)} profiles")
+    try:
+        table = measure_curve(module, found, decision.quantizers, samples, component, decision.metric, screen.step)
+    finally:
+        screen.finish()
+    return table, len(samples)
+
+
+def summarise(table: pd.DataFrame, decision: Decision) -> dict[str, Any]:
+    """The numbers of the profile decided on, beside both ends of the curve and the best baseline."""
+    kind, value = decision.budget.kind, decision.budget.value
+    own = table[(table["chooser"] == "scores") & (table["budget"] == kind) & (table["value"] == value)].iloc[0]
+    columns = [name for name in table.columns if name not in ("chooser", "budget", "value")]
+    found = {name: _plain(own[name]) for name in columns}
+    ends = {"quantized": table.iloc[0], "float": table[table["n_high"] == len(decision.profile.operators)].iloc[0]}
+    for name, row in ends.items():
+        found |= {f"exact_match_{name}": _plain(row["exact_match"]), f"loss_{name}": _plain(row["loss"])}
+    best = best_baseline(table, kind, value)
+    if best is not None:
+        found |= {f"best_baseline_{name}": _plain(best[name]) for name in ("exact_match", "kl", "recovered")}
+        found["best_baseline"] = best["chooser"]
+    return found
+
+
+def _plain(value: Any) -> float | int | None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return int(value) if float(value).is_integer() and not isinstance(value, float) else float(value)
+
+
+def _run_record(decision: Decision, summary: dict[str, Any], notes: list[str], wall_s: float) -> dict[str, Any]:
+    """The sweep's record, with the profile's numbers beside it and this run's own times."""
+    return {
+        **decision.sweep,
+        "task": "profile",
+        "status": "complete",
+        "profile": {"budget": str(decision.budget), **summary},
+        "wall_s": wall_s,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "versions": versions(),
+        "notes": [*decision.sweep.get("notes", []), *notes],
+    }
+
+
+def _export_notes(exports: list[dict[str, Any]]) -> list[str]:
+    return [f"not exported: {record['error']}" for record in exports if "error" in record]
+
+
+def _show(
+    decision: Decision, table: pd.DataFrame, summary: dict[str, Any], notes: list[str], screen: Screen
+) -> None:
+    total = len(decision.profile.operators)
+    own = table[table["chooser"] == "scores"].sort_values("n_high").to_dict("records")
+    rows = [
+        [
+            f"{row['n_high']} of {total}",
+            f"{row['average_bits']:.2f}",
+            f"{row['kl']:.3g}",
+            f"{row['loss']:.4f}",
+            f"{row['exact_match']:.3f}",
+            _best(table, row),
+        ]
+        for row in own
+    ]
+    name, samples = decision.prepared.description.settings.name, summary["evaluation_samples"]
+    columns = ["in high precision", "bits", "KL", "loss", "exact match", "best baseline"]
+    screen.table(f"profiles of {name} on {samples} held-out samples", columns, rows)
+    for note in notes:
+        screen.say(note)
+    screen.say(
+        f"{decision.budget}: {summary['n_high']} of {total} operators stay in high precision, "
+        f"exact match {summary['exact_match']:.3f} (all quantized {summary['exact_match_quantized']:.3f}, "
+        f"float {summary['exact_match_float']:.3f})"
+    )
+
+
+def _best(table: pd.DataFrame, row: dict[Any, Any]) -> str:
+    best = best_baseline(table, row["budget"], row["value"])
+    return "" if best is None else f"{best['exact_match']:.3f} {best['chooser']}"
