@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float64
@@ -99,7 +100,7 @@ def score_sample(wave: Wavefront, context: Context, start: State) -> dict[str, d
             if segment is walker.segments[-1]:
                 values = _compare(wave, segment, context, rows, places)
             else:
-                rows = wave.chunk.advance(rows, lambda x, at: _run(wave, segment, context, x, at, places))
+                rows = wave.chunk.advance(rows, partial(_run, wave, segment, context, places))
     assert values is not None
     return _by_target(wave, values, started, fallback)
 
@@ -145,7 +146,7 @@ def _quantized_rows(wave: Wavefront, segment: Segment, own: Sequence[Target], co
 
 
 def _run(
-    wave: Wavefront, segment: Segment, context: Context, rows: State, first: int, places: Mapping[str, _Places]
+    wave: Wavefront, segment: Segment, context: Context, places: Mapping[str, _Places], rows: State, first: int
 ) -> Tensor:
     """Advance a chunk of rows through a segment, each operator quantized in its rows."""
     count = rows.shape[0]
@@ -189,11 +190,11 @@ def _compare(
     sums: list[Tensor] = []
     for tokens in token_chunks(rows.shape[1], width * 4, OUTPUT_BYTES) if is_text else [slice(None)]:
         part = rows[:, tokens]
-        reference = _run(wave, segment, context, part[:1], 0, places)[0]
+        reference = _run(wave, segment, context, places, part[:1], 0)[0]
         here = None if labels is None else labels[tokens]
 
         def compare(x: State, at: int, reference: Tensor = reference, here: Tensor | None = here) -> Tensor:
-            return error_sums(reference, _run(wave, segment, context, x, at + 1, places), here)
+            return error_sums(reference, _run(wave, segment, context, places, x, at + 1), here)
 
         sums.append(wave.chunk.advance(part[1:], compare))
     counts = error_counts(rows.shape[1], labels)

@@ -2,9 +2,9 @@
 
 `Omega_i = Tr(H_i) / n_i * ||Q(W_i) - W_i||^2` (Dong et al. 2020, HAWQ-V2, equation 8), `H_i` the Hessian of the mean
 loss of the answer tokens with respect to `W_i`. Traces by Hutchinson's estimator with random signs `v`: one
-Hessian-vector product with probes on all weights at once gives `v_i' (H v)_i` for every operator, unbiased for `Tr(H_i)`
-since probes of different operators are independent. Probes are added until the median relative standard error is below
-`strategy.tolerance`, or `strategy.max_probes` are spent.
+Hessian-vector product with probes on all weights at once gives `v_i' (H v)_i` for every operator, unbiased for
+`Tr(H_i)` since probes of different operators are independent. Probes are added until the median relative standard
+error is below `strategy.tolerance`, or `strategy.max_probes` are spent.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     report = EngineReport("hutchinson", metric, UNITS[metric], 0.0, 0.0)
     report.forward_s = _forward_s(job, samples)
     began = time.perf_counter()
-    weights_of = {op.path: job.model.module.get_submodule(op.path).weight for op in operators}
+    weights_of = {op.path: weight_of(job, op) for op in operators}
     factors = {op.path: weight_factor(job, op) for op in operators} if metric == "omega" else {}
     chunks = list(_chunks(job, operators))
     progress.total(strategy.max_probes * len(samples) * len(chunks), "Hessian traces")
@@ -81,10 +81,16 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
 
 def weight_factor(job: SweepJob, op: Operator) -> float:
     """`||Q(W) - W||^2 / n` of an operator: what its trace is weighed with."""
-    weight: Tensor = job.model.module.get_submodule(op.path).weight  # type: ignore[assignment]
+    weight = weight_of(job, op)
     assert job.scheme.weight is not None, "the settings refuse a scheme without a weight format"
     change = (qdq_weight(weight, job.scheme.weight) - weight).double()
     return float(change.square().sum()) / weight.numel()
+
+
+def weight_of(job: SweepJob, op: Operator) -> Tensor:
+    """The operator's weight."""
+    weight: Tensor = job.model.module.get_submodule(op.path).weight  # type: ignore[assignment]
+    return weight
 
 
 def task_loss(job: SweepJob, sample: Sample) -> Tensor:

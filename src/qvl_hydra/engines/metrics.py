@@ -41,17 +41,31 @@ def error_sums(
         One row a copy; columns squared error, and for logits KL(reference || perturbed) and change of the loss.
     """
     reference, outputs = reference.float(), outputs.float()
-    squared = (outputs - reference).square().sum((1, 2), dtype=torch.float64)
+    change = outputs - reference
+    squared = change.square().sum((1, 2), dtype=torch.float64)
     if labels is None:
         return squared[:, None]
-    log_p, log_q = reference.log_softmax(-1), outputs.log_softmax(-1)
     chosen = labels >= 0
-    ids = labels[chosen][:, None]
-    before = log_p[chosen].gather(1, ids)[:, 0]
-    after = log_q[:, chosen].gather(2, ids.expand(outputs.shape[0], -1, -1))[..., 0]
-    loss = (before - after).sum(1, dtype=torch.float64)
-    kl = (log_q.neg_().add_(log_p)).mul_(log_p.exp()).sum((1, 2), dtype=torch.float64)
-    return torch.stack([squared, kl, loss], dim=1)
+    p = reference.softmax(-1)
+    mean = (change * p).sum(-1, keepdim=True)
+    of_answer = change[:, chosen].gather(2, labels[chosen][None, :, None].expand(len(change), -1, -1))[..., 0]
+    kl = _divergence(p, change.sub_(mean))
+    if not kl.isfinite().all():  # the change overflows an exponential: rare, and then nothing cancels
+        kl = functional.kl_div(outputs.log_softmax(-1), reference.log_softmax(-1), reduction="none", log_target=True)
+        kl = kl.sum(-1)
+    loss = kl[:, chosen] + mean[:, chosen, 0] - of_answer
+    return torch.stack([squared, kl.sum(1, dtype=torch.float64), loss.sum(1, dtype=torch.float64)], dim=1)
+
+
+def _divergence(
+    p: Float[Tensor, "token value"], centred: Float[Tensor, "row token value"]
+) -> Float[Tensor, "row token"]:
+    """KL from the change of the logits less its mean under `p`: `log sum p e^c`, as a sum of terms never negative.
+
+    The difference of two log-probabilities would lose a small divergence in rounding. `centred` is used up.
+    """
+    second_order = centred.expm1().sub_(centred).mul_(p)
+    return second_order.sum(-1).log1p()
 
 
 def error_counts(tokens: int, labels: Int64[Tensor, "token"] | None) -> list[int]:

@@ -25,10 +25,10 @@ from qvl_hydra.settings import BackendSettings, StrategySettings
 class Progress(Protocol):
     """The one progress bar of a run."""
 
-    def total(self, steps: int, label: str) -> None:
+    def total(self, steps: float, label: str) -> None:
         """Set how many steps the work has, and what is being done."""
 
-    def step(self, steps: int = 1) -> None:
+    def step(self, steps: float = 1) -> None:
         """Say that steps are done."""
 
 

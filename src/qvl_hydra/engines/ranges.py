@@ -56,7 +56,8 @@ def walk(
     states = list(starts)
     kept: list[list[State]] = [[state] for state in states[:keep]]
     for segment in walker.segments:
-        inside = [op for op in operators if segment.holds(op)] if static else []
+        reached = any(not walker.skips(segment, context.sample) for context in contexts)
+        inside = [op for op in operators if segment.holds(op)] if static and reached else []
         observers = {op.path: [OperatorObserver(scheme) for scheme in static] for op in inside}
         with walker.weights(segment), replaced_forwards(walker.module, _observing(observers)):
             for index, context in enumerate(contexts):

@@ -1,9 +1,9 @@
 """The sketch estimator: every operator's score from K backward passes, with no loop over operators.
 
 For a probe `r` over the output, one backward pass of `<r, F>` gives the gradient `g` at every operator's output. If
-`delta` is the change of that output when the operator is quantized on its own input, `p_t = <g_t, delta_t>` at token `t`
-is the probe's view of the output change, to first order (DESIGN.md, section 4). With `delta` split into what the
-weight's error and what the activations' error does,
+`delta` is the change of that output when the operator is quantized on its own input, `p_t = <g_t, delta_t>` at token
+`t` is the probe's view of the output change, to first order. With `delta` split into what the weight's error and what
+the activations' error does,
 
     weight:      delta_t = (Q(W) - W) x_t         p = <g_t, delta_t>
     input:       delta_t = W (Q(x_t) - x_t)       p = <W' g_t, Q(x_t) - x_t>   (`W' g` is the backward pass's own)
@@ -124,8 +124,9 @@ def combine(variant: str, weight: Products | None, activation: Products | None) 
     """
     parts = [part for part in (weight, activation) if part is not None]
     if variant == "split":
-        by_weight = 0 if weight is None else weight.sum(-1).square()
-        return by_weight + (0 if activation is None else activation.square().sum(-1))
+        by_kind = [] if weight is None else [weight.sum(-1).square()]
+        by_kind += [] if activation is None else [activation.square().sum(-1)]
+        return torch.stack(by_kind).sum(0)
     total = torch.stack(parts).sum(0)
     return total.sum(-1).square() if variant == "sequence" else total.square().sum(-1)
 
@@ -172,7 +173,8 @@ def step_back(
 
         return forward
 
-    with torch.enable_grad(), replaced_forwards(work.walker.module, {path: forward_of(path) for path in work.quantizers}):
+    taps = {path: forward_of(path) for path in work.quantizers}
+    with torch.enable_grad(), replaced_forwards(work.walker.module, taps):
         start = state.detach().requires_grad_()
         end = work.segment.run(start, context)
         back = [

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from qvl_hydra.engines.metrics import next_token_labels
 from qvl_hydra.engines.probes import fisher_probe, loss_gradient, seeded, sign_probe
+from qvl_hydra.engines.protocol import SweepJob
 from qvl_hydra.engines.ranges import walk
 from qvl_hydra.engines.sketch import SketchSegment, step_back
-from qvl_hydra.engines.protocol import SweepJob
 from qvl_hydra.engines.walker import Context, Segment, State, Walker
 from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.scores.store import RunFolder, SampleScore
@@ -108,12 +108,11 @@ def _measure_segment(
             else:
                 values, back = step_back(work, context, state, gradient)
                 after.append(back)
-            scale = 0.5 / context.sample.input_ids.numel() if job.strategy.metric == "kl" else 1.0
+            metric = job.strategy.metric
+            scale = 0.5 / context.sample.input_ids.numel() if metric == "kl" else 1.0
             for (name, index), probes in values.items():
                 scores += [
-                    SampleScore(
-                        name, context.sample.id, k, value * scale, job.strategy.metric, "sketch", job.schemes[index].name
-                    )
+                    SampleScore(name, context.sample.id, k, value * scale, metric, "sketch", job.schemes[index].name)
                     for k, value in enumerate(probes.double().tolist())
                 ]
     return scores, after

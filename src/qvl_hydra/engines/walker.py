@@ -77,7 +77,7 @@ class Walker:
 
     def __init__(self, model: LoadedModel, component: str) -> None:
         self.model = model
-        self.module = model.module
+        self.module: Any = model.module
         self.component = component
         vision, language = self._vision_segments(), self._language_segments()
         join = [Segment("join", True, (), _join)]
@@ -138,7 +138,7 @@ class Walker:
     def _record_vision(self, sample: Sample, inputs: dict[str, dict[str, Any]]) -> tuple[Tensor, Tensor]:
         """Run the vision tower with numbered patches and every computing part passed over."""
         assert sample.image_grid_thw is not None
-        visual = self.module.get_submodule(VISUAL)
+        visual: Any = self.module.get_submodule(VISUAL)
         grid = sample.image_grid_thw.to(self.model.device)
         patches = int(grid.prod(-1).sum())
         merged = patches // visual.spatial_merge_size**2
@@ -157,13 +157,13 @@ class Walker:
         return seen[0], result.pooler_output[:, 0].long()
 
     def _record_language(self, sample: Sample, text: Tensor, inputs: dict[str, dict[str, Any]]) -> None:
-        language = self.module.get_submodule(LANGUAGE)
+        language: Any = self.module.get_submodule(LANGUAGE)
         with _recording(language.layers, f"{LANGUAGE}.layers", inputs), _replaced(language.norm, lambda x: x):
             positions = sample.position_ids.to(self.model.device)[:, None]
             language(inputs_embeds=text[None], position_ids=positions, use_cache=False)
 
     def _vision_segments(self) -> list[Segment]:
-        visual = self.module.get_submodule(VISUAL)
+        visual: Any = self.module.get_submodule(VISUAL)
 
         def embed(x: State, context: Context) -> State:
             rows, patches, _ = x.shape
@@ -194,7 +194,7 @@ class Walker:
         return run
 
     def _language_segments(self) -> list[Segment]:
-        language = self.module.get_submodule(LANGUAGE)
+        language: Any = self.module.get_submodule(LANGUAGE)
 
         def head(x: State, context: Context) -> State:
             y: Tensor = self.module.lm_head(language.norm(x))

@@ -1,0 +1,176 @@
+"""The sketch against closed forms: a linear model with mixed tokens, whose Jacobian is written down."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.engines.probes import fisher_probe, loss_gradient, seeded, sign_probe
+from qvl_hydra.engines.sketch import SketchSegment, combine, step_back
+from qvl_hydra.engines.targets import Target
+from qvl_hydra.engines.walker import Segment
+from qvl_hydra.models.load import LoadedModel
+from qvl_hydra.operators.discover import Operator
+from qvl_hydra.quantizers.apply import make_quantizer
+from qvl_hydra.quantizers.qdq import OperatorQuantizer, QuantParams, affine_params, quantized_operator
+from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
+
+TOKENS, WIDTH, OUT = 6, 16, 10
+SCHEME = Scheme("w4a8", WeightFormat(4), ActivationFormat(8), ActivationFormat(8))
+
+
+class MixedLinear(nn.Module):
+    """`F = mix @ first(x) @ second.T`: the Jacobian of F with respect to the first's output is `mix (x) second`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.second = nn.Linear(WIDTH, OUT, bias=False)
+        self.register_buffer("mix", torch.tril(torch.rand(TOKENS, TOKENS)))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.mix @ self.first(x))
+
+
+def operator(path: str) -> Operator:
+    return Operator(path, "lm", 0, path, path, "Linear", WIDTH, OUT, 1)
+
+
+def quantizers(model: MixedLinear, x: Tensor, scheme: Scheme) -> dict[str, OperatorQuantizer]:
+    inputs = {"first": x, "second": model.mix @ model.first(x)}
+    outputs = {"first": model.first(x), "second": model.second(inputs["second"])}
+
+    def params(form: ActivationFormat | None, values: Tensor) -> QuantParams | None:
+        if form is None or form.dynamic:
+            return None
+        scale, zero = affine_params(values.min(), values.max(), form.limits, form.symmetric)
+        return QuantParams(float(scale), int(zero), *form.limits)
+
+    ranges = {path: (params(scheme.input, inputs[path]), params(scheme.output, outputs[path])) for path in inputs}
+    return {path: make_quantizer(model, path, scheme, ranges) for path in inputs}
+
+
+def sketched(model: MixedLinear, x: Tensor, scheme: Scheme, variant: str, probes: list[Tensor]) -> dict[str, Tensor]:
+    targets = [Target(path, (operator(path),)) for path in ("first", "second")]
+    found = {path: [q] for path, q in quantizers(model, x, scheme).items()}
+    segment = Segment("all", False, ("first", "second"), lambda state, context: model(state))
+    work = SketchSegment(SimpleNamespace(module=model), segment, targets, found, variant)  # type: ignore[arg-type]
+    context: Any = None
+    values, _ = step_back(work, context, x[None], [probe[None] for probe in probes])
+    return {name: value for (name, _), value in values.items()}
+
+
+def squared_errors(model: MixedLinear, x: Tensor, scheme: Scheme) -> dict[str, float]:
+    """The same in closed form: the output's change is linear in the operator's."""
+    found = quantizers(model, x, scheme)
+    inputs = {"first": x, "second": model.mix @ model.first(x)}
+    errors = {}
+    for path, jacobian in (("first", lambda d: model.mix @ d @ model.second.weight.T), ("second", lambda d: d)):
+        module = model.get_submodule(path)
+        change = quantized_operator(module, inputs[path], found[path]) - module(inputs[path])
+        errors[path] = float(jacobian(change).square().sum())
+    return errors
+
+
+@pytest.fixture
+def model() -> MixedLinear:
+    return MixedLinear()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("scheme", [SCHEME, SCHEME.only("weight"), SCHEME.only("activation")])
+def test_sequence_sum_is_unbiased_with_relative_variance_two(model: MixedLinear, x: Tensor, scheme: Scheme) -> None:
+    count = 4000
+    probes = [sign_probe(model(x), seeded(x.device, "unbiased", k)) for k in range(count)]
+    values = sketched(model, x, scheme, "sequence", probes)
+    for path, expected in squared_errors(model, x, scheme).items():
+        mean, error = values[path].mean().item(), values[path].std().item() / count**0.5
+        # Products with the activation's error leave the rounding of both together out: of second order.
+        assert abs(mean - expected) < 4 * error + 0.02 * expected, path
+        assert 1.0 < values[path].var().item() / mean**2 < 2.6, path
+
+
+def test_fisher_probes_give_twice_the_divergence(model: MixedLinear, x: Tensor) -> None:
+    scheme = Scheme("w8", WeightFormat(8), None)  # a small error, for which the divergence is quadratic
+    logits = model(x)
+    probes = [fisher_probe(logits, seeded(x.device, "fisher", k)) for k in range(6000)]
+    values = sketched(model, x, scheme, "sequence", probes)
+    found = quantizers(model, x, scheme)
+    for path in ("first", "second"):
+        before = model.get_submodule(path).weight.clone()
+        model.get_submodule(path).weight.copy_(found[path].weight)
+        after = model(x)
+        model.get_submodule(path).weight.copy_(before)
+        p, q = logits.double().log_softmax(-1), after.double().log_softmax(-1)
+        divergence = float((p.exp() * (p - q)).sum())
+        error = values[path].std().item() / len(probes) ** 0.5
+        assert abs(values[path].mean().item() / 2 - divergence) < 4 * error / 2 + 0.03 * divergence, path
+
+
+def test_fisher_probe_has_the_fisher_covariance() -> None:
+    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]])
+    p = logits.softmax(-1)[0]
+    drawn = torch.cat([fisher_probe(logits, seeded(logits.device, k)) for k in range(20000)])
+    expected = torch.diag(p) - p[:, None] * p[None]
+    torch.testing.assert_close(drawn.T @ drawn / len(drawn), expected, atol=0.01, rtol=0)
+
+
+def test_loss_gradient_is_autograds() -> None:
+    logits = torch.randn(5, 7, requires_grad=True)
+    labels = torch.tensor([-100, 3, 0, -100, 6])
+    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    torch.testing.assert_close(loss_gradient(logits.detach(), labels), torch.autograd.grad(loss, logits)[0])
+
+
+def test_combine_by_hand() -> None:
+    weight, activation = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]])
+    assert combine("sequence", weight, activation).tolist() == [25.0]
+    assert combine("token", weight, activation).tolist() == [17.0]
+    assert combine("split", weight, activation).tolist() == [19.0]
+    assert combine("split", None, activation).tolist() == [10.0]
+
+
+def test_probes_depend_on_their_names_alone() -> None:
+    output = torch.zeros(3, 4)
+    first = sign_probe(output, seeded(output.device, 0, "a", 1))
+    assert torch.equal(first, sign_probe(output, seeded(output.device, 0, "a", 1)))
+    assert not torch.equal(first, sign_probe(output, seeded(output.device, 0, "a", 2)))
+    assert set(first.unique().tolist()) == {-1.0, 1.0}
+
+
+def test_elementwise_score_is_the_label_gradients(model: MixedLinear, x: Tensor) -> None:
+    """The baseline of other tools: sum of (gradient x change)^2 over the operator's output."""
+    probe = torch.randn(TOKENS, OUT)
+    value = sketched(model, x, SCHEME, "element", [probe])["first"]
+    found = quantizers(model, x, SCHEME)["first"]
+    change = quantized_operator(model.first, x, found) - model.first(x)
+    gradient = model.mix.T @ probe @ model.second.weight
+    torch.testing.assert_close(value, (gradient * change).square().sum()[None])
+
+
+@pytest.mark.parametrize("metric", ["squared_error", "kl"])
+@pytest.mark.parametrize("component", ["lm", "vision", "full"])
+def test_sketch_ranks_like_exact_on_the_bundled_model(
+    tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...], component: str, metric: str
+) -> None:
+    if component == "vision" and metric == "kl":
+        pytest.skip("features have no distribution")
+    from benchmarks.jobs import make_job, measure
+
+    scheme = Scheme("w8a8_static", WeightFormat(8), ActivationFormat(8))
+    job = make_job(tiny_model, tiny_samples, scheme, component, metric=metric, probes=8, estimator="sketch")
+    sketch, _ = measure(job)
+    exact, _ = measure(make_job(tiny_model, tiny_samples, scheme, component, metric=metric, estimator="exact"))
+    assert spearmanr([exact[op] for op in exact], [sketch[op] for op in exact]).statistic > 0.95
