@@ -41,11 +41,11 @@ def pair(
     if len(common) < FEWEST:
         return {**row, "note": f"{len(common)} operators in common, at least {FEWEST} are needed"}
     x, y = a.scores[common].to_numpy(float), b.scores[common].to_numpy(float)
-    k = min(criterion.top_k, len(common))
+    k = min(criterion.top_k, max(1, len(common) // 2))  # the top of a few is not the top when it is all of them
     tables = a.samples(common), b.samples(common)
     row |= {"shared_samples": len(set(tables[0].samples) & set(tables[1].samples)), "top_k": k}
     row |= {"spearman": float(spearman(x, y)), "kendall": float(kendall(x, y)), "overlap": float(top_overlap(x, y, k))}
-    row["note"] = "; ".join(_notes(a, b, x, y, k, tables))
+    row["note"] = "; ".join(_notes(a, b, x, y, tables))
     if all(table.can_resample for table in tables):
         row |= _intervals(row, tables, criterion, draws, seed)
     return row
@@ -69,12 +69,10 @@ def _intervals(
 
 
 def _notes(
-    a: Mapped, b: Mapped, x: np.ndarray, y: np.ndarray, k: int, tables: tuple[SampleTable, SampleTable]
+    a: Mapped, b: Mapped, x: np.ndarray, y: np.ndarray, tables: tuple[SampleTable, SampleTable]
 ) -> Iterator[str]:
     for run, values, table in ((a, x, tables[0]), (b, y, tables[1])):
         if np.ptp(values) == 0:
             yield f"{run.name} scored all operators the same: it ranks nothing"
         if not table.can_resample:
             yield f"{run.name} has {table.values.shape[1]} per-sample scores: no interval"
-    if k == len(x):
-        yield f"the top {k} are all operators in common"

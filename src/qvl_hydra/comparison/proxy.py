@@ -19,7 +19,8 @@ def agreement_in_parts(target: Mapped, proxy: Mapped, criterion: Criterion, draw
     """Agreement over all aligned operators, each component and each role: columns of `agreement.pair`, and `part`."""
     table = target.run.table
     parts: dict[str, pd.Index] = {"all": table.index}
-    for component in dict.fromkeys(table["component"]):
+    components = list(dict.fromkeys(table["component"]))
+    for component in components if len(components) > 1 else []:
         parts[str(component)] = table.index[table["component"] == component]
     for (component, role), group in table.groupby(["component", "role"], sort=False):
         if len(group) > 1:

@@ -139,17 +139,20 @@ def _verdicts(
     criterion: Criterion,
     mapped: Sequence[Mapped],
 ) -> list[str]:
-    asked = f"{criterion.overlap:.0%} of the top {criterion.top_k} with {criterion.confidence:.0%} confidence"
     said = []
     if curve is not None:
-        reference = mapped[0].name
+        asked = f"{criterion.overlap:.0%} of the top {criterion.top_k} of {mapped[0].name}"
         for source, rows in curve[curve["p_stable"].notna()].groupby("source", sort=False):
             size = stability.smallest_stable_size(rows, criterion.confidence)
-            answer = f"from {size} samples on" if size else f"not reached by {int(rows['size'].max())} samples"
-            said.append(f"Share {asked} with {reference}: {source}, {answer}.")
+            sure = f"with {criterion.confidence:.0%} confidence"
+            answer = (
+                f"found {sure} from {size} samples on" if size else f"not {sure} by {int(rows['size'].max())} samples"
+            )
+            said.append(f"{asked} ({source}): {answer}.")
     elif parts is not None:
-        for row in parts[parts["part"] == "all"].to_dict("records"):
-            said.append(f"{row['b']} ranks {row['common']} operators of {row['a']} with {_agreement(row)}.")
+        for row in parts[~parts["part"].str.contains(":")].to_dict("records"):
+            part = "" if row["part"] == "all" else f" {row['part']}"
+            said.append(f"{row['b']} ranks {row['common']}{part} operators of {row['a']} with {_agreement(row)}.")
     elif len(agreement):
         for row in agreement[agreement["a"] == mapped[0].name].to_dict("records"):
             said.append(f"{row['b']} and {row['a']}: {_agreement(row)} over {row['common']} operators.")

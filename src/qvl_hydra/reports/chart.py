@@ -144,7 +144,7 @@ def _widened(low: float, high: float) -> Limits:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Round values between two limits, about five of them."""
-    raw = (high - low) / 5
+    raw = (high - low) / 6
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * size for factor in (1, 2, 5, 10) if factor * size >= raw)
     first = math.ceil(low / step - 1e-9)

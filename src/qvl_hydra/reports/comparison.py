@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +15,7 @@ from qvl_hydra.comparison.runs import Mapped
 from qvl_hydra.reports.chart import Point, Series, chart
 from qvl_hydra.reports.figures import chart_figure, write_figure
 from qvl_hydra.reports.page import Column, Section, notes, number, table, text, write_page
-from qvl_hydra.reports.sweep import FIGURES, REPORT, SHARES, stability_series
+from qvl_hydra.reports.sweep import FIGURES, REPORT, agreement_limits, stability_series
 
 SCATTERED = 4  # runs drawn against the reference in one plot
 TITLES = {
@@ -23,17 +23,15 @@ TITLES = {
     "calibration_sizes": "How many calibration samples are enough",
     "proxy": "Can the proxy answer for the target",
 }
+MEASURES = ("spearman", "kendall", "overlap")
 AGREEMENT = [
     *(
         Column(name, number=True)
-        for name in ("Spearman", "low", "high", "Kendall", "low", "high", "overlap", "low", "high")
+        for name in ("Spearman", "Kendall", "overlap of the top", "of k", "P(stable)", "operators")
     ),
-    Column("P(stable)", number=True),
-    Column("operators", number=True),
     Column("shared samples", number=True),
-    Column("note"),
+    Column("note", wide=True),
 ]
-_VALUES = [f"{name}{end}" for name in ("spearman", "kendall", "overlap") for end in ("", "_low", "_high")]
 
 
 def write_comparison_report(comparison: Comparison, folder: Path) -> Path:
@@ -61,7 +59,9 @@ def _figures(comparison: Comparison) -> dict[str, Figure]:
     }
     if comparison.curve is not None:
         series = curve_series(comparison.curve)
-        found["stability"] = chart_figure(series, "samples", "agreement", log_x=True, y_limits=SHARES)
+        found["stability"] = chart_figure(
+            series, "samples", "agreement", log_x=True, y_limits=agreement_limits(comparison.curve)
+        )
     if comparison.regret is not None:
         found["regret"] = chart_figure(_regret_series(comparison.regret), "operators kept in float", "squared error")
     return found
@@ -70,13 +70,12 @@ def _figures(comparison: Comparison) -> dict[str, Figure]:
 def _differences(comparison: Comparison) -> str:
     if comparison.differences.empty:
         return "<p>Nothing: settings, samples, model and versions are the same.</p>"
-    names = list(comparison.differences.columns)
-    rows = [
-        (key, *values)
-        for key, values in zip(comparison.differences.index, comparison.differences.to_numpy(), strict=True)
-    ]
+    shown, corner = comparison.differences, "setting"
+    if shown.shape[1] > shown.shape[0]:  # many runs: one line each
+        shown, corner = shown.T, "run"
+    rows = [(key, *values) for key, values in zip(shown.index, shown.to_numpy(), strict=True)]
     first = f"<p>Reference: <b>{text(comparison.reference.name)}</b></p>"
-    return first + table([Column("setting", code=True), *map(Column, names)], rows)
+    return first + table([Column(corner), *map(Column, map(str, shown.columns))], rows)
 
 
 def _absent(comparison: Comparison) -> str:
@@ -98,11 +97,15 @@ def curve_series(curve: pd.DataFrame) -> list[Series]:
 def _curves(comparison: Comparison) -> str:
     if comparison.curve is None:
         return ""
-    drawn = chart(curve_series(comparison.curve), "samples", "agreement", log_x=True, y_limits=SHARES)
+    drawn = chart(
+        curve_series(comparison.curve), "samples", "agreement", log_x=True, y_limits=agreement_limits(comparison.curve)
+    )
     columns = [Column("source"), Column("samples", number=True), Column("seed", number=True)]
-    columns += [Column(name.replace("_", " "), number=True) for name in _VALUES] + [Column("P(stable)", number=True)]
-    keys = ["source", "size", "seed", *_VALUES, "p_stable"]
-    rows = [[row[key] for key in keys] for row in comparison.curve.to_dict("records")]
+    columns += [Column(name, number=True) for name in ("Spearman", "Kendall", "overlap of the top", "P(stable)")]
+    rows = [
+        [row["source"], row["size"], row["seed"], *_with_intervals(row), row["p_stable"]]
+        for row in _records(comparison.curve)
+    ]
     explained = (
         f"With {comparison.reference.name}. A size is stable when {comparison.criterion.overlap:.0%} of the "
         f"top {comparison.criterion.top_k} are found with {comparison.criterion.confidence:.0%} probability. "
@@ -111,8 +114,12 @@ def _curves(comparison: Comparison) -> str:
     return f'{drawn}<p class="note">{text(explained)}</p>{table(columns, rows, identity="sizes")}'
 
 
-def _agreement_row(row: dict[str, object]) -> list[object]:
-    return [row.get(key) for key in (*_VALUES, "p_stable", "common", "shared_samples", "note")]
+def _with_intervals(row: Mapping[str, object]) -> list[object]:
+    return [(row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high")) for name in MEASURES]
+
+
+def _agreement_row(row: Mapping[str, object]) -> list[object]:
+    return [*_with_intervals(row), *(row.get(key) for key in ("top_k", "p_stable", "common", "shared_samples", "note"))]
 
 
 def _parts(comparison: Comparison) -> str:
@@ -144,6 +151,8 @@ def _regret(comparison: Comparison) -> str:
     if comparison.regret is None:
         return ""
     summary = regret_summary(comparison.regret)
+    ends = ["error_low", "error_high"]
+    summary.loc[summary["chooser"] != RANDOM, ends] = float("nan")
     known = [name for name in summary.columns if name not in ("kept", "chooser")]
     columns = [Column("kept", number=True), Column("chosen by")]
     columns += [Column(name.replace("_", " "), number=True) for name in known]

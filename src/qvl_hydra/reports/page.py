@@ -25,11 +25,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: its heading, and whether it holds numbers."""
+    """One column of a table: its heading, and what it holds: text, module paths (`code`), sentences (`wide`), numbers.
+
+    A number may come with its interval, as `(value, low, high)`.
+    """
 
     title: str
     number: bool = False
     code: bool = False
+    wide: bool = False
 
 
 def text(value: object) -> str:
@@ -93,7 +97,9 @@ def table(
         rows: one value a column; numbers are shown short and sorted by their full value.
         classes: CSS class of each row.
     """
-    head = "".join(f'<th scope="col">{text(column.title)}</th>' for column in columns)
+    head = "".join(
+        f'<th scope="col"{" class=num" if column.number else ""}>{text(column.title)}</th>' for column in columns
+    )
     lines = []
     for index, row in enumerate(rows):
         css = f' class="{text(classes[index])}"' if classes else ""
@@ -106,9 +112,13 @@ def table(
 
 
 def _cell(column: Column, value: object) -> str:
-    if column.number:
-        missing = value is None or (isinstance(value, float) and not math.isfinite(value))
-        exact = "" if missing else repr(value)
-        shown = number(value, 4) if isinstance(value, int | float) else text("" if value is None else value)
-        return f'<td class="num" data-v="{text(exact)}">{shown}</td>'
-    return f"<td{' class=op' if column.code else ''}>{text('' if value is None else value)}</td>"
+    if not column.number:
+        css = ' class="op"' if column.code else ' class="wide"' if column.wide else ""
+        return f"<td{css}>{text('' if value is None else value)}</td>"
+    value, low, high = value if isinstance(value, tuple) else (value, None, None)
+    if not isinstance(value, int | float):
+        return f'<td class="num" data-v="">{text("" if value is None else value)}</td>'
+    ends = [number(end, 3) for end in (low, high)]
+    interval = f' <span class="note">({ends[0]} to {ends[1]})</span>' if all(ends) else ""
+    exact = repr(value) if math.isfinite(value) else ""
+    return f'<td class="num" data-v="{text(exact)}">{number(value, 4)}{interval}</td>'

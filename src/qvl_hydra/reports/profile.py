@@ -45,7 +45,7 @@ def profile_sections(folder: Path) -> list[Section]:
     return [
         Section("Precision profile", _summary(record) + figure + listed),
         Section("Profiles measured", table(columns, rows, identity="profiles")),
-        Section("Exports", _exports(folder / "exports" / "exports.json")),
+        exports_section(folder),
     ]
 
 
@@ -64,8 +64,9 @@ def _summary(record: dict[str, object]) -> str:
     return facts(tiles)
 
 
-def _exports(path: Path) -> str:
-    content = json.loads(path.read_text())
+def exports_section(folder: Path) -> Section:
+    """The files written for other tools, and what is to know about each."""
+    content = json.loads((folder / "exports" / "exports.json").read_text())
     columns = [Column("format"), Column("for"), Column("files", code=True), Column("remarks")]
     rows = [
         [
@@ -76,7 +77,7 @@ def _exports(path: Path) -> str:
         ]
         for item in content["formats"]
     ]
-    return table(columns, rows) + notes(content["misaligned"])
+    return Section("Exports", table(columns, rows) + notes(content["misaligned"]))
 
 
 def _value(value: object) -> object:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -19,7 +21,6 @@ from qvl_hydra.reports.page import Column, Section, facts, notes, number, table,
 REPORT = "report.html"
 FIGURES = "figures"
 DRAWS = 500  # resampled score vectors behind the probabilities and the stability curve
-SHARES: tuple[float, float] = (0.0, 1.02)
 MIB = 1024**2
 
 
@@ -43,7 +44,9 @@ def write_sweep_report(folder: Path, extra: Sequence[Section] = ()) -> Path:
         write_figure(heat_figure(run.table), folder / FIGURES / "heat_map.png")
         write_figure(bars_figure(run.table), folder / FIGURES / "ranked.png")
     if len(curve):
-        figure = chart_figure(stability_series(curve), "samples", "agreement", log_x=True, y_limits=SHARES)
+        figure = chart_figure(
+            stability_series(curve), "samples", "agreement", log_x=True, y_limits=agreement_limits(curve)
+        )
         write_figure(figure, folder / FIGURES / "stability.png")
     sections = [
         Section("Run", _summary(run)),
@@ -90,6 +93,13 @@ def stability(run: RunScores, criterion: Criterion) -> pd.DataFrame:
     return predicted_curve(samples, sizes, criterion, DRAWS, seed=0, nested=False)
 
 
+def agreement_limits(curve: pd.DataFrame) -> tuple[float, float]:
+    """Limits of an axis for correlations and shares: up to 1, and down to a tenth below the lowest."""
+    lows = curve[["spearman", "overlap", "spearman_low", "overlap_low"]].to_numpy(float)
+    lows = lows[np.isfinite(lows)]
+    return (math.floor(10 * lows.min()) / 10 if len(lows) else 0.0), 1.02
+
+
 def stability_series(curve: pd.DataFrame, suffix: str = "", dashed: bool = False) -> list[Series]:
     """Spearman and top-k overlap of a stability curve, with their bands."""
     found = []
@@ -117,7 +127,7 @@ def stability_section(curve: pd.DataFrame, criterion: Criterion, run: RunScores)
         f"with {criterion.confidence:.0%} confidence"
     )
     verdict = f"From {size} samples on: {asked}." if size else f"{full} samples are not enough for {asked}."
-    drawn = chart(stability_series(curve), "samples", "agreement", log_x=True, y_limits=SHARES)
+    drawn = chart(stability_series(curve), "samples", "agreement", log_x=True, y_limits=agreement_limits(curve))
     how = (
         f"Predicted by resampling the {full} samples of this run: a set of so many against another set of {full}. "
         f"Bands hold {criterion.confidence:.0%} of the draws. Activation ranges stay those of this run."

@@ -19,7 +19,7 @@ KEY_LIMIT = 250
 LARGEST_ARTIFACT = 256 * 1024**2  # bytes; an exported model stays where it is
 TOP_ROWS = 15  # operators in a run's description
 _TAG_KEYS = ("task", "status", "model", "component", "strategy", "backend", "estimator", "scheme")
-_IDENTITY = frozenset({"calibration_size", "calibration_seed"})  # parameters already, and no result
+_IDENTITY = frozenset({"calibration_size", "calibration_seed", "calibration_bad", "seed"})  # no results
 _PRIVATE = ("parts", "__pycache__")
 _PRIVATE_FILES = ("run.lock", "mlflow.json", "mlflow.lock", "fingerprint.json")
 
@@ -51,22 +51,26 @@ def parameters(folder: Path) -> dict[str, str]:
 
 
 def metrics(folder: Path) -> list[Measured]:
-    """Scores and ranks of every scored operator, their curves over depth, and the numbers of `run.json`."""
-    found = [
+    """Scores and ranks of every scored operator, their curves over depth, and the numbers of `run.json`.
+
+    The most sensitive operator comes first: the UI's compare view opens on the first metric it is given.
+    """
+    path = folder / "scores.parquet"
+    found = list(_score_metrics(pd.read_parquet(path))) if path.exists() else []
+    found += [
         Measured(_legal(key), float(value))
         for key, value in _leaves(read_json(folder / "run.json"), "/")
         if isinstance(value, int | float) and not isinstance(value, bool) and key not in _IDENTITY
     ]
-    path = folder / "scores.parquet"
-    if path.exists():
-        found += list(_score_metrics(pd.read_parquet(path)))
     return [metric for metric in found if math.isfinite(metric.value)]
 
 
 def _score_metrics(scores: pd.DataFrame) -> Iterator[Measured]:
-    for row in scores[scores["status"] == "scored"].to_dict("records"):
-        yield Measured(_legal(f"score/{row['op']}"), float(row["score"]))
-        yield Measured(_legal(f"rank/{row['op']}"), float(row["rank"]))
+    rows = scores[scores["status"] == "scored"].sort_values("rank").to_dict("records")
+    for kind in ("score", "rank"):
+        for row in rows:
+            yield Measured(_legal(f"{kind}/{row['op']}"), float(row[kind]))
+    for row in rows:
         if pd.notna(row["block"]):
             yield Measured(_legal(f"by_block/{row['component']}.{row['role']}"), float(row["score"]), int(row["block"]))
 

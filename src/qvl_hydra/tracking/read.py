@@ -14,11 +14,12 @@ from mlflow.exceptions import MlflowException
 from qvl_hydra.errors import ComparisonError
 from qvl_hydra.scores.store import write_json
 from qvl_hydra.settings import TrackingSettings
-from qvl_hydra.tracking.content import read_json
+from qvl_hydra.tracking.content import config, read_json
 from qvl_hydra.tracking.record import RECORD
 from qvl_hydra.tracking.store import experiment_id, open_client, told, tracking_uri
 
 MOST = 500  # runs of one search
+UI_MODE = "workflowType=machine_learning"  # the UI shows runs of models, not traces of agents
 NEEDED = ("run.json", "config.yaml", "sample_scores.parquet", "calibration.json")
 
 
@@ -75,7 +76,7 @@ def jobs_of(sweep_folder: Path) -> Found:
         folders, key=lambda path: (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0)
     ):
         run = read_json(folder / "run.json")
-        if run.get("task") == "compare":
+        if run.get("task") == "compare" or config(folder).get("task", {}).get("name") == "compare":
             continue
         if run.get("status") == "complete" and (folder / "scores.parquet").exists():
             found.folders.append((folder, None))
@@ -154,4 +155,4 @@ def run_link(folder: Path) -> tuple[str, str] | None:
     record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).exists() else {}
     if not record.get("run_id"):
         return None
-    return record["run_id"], f"#/experiments/{record['experiment_id']}/runs/{record['run_id']}"
+    return record["run_id"], f"#/experiments/{record['experiment_id']}/runs/{record['run_id']}?{UI_MODE}"

@@ -98,6 +98,26 @@ def send_run(folder: Path, settings: TrackingSettings, status: RunStatus = "FINI
     return run_id
 
 
+def end_superseded(folder: Path, settings: TrackingSettings, by: str) -> None:
+    """End the run of a killed folder whose work another run took over; one that ended by itself stays as it is.
+
+    Args:
+        by: id of the run that went on.
+
+    Raises:
+        TrackingError: MLflow cannot be used.
+    """
+    run_id = recorded_run(folder).get("run_id")
+    if run_id is None or recorded_run(folder)["uri"] != tracking_uri(settings):
+        return
+    client = open_client(settings)
+    with told(tracking_uri(settings)):
+        if _is_active(client, run_id):
+            client.set_tag(run_id, "resumed_as", by)
+            if client.get_run(run_id).info.status == "RUNNING":
+                client.set_terminated(run_id, "KILLED")
+
+
 def parent_run(sweep_folder: Path, settings: TrackingSettings, name: str, tags: Mapping[str, str]) -> str:
     """The one run above all jobs of a multirun, created by whichever job comes first.
 
