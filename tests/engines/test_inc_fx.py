@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import importlib
 import json
 import logging
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn import functional
 
 from tests.engines.inc_job import STATIC, Steps, make_job, make_sample, small_model
@@ -315,6 +317,8 @@ def test_everything_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert torch.equal(torch.random.get_rng_state(), state)
     assert (options.workspace, logging.getLogger("neural_compressor").level) == (workspace, level)
     assert util.op_cfg_mapping == {}
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, GraphModule)]  # else they pile up
     assert dict(vars(util)) == functions
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

@@ -7,7 +7,6 @@ always its own: input, weight and output in 8 bits.
 from __future__ import annotations
 
 import functools
-import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.engines.inc_adaptor import REDUCED_RANGE, SCHEME, FxSession, differences, open_session
 from qvl_hydra.engines.inc_hawq import run_hawq
 from qvl_hydra.engines.inc_memory import FLOAT32, inc_extra_bytes
-from qvl_hydra.engines.inc_mse import Metrics, all_quantized, measure
+from qvl_hydra.engines.inc_mse import Metrics, all_quantized, measure, release
 from qvl_hydra.engines.inc_order import FAULTS, inc_order
 from qvl_hydra.engines.inc_wrapper import ComponentWrapper, WrapperBatch, WrapperInput, usable, wrapper_input
 from qvl_hydra.engines.metrics import UNITS, output_metrics
@@ -149,7 +148,7 @@ def _run_mse(job: SweepJob, scene: _Scene, folder: RunFolder, progress: Progress
             folder.write(unit, _scores(path, scene, metrics_of(path)))
         except Exception as error:  # one operator's trouble is not the run's
             folder.fail(path, f"{type(error).__name__}: {error}")
-            gc.collect()
+            release()
         seconds.append(time.perf_counter() - started)
         progress.step()
     notes = _scheme_notes(job, session) + _keep_order(job, session, scene)

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from neural_compressor.adaptor import pytorch as inc_pytorch
 from neural_compressor.adaptor.torch_utils import util
 from torch import Tensor, nn
+from torch.ao.quantization.fx import utils as fx_utils
 
 from qvl_hydra.engines.inc_adaptor import FxSession
 from qvl_hydra.engines.inc_session import replaced_globals
@@ -107,7 +108,7 @@ def measure(
             f"the samples' squared errors sum to {total:.6g}, Neural Compressor's score is {loop.score:.6g}"
         )
     del loop, model
-    gc.collect()  # copies of the model hang in reference cycles; left alone they pile up, one an operator
+    release()
     return found
 
 
@@ -122,7 +123,7 @@ def all_quantized(session: FxSession, calibration: Sequence[WrapperBatch], batch
         output = model(batch)
     found = sample_metrics(reference, output, batch, session.wrapper.component)
     del model
-    gc.collect()
+    release()
     return found
 
 
@@ -138,6 +139,18 @@ def converted(session: FxSession, model: nn.Module) -> nn.Module:
     """Turn a prepared model that has observed its samples into Neural Compressor's quantized one, in place."""
     inc_pytorch.PyTorch_FXAdaptor.convert_sub_graph(session.adaptor.sub_module_list, model, prefix="")
     return model
+
+
+def release() -> None:
+    """Give back the memory of models that were prepared or converted and are no longer used.
+
+    They hang in reference cycles, and PyTorch keeps each of them as a key of a cache that only ever grows
+    (`functools.cache` on `assert_and_get_unique_device`): left alone they pile up, one model an operator.
+    """
+    clear = getattr(fx_utils.assert_and_get_unique_device, "cache_clear", None)
+    if clear is not None:
+        clear()
+    gc.collect()
 
 
 def sample_metrics(

@@ -5,7 +5,6 @@ With them the native engine computes in Neural Compressor's numbers, and the two
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from qvl_hydra.engines.inc_session import guest  # says what to install when Neu
 
 # isort: split
 from qvl_hydra.engines.inc_adaptor import SCHEME, FxSession, open_session
-from qvl_hydra.engines.inc_mse import converted, prepared
+from qvl_hydra.engines.inc_mse import converted, prepared, release
 from qvl_hydra.engines.inc_wrapper import ComponentWrapper, WrapperBatch, usable, wrapper_input
 from qvl_hydra.engines.protocol import SweepJob
 from qvl_hydra.quantizers.qdq import OperatorQuantizer, QuantParams
@@ -55,7 +54,7 @@ def read_quantizers(session: FxSession, calibration: Sequence[WrapperBatch]) -> 
         weight = _submodule(model, session.names[path][0]).weight().dequantize()
         found[path] = OperatorQuantizer(scheme, weight, inputs, output)
     del model
-    gc.collect()
+    release()
     return found
 
 

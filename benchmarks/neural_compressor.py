@@ -1,0 +1,107 @@
+"""What Neural Compressor costs through `backend=inc_fx`: seconds an operator and peak memory.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.neural_compressor
+
+Two decoder blocks of Qwen2.5-VL-3B's width with a small vocabulary (0.66 GB), one sample of 64 tokens, random weights.
+All 15 operators in both directions, in one process, against the limit of 4 GB that 30 operators must stay under; then
+two operators by Neural Compressor's own call, which copies the weights for each and keeps the copies.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qvl_hydra.engines import inc_fx
+
+# isort: split
+from benchmarks.jobs import SCHEMES, Silent, make_job, save_results, shaped_model, text_samples, with_strategy
+from qvl_hydra.engines.inc_adaptor import Batches, open_session
+from qvl_hydra.engines.inc_session import guest
+from qvl_hydra.engines.inc_wrapper import ComponentWrapper, WrapperBatch, wrapper_input
+from qvl_hydra.engines.protocol import SweepJob
+from qvl_hydra.models.memory import GIB, peak_memory_bytes
+from qvl_hydra.scores.store import RunFolder
+
+TWO_BLOCKS = {
+    "text_config.num_hidden_layers": 2,
+    "text_config.vocab_size": 1024,
+    "vision_config.depth": 1,
+    "vision_config.hidden_size": 320,
+    "vision_config.intermediate_size": 480,
+    "vision_config.num_heads": 4,
+}
+TOKENS = 64
+LIMIT_GIB = 4.0
+
+
+def through_the_backend(job: SweepJob) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        kept = RunFolder(Path(folder))
+        report = inc_fx.run(job, kept, Silent())
+        scored = kept.frame()["op"].nunique()
+    seconds = report.details["seconds_per_operator"]
+    return {
+        "operators": scored,
+        "seconds_per_operator": seconds,
+        "forward_s": report.forward_s,
+        "forwards_per_operator": seconds / report.forward_s,
+        "engine_s": report.engine_s,
+        "peak_gib": peak_memory_bytes() / GIB,
+    }
+
+
+class Copying(ComponentWrapper):
+    """The wrapper with plain copies, weights and all."""
+
+    __deepcopy__ = None  # type: ignore[assignment]
+
+
+class Holder:
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+
+def by_its_own_call(job: SweepJob, count: int) -> dict[str, Any]:
+    """`calculate_op_sensitivity` on the first operators, as it stands."""
+    module = job.model.module
+    batch = WrapperBatch([wrapper_input(module, sample, job.component) for sample in job.scored])
+    with guest():
+        session = open_session(ComponentWrapper(module, job.component), job.operators[:count], job.scheme, batch)
+        wrapper = Copying(module, job.component)
+        began = time.perf_counter()
+        session.adaptor.calculate_op_sensitivity(
+            Holder(wrapper), Batches([(batch, 0)], 1), copy.deepcopy(session.tune_cfg), None, 1, fallback=True
+        )
+        seconds = (time.perf_counter() - began) / count
+    return {"operators": count, "seconds_per_operator": seconds, "peak_gib": peak_memory_bytes() / GIB}
+
+
+def main() -> None:
+    model = shaped_model(TWO_BLOCKS)
+    job = make_job(model, text_samples(model, 1, TOKENS), SCHEMES["inc_static"], estimator="exact")
+    rows = {"weights_gib": model.description.weight_bytes / GIB, "peak_before_gib": peak_memory_bytes() / GIB}
+    rows["requantize"] = through_the_backend(job)
+    rows["fallback"] = through_the_backend(with_strategy(job, direction="fallback"))
+    rows["within_limit"] = rows["fallback"]["peak_gib"] < LIMIT_GIB
+    rows["own_call"] = by_its_own_call(dataclasses.replace(job), 2)
+    print(f"weights {rows['weights_gib']:.2f} GiB, peak after loading {rows['peak_before_gib']:.2f} GiB")
+    for name in ("requantize", "fallback", "own_call"):
+        row = rows[name]
+        forwards = f"{row['forwards_per_operator']:.1f} forwards" if "forwards_per_operator" in row else ""
+        print(
+            f"{name:12s} {row['operators']:3d} operators  {row['seconds_per_operator']:.2f} s an operator  {forwards:14s}"
+            f"  peak so far {row['peak_gib']:.2f} GiB"
+        )
+    print(f"30 operators stay under {LIMIT_GIB:.0f} GiB: {rows['within_limit']}")
+    print(f"written to {save_results('neural_compressor', rows)}")
+
+
+if __name__ == "__main__":
+    main()
