@@ -1,0 +1,120 @@
+"""Qwen2.5-VL-3B's shape on this machine: wall time and peak memory of a whole sketch, resident and streamed.
+
+    python -m benchmarks.full_size [--component lm|full] [--samples 8] [--tokens 256] [--dtype bfloat16]
+                                   [--placement resident|streamed] [--estimator sketch|exact] [--device cpu|cuda]
+
+Random weights, written once as a sharded checkpoint (about 7 GB in --folder), so that streamed placement reads what a
+downloaded model would be. Each placement runs in a process of its own, whose peak memory is the operating system's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.jobs import SCHEMES, make_job, measure, save_results, shaped_model, text_samples
+from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.models.load import LoadedModel, describe_model, load_model
+from qvl_hydra.models.memory import GIB, peak_memory_bytes
+from qvl_hydra.settings import ModelSettings
+
+MERGE, PATCH_VALUES = 2, 1176
+
+
+def image_samples(model: LoadedModel, count: int, tokens: int) -> tuple[Sample, ...]:
+    """Random images of 12 x 16 patches (48 image tokens) in front of random text."""
+    from qvl_hydra.calibration.encode import rope_shell
+
+    config, shell = model.config, rope_shell(model.config)
+    grid = torch.tensor([[1, 12, 16]])
+    image_tokens = int(grid.prod()) // MERGE**2
+    found = []
+    for index, text in enumerate(text_samples(model, count, tokens - image_tokens - 2)):
+        image = torch.full((image_tokens,), config.image_token_id)
+        start, end = torch.tensor([config.vision_start_token_id]), torch.tensor([config.vision_end_token_id])
+        ids = torch.cat([start, image, end, text.input_ids])
+        labels = torch.cat([torch.full((image_tokens + 2,), -100), text.labels])
+        kinds = (ids == config.image_token_id).int()
+        positions, _ = shell.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid)
+        pixels = torch.randn(int(grid.prod()), PATCH_VALUES, generator=torch.Generator().manual_seed(index))
+        found.append(Sample(f"image-{index}", ids, positions[:, 0], labels, pixels, grid))
+    return tuple(found)
+
+
+def write_checkpoint(folder: Path, dtype: str) -> None:
+    if not (folder / "config.json").exists():
+        model = shaped_model({}, dtype=dtype)
+        model.module.save_pretrained(folder, max_shard_size="1GB")
+
+
+def run_one(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = ModelSettings(
+        "qwen2_5_vl_3b", str(arguments.folder), "qwen2_5_vl", dtype=arguments.dtype, placement=arguments.placement
+    )
+    began = time.perf_counter()
+    model = load_model(describe_model(settings), torch.device(arguments.device), 0)
+    loaded_s = time.perf_counter() - began
+    make = text_samples if arguments.component == "lm" else image_samples
+    samples = make(model, arguments.samples, arguments.tokens)
+    job = make_job(
+        model, samples, SCHEMES[arguments.scheme], arguments.component, estimator=arguments.estimator, probes=arguments.probes
+    )
+    scores, report = measure(job)
+    found = {
+        "component": arguments.component, "placement": arguments.placement, "estimator": arguments.estimator,
+        "dtype": arguments.dtype, "device": arguments.device, "operators": len(scores),
+        "samples": arguments.samples, "tokens": arguments.tokens, "probes": arguments.probes,
+        "load_s": loaded_s, "engine_s": report.engine_s, "forward_s": report.forward_s,
+        "forward_equivalents": report.engine_s / report.forward_s, "wall_s": time.perf_counter() - began,
+        "peak_gib": peak_memory_bytes() / GIB,
+    }  # fmt: skip
+    if arguments.device != "cpu":
+        found["peak_cuda_gib"] = torch.cuda.max_memory_allocated() / GIB
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--component", default="lm", choices=["lm", "vision", "full"])
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--probes", type=int, default=1)
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--scheme", default="w8a8_static", choices=list(SCHEMES))
+    parser.add_argument("--estimator", default="sketch", choices=["sketch", "exact"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--placement", choices=["resident", "streamed"], help="default: both, one after the other")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "qwen2_5_vl_3b_random")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.alone:
+        print(json.dumps(run_one(arguments)))
+        return
+    write = [sys.executable, "-c", "import sys; from pathlib import Path; from benchmarks.full_size import write_checkpoint; write_checkpoint(Path(sys.argv[1]), sys.argv[2])"]
+    subprocess.run([*write, str(arguments.folder), arguments.dtype], check=True)
+    rows = []
+    for placement in [arguments.placement] if arguments.placement else ["resident", "streamed"]:
+        command = [sys.executable, "-m", "benchmarks.full_size", *sys.argv[1:], "--placement", placement, "--alone"]
+        rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+    table = Table("placement", "operators", "engine s", "forward s", "forward-eq.", "wall s", "peak GiB")
+    for row in rows:
+        table.add_row(
+            row["placement"], str(row["operators"]), f"{row['engine_s']:.0f}", f"{row['forward_s']:.1f}",
+            f"{row['forward_equivalents']:.1f}", f"{row['wall_s']:.0f}", f"{row['peak_gib']:.1f}",
+        )  # fmt: skip
+    name = f"full_size_{arguments.component}_{arguments.estimator}"
+    Console().print(table, f"written: {save_results(name, rows)}")
+
+
+if __name__ == "__main__":
+    main()

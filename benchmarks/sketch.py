@@ -1,0 +1,126 @@
+"""How well the sketch ranks, and what it costs, against the exact estimator, operators on their own.
+
+    python -m benchmarks.sketch
+
+On the bundled model and on a 36-block shape with injected outlier channels; 8 samples; each variant and number of
+probes over several seeds, the mean and the worst shown. `element` is the elementwise label-gradient score that other
+tools use (one backward pass of the task loss). Writes the figure of docs/estimators.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from benchmarks.jobs import (
+    NARROW_36_BLOCKS,
+    SCHEMES,
+    bundled_model,
+    bundled_samples,
+    inject_outliers,
+    make_job,
+    measure,
+    save_results,
+    shaped_model,
+    text_samples,
+    with_strategy,
+)
+from qvl_hydra.engines.protocol import SweepJob
+
+SAMPLES, TOP, SEEDS = 8, 20, 3
+VARIANTS = ("split", "token", "sequence")
+PROBES = (1, 4, 16)
+FIGURE = Path(__file__).parents[1] / "docs" / "images" / "sketch_rank_correlation.png"
+
+
+def jobs() -> Iterator[tuple[str, str, SweepJob]]:
+    """Model name, metric and a job for each scheme."""
+    bundled = bundled_model()
+    wide = shaped_model(NARROW_36_BLOCKS)
+    inject_outliers(wide)
+    for scheme in ("w8a8_static", "w8a8_dynamic", "w4a16"):
+        for metric in ("squared_error", "kl"):
+            samples = bundled_samples(bundled, SAMPLES)
+            yield "bundled", metric, make_job(bundled, samples, SCHEMES[scheme], metric=metric)
+        yield "36 blocks", "squared_error", make_job(wide, text_samples(wide, SAMPLES, 96), SCHEMES[scheme])
+
+
+def compare(exact: Mapping[str, float], sketch: Mapping[str, float]) -> tuple[float, int]:
+    """Rank correlation, and how many of the most sensitive operators are the same."""
+    names = list(exact)
+    rank = spearmanr([exact[op] for op in names], [sketch[op] for op in names]).statistic
+    first, second = (set(sorted(names, key=scores.__getitem__)[-TOP:]) for scores in (exact, sketch))
+    return float(rank), len(first & second)
+
+
+def study(model: str, metric: str, job: SweepJob) -> list[dict[str, Any]]:
+    """One row a variant and number of probes."""
+    exact, _ = measure(with_strategy(job, estimator="exact"))
+    rows = []
+    settings = [(variant, probes) for variant in VARIANTS for probes in PROBES] + [("element", 1)]
+    for variant, probes in settings:
+        found = []
+        for seed in range(1 if variant == "element" else SEEDS):
+            made = dataclasses.replace(with_strategy(job, estimator="sketch", variant=variant, probes=probes), seed=seed)
+            sketch, report = measure(made)
+            bias = float(np.median([np.log(sketch[op] / exact[op]) for op in exact if exact[op] > 0 and sketch[op] > 0]))
+            found.append((*compare(exact, sketch), report.engine_s / report.forward_s, bias))
+        ranks, tops, costs, biases = (list(column) for column in zip(*found, strict=True))
+        rows.append(
+            {
+                "model": model, "metric": metric, "scheme": job.scheme.name, "operators": len(exact),
+                "variant": variant, "probes": probes, "rank_correlation": float(np.mean(ranks)),
+                "worst_rank_correlation": min(ranks), f"same_of_top_{TOP}": float(np.mean(tops)),
+                "forward_equivalents": float(np.median(costs)), "median_log_bias": float(np.mean(biases)),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    panels = list(dict.fromkeys((row["model"], row["scheme"], row["metric"]) for row in rows))
+    figure, axes = plt.subplots(3, 3, figsize=(11, 9), sharex=True, sharey=True)
+    for axis, panel in zip(axes.flat, panels, strict=True):
+        inside = [row for row in rows if (row["model"], row["scheme"], row["metric"]) == panel]
+        for variant in VARIANTS:
+            line = [row for row in inside if row["variant"] == variant]
+            axis.plot([row["probes"] for row in line], [row["rank_correlation"] for row in line], "o-", label=variant)
+        baseline = next(row for row in inside if row["variant"] == "element")
+        axis.axhline(baseline["rank_correlation"], color="grey", ls="--", label="label gradient, elementwise")
+        axis.set(title=f"{panel[0]}, {panel[1]}, {panel[2]}", xscale="log", xticks=PROBES, ylim=(0.8, 1.005))
+        axis.set_xticklabels([str(k) for k in PROBES])
+        axis.title.set_fontsize(9)
+    for axis in axes[-1]:
+        axis.set_xlabel("probes a sample (8 samples)")
+    axes[0, 0].set_ylabel("rank correlation with exact")
+    axes[0, 0].legend(fontsize=7)
+    FIGURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(FIGURE, dpi=90)
+
+
+def main() -> None:
+    rows: list[dict[str, Any]] = []
+    table = Table("model", "scheme", "metric", "variant", "K", "rank corr.", "worst", f"top {TOP}", "forward-eq.", "bias")
+    for model, metric, job in jobs():
+        for row in study(model, metric, job):
+            rows.append(row)
+            table.add_row(
+                row["model"], row["scheme"], row["metric"], row["variant"], str(row["probes"]),
+                f"{row['rank_correlation']:.3f}", f"{row['worst_rank_correlation']:.3f}",
+                f"{row[f'same_of_top_{TOP}']:.1f}", f"{row['forward_equivalents']:.1f}", f"{row['median_log_bias']:+.2f}",
+            )  # fmt: skip
+    draw(rows)
+    Console(width=130).print(table, f"written: {save_results('sketch', rows)} and {FIGURE}")
+
+
+if __name__ == "__main__":
+    main()
