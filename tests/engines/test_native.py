@@ -74,9 +74,10 @@ def test_auto_measures_the_most_sensitive_exactly(job: SweepJob, tmp_path: Path)
     means = squared.groupby(["estimator", "op"])["value"].mean()
     sketch, exact = means["sketch"], means["exact"]
     assert set(sketch.index) == {op.path for op in job.operators}
-    top = set(sketch.sort_values(ascending=False).head(12).index)  # a fifth of 57
+    top = set(sketch.sort_values(ascending=False).head(native.FEWEST_EXACT).index)
     assert top <= set(exact.index)
-    assert len(exact) == 12 + report.details["control_operators"]
+    assert report.details["control_operators"] == native.FEWEST_CONTROL
+    assert len(exact) == native.FEWEST_EXACT + native.FEWEST_CONTROL
     assert report.details["agreement"] == pytest.approx(spearmanr(exact, sketch[exact.index]).statistic)
 
 

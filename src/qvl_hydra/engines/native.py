@@ -28,7 +28,8 @@ from qvl_hydra.quantizers.scheme import Scheme
 from qvl_hydra.scores.store import RunFolder, SampleScore
 
 CPU_CHUNK_TOKENS = 4096  # more tokens at a time than this no longer make CPU products faster, and cost memory
-FEWEST_EXACT = 5  # auto: below this many operators a rank agreement says nothing
+FEWEST_EXACT = 20  # auto: so many of the most sensitive are measured exactly at least
+FEWEST_CONTROL = 5  # below this many operators a rank agreement says nothing
 
 
 @dataclass
@@ -146,7 +147,7 @@ def _choose(bench: Bench) -> tuple[list[Target], set[str]]:
     ranked = sorted((t for t in bench.targets if t.name in scores), key=lambda t: -scores[t.name])
     top = min(len(ranked), max(FEWEST_EXACT, math.ceil(strategy.exact_share * len(ranked))))
     others = [target.name for target in ranked[top:]]
-    count = min(len(others), max(FEWEST_EXACT, math.ceil(strategy.control_share * len(others))))
+    count = min(len(others), max(FEWEST_CONTROL, math.ceil(strategy.control_share * len(others))))
     if strategy.control_share == 0:
         count = 0
     controls = set(random.Random(bench.job.seed).sample(others, count))
@@ -201,7 +202,7 @@ def _work(job: SweepJob) -> float:
         return sketched
     top = max(FEWEST_EXACT, math.ceil(strategy.exact_share * targets))
     rest = max(0, targets - top)
-    measured = min(targets, top + max(FEWEST_EXACT, math.ceil(strategy.control_share * rest)))
+    measured = min(targets, top + max(FEWEST_CONTROL, math.ceil(strategy.control_share * rest)))
     return sketched + exact * exact_cost(measured)
 
 

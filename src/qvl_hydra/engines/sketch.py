@@ -17,6 +17,7 @@ and one segment's graph, weights touched twice. Cost: K + 3 forwards (docs/estim
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from qvl_hydra.engines.targets import Target
 from qvl_hydra.engines.walker import Context, Segment, State, Walker
 from qvl_hydra.quantizers.apply import replaced_forwards
-from qvl_hydra.quantizers.qdq import OperatorQuantizer, apply_operator, as_tokens, qdq_activation
+from qvl_hydra.quantizers.qdq import OperatorQuantizer, apply_operator, as_tokens, qdq_activation, quantized_operator
 
 Products = Float[Tensor, "probe token"]
 
@@ -98,18 +99,19 @@ def operator_error(
     scheme = quantizer.scheme
     tokens = as_tokens(module, x)
     weight: Tensor = module.weight.flatten(1)  # type: ignore[operator, union-attr]
-    rounded = weight if quantizer.weight is None else quantizer.weight.flatten(1)
-    by_weight = None if quantizer.weight is None else (tokens @ (rounded - weight).T).float()
-    quantized = qdq_activation(tokens, scheme.input, quantizer.input)
-    by_input = None if scheme.input is None else (quantized - tokens).float()
-    by_output = None
+    by_weight = by_output = whole = None
+    if quantizer.weight is not None:
+        change = quantizer.weight.flatten(1) - weight.float()  # in float32: a small difference of near numbers
+        by_weight = (tokens @ change.to(tokens.dtype).T).float()
+    quantized = qdq_activation(tokens.float(), scheme.input, quantizer.input)
+    by_input = None if scheme.input is None else quantized - tokens.float()
     if scheme.output is not None:
-        y = torch.nn.functional.linear(quantized, rounded, module.bias)  # type: ignore[arg-type]
-        by_output = (qdq_activation(y, scheme.output, quantizer.output) - y).float()
-    whole = None
+        before_output = dataclasses.replace(quantizer, scheme=dataclasses.replace(scheme, output=None))
+        y = quantized_operator(module, x, before_output).flatten(1).float()
+        by_output = qdq_activation(y, scheme.output, quantizer.output) - y
     if element:
-        change = quantized @ rounded.T - tokens @ weight.T
-        whole = change.float() if by_output is None else change.float() + by_output
+        y = apply_operator(module, x, module.weight)  # type: ignore[arg-type]
+        whole = (quantized_operator(module, x, quantizer).float() - y.float()).flatten(1)
     return OperatorError(by_weight, by_input, by_output, whole)
 
 

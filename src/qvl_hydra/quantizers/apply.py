@@ -22,7 +22,9 @@ Ranges = Mapping[str, tuple[QuantParams | None, QuantParams | None]]  # operator
 
 
 @contextmanager
-def replaced_forwards(module: nn.Module, forwards: Mapping[str, Callable[[nn.Module, Tensor], Tensor]]) -> Iterator[None]:
+def replaced_forwards(
+    module: nn.Module, forwards: Mapping[str, Callable[[nn.Module, Tensor], Tensor]]
+) -> Iterator[None]:
     """Let sub-modules compute with other functions for a while; the module itself stays as it is.
 
     Args:
@@ -43,7 +45,7 @@ def replaced_forwards(module: nn.Module, forwards: Mapping[str, Callable[[nn.Mod
 
 @contextmanager
 def quantized(module: nn.Module, quantizers: Mapping[str, OperatorQuantizer]) -> Iterator[None]:
-    """Within the context, the operators named compute in their schemes; afterwards the model is bit for bit as before."""
+    """Let the operators named compute in their schemes; afterwards the model is bit for bit as before."""
 
     def forward_of(quantizer: OperatorQuantizer) -> Callable[[nn.Module, Tensor], Tensor]:
         return lambda target, x: quantized_operator(target, x, quantizer)
@@ -55,7 +57,7 @@ def quantized(module: nn.Module, quantizers: Mapping[str, OperatorQuantizer]) ->
 def make_quantizer(module: nn.Module, path: str, scheme: Scheme, ranges: Ranges) -> OperatorQuantizer:
     """The quantizer of one operator: its QDQ weight and the parameters of its static activations."""
     weight: Tensor = module.get_submodule(path).weight  # type: ignore[assignment]
-    rounded = None if scheme.weight is None else qdq_weight(weight, scheme.weight)
+    rounded = None if scheme.weight is None else qdq_weight(weight.float(), scheme.weight)
     inputs, output = ranges.get(path, (None, None))
     return OperatorQuantizer(scheme, rounded, inputs, output)
 

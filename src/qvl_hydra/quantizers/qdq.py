@@ -104,7 +104,7 @@ def qdq_activation(
 
 @dataclass(frozen=True)
 class OperatorQuantizer:
-    """One operator put into a scheme: its QDQ weight and the parameters of its static activations."""
+    """One operator put into a scheme: its QDQ weight (float32) and the parameters of its static activations."""
 
     scheme: Scheme
     weight: Tensor | None
@@ -118,17 +118,22 @@ def as_tokens(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def apply_operator(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """The operator's own arithmetic with another weight."""
+    """The operator's own arithmetic with another weight, in that weight's dtype."""
+    bias = None if module.bias is None else module.bias.to(weight.dtype)  # type: ignore[union-attr, operator]
     if isinstance(module, nn.Linear):
-        return functional.linear(x, weight, module.bias)
+        return functional.linear(x, weight, bias)
     assert isinstance(module, nn.Conv2d | nn.Conv3d)
-    return module._conv_forward(x, weight, module.bias)
+    return module._conv_forward(x, weight, bias)
 
 
 def quantized_operator(module: nn.Module, x: Tensor, quantizer: OperatorQuantizer) -> Tensor:
-    """Output of an operator that is put into its scheme, on the input given."""
+    """Output of an operator that is put into its scheme, on the input given; the dtype of the input is kept.
+
+    The arithmetic is float32 whatever the model's dtype: integer kernels add up exactly, and rounding QDQ values to
+    bfloat16 would add an error as large as that of 8 bits.
+    """
     scheme = quantizer.scheme
-    inputs = qdq_activation(as_tokens(module, x), scheme.input, quantizer.input).view_as(x)
-    weight = module.weight if quantizer.weight is None else quantizer.weight
-    output = apply_operator(module, inputs, weight)  # type: ignore[arg-type]
-    return qdq_activation(output, scheme.output, quantizer.output)
+    inputs = qdq_activation(as_tokens(module, x.float()), scheme.input, quantizer.input).view_as(x)
+    weight: Tensor = module.weight if quantizer.weight is None else quantizer.weight  # type: ignore[assignment]
+    output = apply_operator(module, inputs, weight.float())
+    return qdq_activation(output, scheme.output, quantizer.output).to(x.dtype)
