@@ -67,7 +67,7 @@ def times() -> dict[str, Any]:
     job = dataclasses.replace(job, schemes=(dataclasses.replace(job.scheme, observer="minmax"),))
     capped = few(job, CAPPED)
     scores, inc = by_inc(capped)
-    own, exact_few = measure(capped)
+    _, exact_few = measure(capped)
     every, exact = measure(job)
     _, sketch = measure(with_strategy(job, estimator="sketch", probes=1))
     inc_all = inc.engine_s / len(scores) * len(every)

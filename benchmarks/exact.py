@@ -67,7 +67,7 @@ def main() -> None:
             }
         )
         rows[-1]["faster_than_loop"] = rows[-1]["loop_s"] / rows[-1]["exact_s"]
-    table = Table("scheme", "operators", "forward s", "exact s", "forward-eq.", "per operator (<= 0.65)", "loop / exact")
+    table = Table("scheme", "operators", "forward s", "exact s", "forward-eq.", "per op (<= 0.65)", "loop / exact")
     for row in rows:
         table.add_row(
             row["scheme"], str(row["operators"]), f"{row['forward_s']:.2f}", f"{row['exact_s']:.1f}",

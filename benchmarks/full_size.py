@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
@@ -52,9 +53,7 @@ def image_samples(model: LoadedModel, count: int, tokens: int) -> tuple[Sample, 
 
 
 def write_checkpoint(folder: Path, dtype: str) -> None:
-    if not (folder / "config.json").exists():
-        model = shaped_model({}, dtype=dtype)
-        model.module.save_pretrained(folder, max_shard_size="1GB")
+    shaped_model({}, dtype=dtype).module.save_pretrained(folder, max_shard_size="1GB")
 
 
 def run_one(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -67,8 +66,9 @@ def run_one(arguments: argparse.Namespace) -> dict[str, Any]:
     make = text_samples if arguments.component == "lm" else image_samples
     samples = make(model, arguments.samples, arguments.tokens)
     job = make_job(
-        model, samples, SCHEMES[arguments.scheme], arguments.component, estimator=arguments.estimator, probes=arguments.probes
-    )
+        model, samples, SCHEMES[arguments.scheme], arguments.component,
+        estimator=arguments.estimator, probes=arguments.probes,
+    )  # fmt: skip
     scores, report = measure(job)
     found = {
         "component": arguments.component, "placement": arguments.placement, "estimator": arguments.estimator,
@@ -100,12 +100,14 @@ def main() -> None:
     if arguments.alone:
         print(json.dumps(run_one(arguments)))
         return
-    write = [sys.executable, "-c", "import sys; from pathlib import Path; from benchmarks.full_size import write_checkpoint; write_checkpoint(Path(sys.argv[1]), sys.argv[2])"]
-    subprocess.run([*write, str(arguments.folder), arguments.dtype], check=True)
+    if not (arguments.folder / "config.json").exists():  # in a process of its own, whose memory goes with it
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            pool.apply(write_checkpoint, (arguments.folder, arguments.dtype))
     rows = []
     for placement in [arguments.placement] if arguments.placement else ["resident", "streamed"]:
         command = [sys.executable, "-m", "benchmarks.full_size", *sys.argv[1:], "--placement", placement, "--alone"]
-        rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        rows.append(json.loads(printed.splitlines()[-1]))
     table = Table("placement", "operators", "engine s", "forward s", "forward-eq.", "wall s", "peak GiB")
     for row in rows:
         table.add_row(

@@ -69,9 +69,10 @@ def study(model: str, metric: str, job: SweepJob) -> list[dict[str, Any]]:
     for variant, probes in settings:
         found = []
         for seed in range(1 if variant == "element" else SEEDS):
-            made = dataclasses.replace(with_strategy(job, estimator="sketch", variant=variant, probes=probes), seed=seed)
-            sketch, report = measure(made)
-            bias = float(np.median([np.log(sketch[op] / exact[op]) for op in exact if exact[op] > 0 and sketch[op] > 0]))
+            made = with_strategy(job, estimator="sketch", variant=variant, probes=probes)
+            sketch, report = measure(dataclasses.replace(made, seed=seed))
+            ratios = [sketch[op] / exact[op] for op in exact if exact[op] > 0 and sketch[op] > 0]
+            bias = float(np.median(np.log(ratios)))
             found.append((*compare(exact, sketch), report.engine_s / report.forward_s, bias))
         ranks, tops, costs, biases = (list(column) for column in zip(*found, strict=True))
         rows.append(
@@ -109,14 +110,16 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     rows: list[dict[str, Any]] = []
-    table = Table("model", "scheme", "metric", "variant", "K", "rank corr.", "worst", f"top {TOP}", "forward-eq.", "bias")
+    columns = ("model", "scheme", "metric", "variant", "K", "rank corr.", "worst", f"top {TOP}", "forwards", "bias")
+    table = Table(*columns)
     for model, metric, job in jobs():
         for row in study(model, metric, job):
             rows.append(row)
             table.add_row(
                 row["model"], row["scheme"], row["metric"], row["variant"], str(row["probes"]),
                 f"{row['rank_correlation']:.3f}", f"{row['worst_rank_correlation']:.3f}",
-                f"{row[f'same_of_top_{TOP}']:.1f}", f"{row['forward_equivalents']:.1f}", f"{row['median_log_bias']:+.2f}",
+                f"{row[f'same_of_top_{TOP}']:.1f}", f"{row['forward_equivalents']:.1f}",
+                f"{row['median_log_bias']:+.2f}",
             )  # fmt: skip
     draw(rows)
     Console(width=130).print(table, f"written: {save_results('sketch', rows)} and {FIGURE}")

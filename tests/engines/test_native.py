@@ -14,10 +14,12 @@ from scipy.stats import spearmanr
 
 from benchmarks.jobs import SCHEMES, Silent, make_job
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.engines import native
+from qvl_hydra.engines import native, sketch_run
 from qvl_hydra.engines.protocol import EngineReport, SweepJob
+from qvl_hydra.engines.sketch import OperatorChange
 from qvl_hydra.errors import EngineError
 from qvl_hydra.models.load import LoadedModel, describe_model, load_model
+from qvl_hydra.operators.discover import Operator
 from qvl_hydra.quantizers.qdq import OperatorQuantizer
 from qvl_hydra.scores.store import RunFolder, SampleScore
 from tests.conftest import load_tiny
@@ -112,14 +114,20 @@ def test_a_value_that_is_not_finite_fails_its_operator_only(
     job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
 ) -> None:
     broken = job.operators[10].path
-    make = native.make_quantizer
+    quantizer, change = native.make_quantizer, sketch_run._change
 
-    def spoil(module: Any, path: str, *rest: Any) -> OperatorQuantizer:
-        quantizer = make(module, path, *rest)
-        assert quantizer.weight is not None
-        return dataclasses.replace(quantizer, weight=quantizer.weight * torch.nan) if path == broken else quantizer
+    def spoiled_quantizer(module: Any, path: str, *rest: Any) -> OperatorQuantizer:
+        made = quantizer(module, path, *rest)
+        assert made.weight is not None
+        return dataclasses.replace(made, weight=made.weight * torch.nan) if path == broken else made
 
-    monkeypatch.setattr(native, "make_quantizer", spoil)
+    def spoiled_change(bench: Any, op: Operator, scheme: Any) -> OperatorChange:
+        made = change(bench, op, scheme)
+        assert made.weight is not None
+        return dataclasses.replace(made, weight=made.weight * torch.nan) if op.path == broken else made
+
+    monkeypatch.setattr(native, "make_quantizer", spoiled_quantizer)
+    monkeypatch.setattr(sketch_run, "_change", spoiled_change)
     made = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, estimator=estimator))
     frame, _, folder = scores(made, tmp_path)
     assert set(folder.endings()) == {broken}
@@ -148,7 +156,7 @@ def test_samples_in_several_groups_score_alike(
 ) -> None:
     sketch = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, estimator="sketch"))
     together, _, _ = scores(sketch, tmp_path / "one")
-    monkeypatch.setattr(native.sketch_run, "free_memory_bytes", lambda: 1)
+    monkeypatch.setattr(sketch_run, "free_memory_bytes", lambda: 1)
     apart, _, folder = scores(sketch, tmp_path / "many")
     assert folder.recall("sketch_group") == 1
     keys = ["op", "sample", "probe"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.engines.probes import fisher_probe, loss_gradient, seeded, sign_probe
-from qvl_hydra.engines.sketch import SketchSegment, combine, step_back
+from qvl_hydra.engines.sketch import OperatorChange, SketchSegment, combine, step_back
 from qvl_hydra.engines.targets import Target
 from qvl_hydra.engines.walker import Segment
 from qvl_hydra.models.load import LoadedModel
@@ -60,7 +60,10 @@ def quantizers(model: MixedLinear, x: Tensor, scheme: Scheme) -> dict[str, Opera
 
 def sketched(model: MixedLinear, x: Tensor, scheme: Scheme, variant: str, probes: list[Tensor]) -> dict[str, Tensor]:
     targets = [Target(path, (operator(path),)) for path in ("first", "second")]
-    found = {path: [q] for path, q in quantizers(model, x, scheme).items()}
+    found = {}
+    for path, q in quantizers(model, x, scheme).items():
+        change = None if q.weight is None else q.weight - model.get_submodule(path).weight
+        found[path] = [OperatorChange(scheme, change, q.input, q.output)]
     segment = Segment("all", False, ("first", "second"), lambda state, context: model(state))
     work = SketchSegment(SimpleNamespace(module=model), segment, targets, found, variant)  # type: ignore[arg-type]
     context: Any = None

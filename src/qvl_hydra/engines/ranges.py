@@ -46,25 +46,28 @@ def walk(
         contexts, starts: of the samples, the scored ones first; their inputs to the component.
         operators: observed for each scheme with static ranges.
         step: called after each segment.
-        keep: of so many samples, from the first, the input of each segment and the last output are kept.
+        keep: of so many samples, from the first, the input of each segment is kept.
 
     Returns:
-        Ranges, and the states: one list a kept sample, `len(segments) + 1` long, of one row each.
+        Ranges, and the states: one list a kept sample, as long as there are segments, of one row each.
     """
     ranges = Ranges(schemes)
     static = [scheme for scheme in schemes if scheme.needs_ranges]
     states = list(starts)
-    kept: list[list[State]] = [[state] for state in states[:keep]]
+    kept: list[list[State]] = [[] for _ in states[:keep]]
     for segment in walker.segments:
+        for index, inputs in enumerate(kept):
+            inputs.append(states[index])
+        if segment is walker.segments[-1] and not static:
+            break  # nobody needs the outputs
         reached = any(not walker.skips(segment, context.sample) for context in contexts)
         inside = [op for op in operators if segment.holds(op)] if static and reached else []
         observers = {op.path: [OperatorObserver(scheme) for scheme in static] for op in inside}
         with walker.weights(segment), replaced_forwards(walker.module, _observing(observers)):
             for index, context in enumerate(contexts):
                 if not walker.skips(segment, context.sample):
-                    states[index] = segment.run(states[index], context)
-                if index < keep:
-                    kept[index].append(states[index])
+                    output = segment.run(states[index], context)
+                    states[index] = states[index] if segment is walker.segments[-1] else output
         for path, seen in observers.items():
             for scheme, observer in zip(static, seen, strict=True):
                 try:

@@ -17,7 +17,6 @@ and one segment's graph, weights touched twice. Cost: K + 3 forwards (docs/estim
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,13 +24,16 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qvl_hydra.engines.targets import Target
 from qvl_hydra.engines.walker import Context, Segment, State, Walker
 from qvl_hydra.quantizers.apply import replaced_forwards
-from qvl_hydra.quantizers.qdq import OperatorQuantizer, apply_operator, as_tokens, qdq_activation, quantized_operator
+from qvl_hydra.quantizers.qdq import QuantParams, apply_operator, as_tokens, qdq_activation
+from qvl_hydra.quantizers.scheme import Scheme
 
 Products = Float[Tensor, "probe token"]
+MakeProbes = Callable[[State], Sequence[State]]
 
 
 @dataclass
@@ -87,8 +89,23 @@ def _take_products(error: OperatorError, g: Tensor, to_input: Tensor) -> None:
         error.element.append((g * error.whole).square().sum(-1))
 
 
+@dataclass(frozen=True)
+class OperatorChange:
+    """One operator put into a scheme, as far as the sketch needs it.
+
+    Attributes:
+        weight: `Q(W) - W` in the model's dtype, (out, in).
+        input, output: parameters of its static activations.
+    """
+
+    scheme: Scheme
+    weight: Tensor | None
+    input: QuantParams | None = None
+    output: QuantParams | None = None
+
+
 def operator_error(
-    module: nn.Module, x: Float[Tensor, "token *in"], quantizer: OperatorQuantizer, element: bool
+    module: nn.Module, x: Float[Tensor, "token *in"], change: OperatorChange, element: bool
 ) -> OperatorError:
     """The error that a scheme makes in one operator on the input given.
 
@@ -96,22 +113,20 @@ def operator_error(
         x: the operator's float input, tokens first.
         element: also keep the whole change of the output, for elementwise products.
     """
-    scheme = quantizer.scheme
+    scheme = change.scheme
     tokens = as_tokens(module, x)
-    weight: Tensor = module.weight.flatten(1)  # type: ignore[operator, union-attr]
-    by_weight = by_output = whole = None
-    if quantizer.weight is not None:
-        change = quantizer.weight.flatten(1) - weight.float()  # in float32: a small difference of near numbers
-        by_weight = (tokens @ change.to(tokens.dtype).T).float()
-    quantized = qdq_activation(tokens.float(), scheme.input, quantizer.input)
+    by_weight = None if change.weight is None else (tokens @ change.weight.T).float()
+    quantized = qdq_activation(tokens.float(), scheme.input, change.input)
     by_input = None if scheme.input is None else quantized - tokens.float()
-    if scheme.output is not None:
-        before_output = dataclasses.replace(quantizer, scheme=dataclasses.replace(scheme, output=None))
-        y = quantized_operator(module, x, before_output).flatten(1).float()
-        by_output = qdq_activation(y, scheme.output, quantizer.output) - y
-    if element:
-        y = apply_operator(module, x, module.weight)  # type: ignore[arg-type]
-        whole = (quantized_operator(module, x, quantizer).float() - y.float()).flatten(1)
+    by_output = whole = None
+    if scheme.output is not None or element:
+        weight: Tensor = module.weight.flatten(1).float()  # type: ignore[operator, union-attr]
+        rounded = weight if change.weight is None else weight + change.weight.float()
+        y = functional.linear(quantized, rounded)
+        shift = 0 if module.bias is None else module.bias.float()  # type: ignore[operator, union-attr]
+        after = qdq_activation(y + shift, scheme.output, change.output)
+        by_output = None if scheme.output is None else after - shift - y
+        whole = after - shift - functional.linear(tokens.float(), weight) if element else None
     return OperatorError(by_weight, by_input, by_output, whole)
 
 
@@ -139,25 +154,25 @@ class SketchSegment:
 
     Attributes:
         targets: those with operators in the segment.
-        quantizers: by operator path, one a scheme.
+        changes: by operator path, one a scheme.
         variant: how products of tokens are summed; `element` is the elementwise score of other tools.
     """
 
     walker: Walker
     segment: Segment
     targets: Sequence[Target]
-    quantizers: dict[str, list[OperatorQuantizer]]
+    changes: dict[str, list[OperatorChange]]
     variant: str
 
 
 def step_back(
-    work: SketchSegment, context: Context, state: State, gradients: Sequence[State]
+    work: SketchSegment, context: Context, state: State, gradients: Sequence[State] | MakeProbes
 ) -> tuple[dict[tuple[str, int], Tensor], list[State]]:
     """Compute a segment again and take every probe's gradient through it.
 
     Args:
         state: the segment's input, one row.
-        gradients: at the segment's output, one a probe.
+        gradients: at the segment's output, one a probe; of the last segment a function that makes them from it.
 
     Returns:
         Values by target name and scheme index, one a probe; and the gradients at the segment's input.
@@ -169,16 +184,18 @@ def step_back(
             with torch.no_grad():
                 tokens = x.detach().flatten(0, 1) if x.dim() == 3 else x.detach()
                 element = work.variant == "element"
-                errors[path] = [operator_error(module, tokens, q, element) for q in work.quantizers[path]]
+                errors[path] = [operator_error(module, tokens, change, element) for change in work.changes[path]]
             result: Tensor = _Tap.apply(x, module, errors[path])
             return result
 
         return forward
 
-    taps = {path: forward_of(path) for path in work.quantizers}
+    taps = {path: forward_of(path) for path in work.changes}
     with torch.enable_grad(), replaced_forwards(work.walker.module, taps):
         start = state.detach().requires_grad_()
         end = work.segment.run(start, context)
+        if callable(gradients):
+            gradients = gradients(end.detach())
         back = [
             torch.autograd.grad(end, start, gradient.to(end.dtype), retain_graph=index + 1 < len(gradients))[0]
             for index, gradient in enumerate(gradients)

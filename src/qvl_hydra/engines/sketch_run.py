@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +15,18 @@ from qvl_hydra.engines.metrics import next_token_labels
 from qvl_hydra.engines.probes import fisher_probe, loss_gradient, seeded, sign_probe
 from qvl_hydra.engines.protocol import SweepJob
 from qvl_hydra.engines.ranges import walk
-from qvl_hydra.engines.sketch import SketchSegment, step_back
+from qvl_hydra.engines.sketch import MakeProbes, OperatorChange, SketchSegment, step_back
 from qvl_hydra.engines.walker import Context, Segment, State, Walker
 from qvl_hydra.models.memory import free_memory_bytes
+from qvl_hydra.operators.discover import Operator
+from qvl_hydra.quantizers.qdq import weight_change
+from qvl_hydra.quantizers.scheme import Scheme
 from qvl_hydra.scores.store import RunFolder, SampleScore
 
 if TYPE_CHECKING:
     from qvl_hydra.engines.native import Bench
 
+Gradients = Sequence[list[State] | MakeProbes]  # one entry a sample
 STREAMED_STATE_BYTES = 1 << 30  # states between segments that a streamed run keeps in memory
 FORWARDS = 3  # forward walk, recomputation, products of the weights' errors
 
@@ -62,11 +67,10 @@ def _measure_group(bench: Bench, first: int, group: slice) -> None:
     states, bench.states = bench.states, None  # each segment's state is let go once it was used
     if states is None:
         _, states = walk(bench.walker, contexts, bench.starts[group], (), (), lambda: None, keep=len(contexts))
-    outputs = zip(contexts, (kept[-1][0] for kept in states), strict=True)
-    gradients = _load(bench, first, left[-1], len(contexts))
+    gradients: Gradients | None = _load(bench, first, left[-1], len(contexts))
     if gradients is None:
         left = list(range(len(segments)))
-        gradients = [_probes(bench, context, output) for context, output in outputs]
+        gradients = [partial(_probes, bench, context) for context in contexts]
     for kept in states:
         del kept[left[-1] + 1 :]
     for index in reversed(left):
@@ -79,9 +83,15 @@ def _measure_group(bench: Bench, first: int, group: slice) -> None:
     _gradient_path(bench, first, -1).unlink(missing_ok=True)
 
 
-def _probes(bench: Bench, context: Context, output: Tensor) -> list[State]:
+def _change(bench: Bench, op: Operator, scheme: Scheme) -> OperatorChange:
+    weight: Tensor = bench.walker.module.get_submodule(op.path).weight
+    change = None if scheme.weight is None else weight_change(weight, scheme.weight)
+    return OperatorChange(scheme, change, *bench.ranges[scheme.name].get(op.path, (None, None)))
+
+
+def _probes(bench: Bench, context: Context, outputs: State) -> list[State]:
     """Gradients of `<r_k, F>` at the output: the probes themselves, one row each."""
-    strategy = bench.job.strategy
+    strategy, output = bench.job.strategy, outputs[0]
     if strategy.variant == "element":  # what other tools use: the gradient of the loss, and no probes
         return [loss_gradient(output, next_token_labels(context.sample.labels).to(output.device))[None]]
     make = fisher_probe if strategy.metric == "kl" else sign_probe
@@ -90,7 +100,7 @@ def _probes(bench: Bench, context: Context, output: Tensor) -> list[State]:
 
 
 def _measure_segment(
-    bench: Bench, segment: Segment, contexts: list[Context], states: list[State], gradients: list[list[State]]
+    bench: Bench, segment: Segment, contexts: list[Context], states: list[State], gradients: Gradients
 ) -> tuple[list[SampleScore], list[list[State]]]:
     """One segment of the reverse walk for all samples of a group; weights are quantized once."""
     job = bench.job
@@ -99,10 +109,11 @@ def _measure_segment(
     scores: list[SampleScore] = []
     after: list[list[State]] = []
     with bench.walker.weights(segment):
-        quantizers = {op.path: [bench.quantizer(scheme)(op) for scheme in job.schemes] for op in operators}
-        work = SketchSegment(bench.walker, segment, targets, quantizers, job.strategy.variant)
+        changes = {op.path: [_change(bench, op, scheme) for scheme in job.schemes] for op in operators}
+        work = SketchSegment(bench.walker, segment, targets, changes, job.strategy.variant)
         for context, state, gradient in zip(contexts, states, gradients, strict=True):
             if bench.walker.skips(segment, context.sample):
+                assert not callable(gradient), "no sample passes over the last segment"
                 after.append(gradient)
                 values = {(t.name, i): torch.zeros(len(gradient)) for t in targets for i in range(len(job.schemes))}
             else:

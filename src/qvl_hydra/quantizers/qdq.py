@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
 
+CHANGE_VALUES = 1 << 24  # values that `weight_change` works on at a time
 SMALLEST_SCALE = torch.finfo(torch.float32).eps  # as PyTorch's observers: a constant zero tensor keeps a scale
 
 
@@ -82,6 +83,21 @@ def qdq_weight(weight: Float[Tensor, "out *rest"], form: WeightFormat) -> Float[
     if whole < flat.shape[1]:
         parts.append(qdq_rows(flat[:, whole:].contiguous(), form.limits, form.symmetric))
     return torch.cat(parts, dim=1).view_as(weight)
+
+
+def weight_change(weight: Float[Tensor, "out *rest"], form: WeightFormat) -> Float[Tensor, "out rest"]:
+    """`Q(W) - W`, flattened to two dimensions, in the weight's dtype.
+
+    The difference is taken in float32, some channels at a time: it is small against both, and a head with a large
+    vocabulary has no room for further copies.
+    """
+    flat = weight.detach().flatten(1)
+    change = torch.empty_like(flat)
+    step = max(1, CHANGE_VALUES // flat.shape[1])
+    for first in range(0, flat.shape[0], step):
+        part = flat[first : first + step].float()
+        change[first : first + step] = qdq_weight(part, form) - part
+    return change
 
 
 def qdq_activation(
