@@ -32,7 +32,7 @@ def draw_spectrum(table: pd.DataFrame, metric: str, path: Path) -> None:
     axes = figure.subplots(1, panels)
     _against_share(axes[0], table, "exact_match", "exact match on held-out samples")
     axes[0].legend(fontsize=8, loc="lower right")
-    _against_share(axes[1], table[table["kl"] > 0], "kl", "KL to the float model (nats a token)")
+    _against_share(axes[1], table, "kl", "KL to the float model (nats a token)")
     axes[1].set_yscale("log")
     if panels == 3:
         _additivity(axes[2], both, metric)
@@ -43,7 +43,7 @@ def draw_spectrum(table: pd.DataFrame, metric: str, path: Path) -> None:
 def lines(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """One table a line, ordered by share: random choices averaged, both ends part of each line."""
     named = table.assign(line=table["chooser"].str.replace(r"-\d+$", "", regex=True))
-    ends = named[(named["n_high"] == named["n_high"].min()) | (named["n_high"] == named["n_high"].max())]
+    ends = named[named["n_high"].isin((named["n_high"].min(), named["n_high"].max())) & (named["chooser"] == "scores")]
     found = {}
     for name in STYLES:
         rows = named[named["line"] == name]

@@ -1,0 +1,30 @@
+"""The part of a report that is about models quantized by other tools, made from the files of the run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qvl_hydra.reports.page import Column, Section, table
+from qvl_hydra.reports.profile import exports_section
+
+SHOWN = {
+    "n_quantized": "in INT8",
+    "largest_difference": "largest difference to QDQ",
+    "relative_difference": "relative to the quantization's effect",
+    "identical": "samples equal bit for bit",
+    "samples": "of samples",
+    "reload_difference": "difference after saving and loading",
+}
+
+
+def quantize_sections(folder: Path) -> list[Section]:
+    """Sections for `write_sweep_report(extra=...)`: how far each tool's outputs are from QDQ, and the exports.
+
+    Args:
+        folder: with `run.json` and `exports/exports.json`.
+    """
+    results = json.loads((folder / "run.json").read_text())["quantize"]
+    columns = [Column("tool"), *(Column(title, number=True) for title in SHOWN.values())]
+    rows = [[name, *(item[key] for key in SHOWN)] for name, item in results.items()]
+    return [Section("Quantized by other tools", table(columns, rows)), exports_section(folder)]

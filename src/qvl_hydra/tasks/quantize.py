@@ -1,0 +1,211 @@
+"""task=quantize: puts a profile through tools that make INT8 models, and compares what they compute with our QDQ.
+
+- `inc`: Neural Compressor's PyTorch FX path, saved and loaded again, against QDQ with its own scales;
+- `compressed_tensors`: an `int-quantized` checkpoint with our scales, loaded and run by plain transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvl_hydra.calibration.sample import Sample, collate
+from qvl_hydra.errors import MissingExtraError, ProfileError
+from qvl_hydra.models.forward import reference_output
+from qvl_hydra.models.load import MODEL_CLASSES
+from qvl_hydra.models.memory import peak_memory_bytes
+from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.profiles.apply import applied
+from qvl_hydra.profiles.checkpoint import write_checkpoint
+from qvl_hydra.profiles.formats.table import write_formats
+from qvl_hydra.profiles.profile import Profile, describe
+from qvl_hydra.quantizers.qdq import OperatorQuantizer
+from qvl_hydra.reports.quantize import quantize_sections
+from qvl_hydra.reports.sweep import write_sweep_report
+from qvl_hydra.scores.store import RunFolder, write_json
+from qvl_hydra.screen import Screen
+from qvl_hydra.settings import Settings
+from qvl_hydra.tasks.decide import Decision, decide, held_out
+from qvl_hydra.tasks.sweep import versions
+
+# module, distribution and our extra of what each driver needs
+PACKAGES = {
+    "inc": ("neural_compressor", "neural-compressor 3.7", "inc"),
+    "compressed_tensors": ("compressed_tensors", "compressed-tensors", "profiles"),
+}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A tool's outputs beside those of our QDQ, on held-out samples.
+
+    Attributes:
+        n_quantized: operators in INT8.
+        largest_difference: between the tool and QDQ, over all outputs.
+        relative_difference: root mean square of that difference, over that of what quantization changes (QDQ - float).
+        identical: samples on which both are equal bit for bit. Where they are not, a value lay so near to the middle
+            of two integers that the order of operations decided, and what follows differs too.
+        samples: compared.
+        reload_difference: largest difference between the model as made and as read back; None when it is read back
+            only.
+    """
+
+    n_quantized: int
+    largest_difference: float
+    relative_difference: float
+    identical: int
+    samples: int
+    reload_difference: float | None = None
+
+
+def run(settings: Settings, folder: RunFolder, screen: Screen) -> None:
+    """Decide, quantize with each tool, compare, write, show.
+
+    Raises:
+        QvlHydraError: see `decide`; what a tool cannot do; a tool asked for that is not installed.
+    """
+    began = time.perf_counter()
+    for name in settings.profile.quantize_with:
+        _require_package(name, f"profile.quantize_with={name}")
+    decision = decide(settings, folder, screen)
+    samples = held_out(settings, decision.prepared)
+    results: dict[str, Agreement] = {}
+    notes = list(decision.notes)
+    drivers: Sequence[str] = settings.profile.quantize_with or tuple(DRIVERS)
+    for name in drivers:
+        try:
+            results[name] = DRIVERS[name](settings, decision, samples, folder.path / name)
+        except (ProfileError, MissingExtraError) as error:
+            if settings.profile.quantize_with:
+                raise
+            notes.append(f"{name}: {error}")
+    everything = find_operators(decision.prepared.model.module, "full")
+    write_formats(decision.profile, everything, settings.profile.formats, folder.path / "exports")
+    write_json(folder.path / "profile.json", {"budget": str(decision.budget), **describe(decision.profile)})
+    record = {
+        **decision.sweep,
+        "task": "quantize",
+        "status": "complete",
+        "quantize": {name: asdict(result) for name, result in results.items()},
+        "wall_s": time.perf_counter() - began,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "versions": versions(),
+        "notes": [*decision.sweep.get("notes", []), *notes],
+    }
+    write_json(folder.path / "run.json", record)
+    write_sweep_report(folder.path, extra=quantize_sections(folder.path))
+    _show(decision, results, notes, folder.path, screen)
+
+
+def _with_inc(settings: Settings, decision: Decision, samples: Sequence[Sample], folder: Path) -> Agreement:
+    _require_package("inc", "quantizing with Neural Compressor")
+    from qvl_hydra.engines.inc_wrapper import WrapperBatch, wrapper_input
+    from qvl_hydra.profiles.inc_quantize import quantize_with_inc
+
+    model, component = decision.prepared.model, settings.component.name
+    if model.device.type != "cpu":
+        raise ProfileError(f"Neural Compressor's INT8 runs on the CPU, not on {model.device}; take backend.device=cpu")
+    made = quantize_with_inc(model, decision.profile, decision.prepared.calibration.samples, component, folder)
+
+    def outputs(module: nn.Module) -> Callable[[Sample], Tensor]:
+        return lambda sample: module(WrapperBatch([wrapper_input(model.module, sample, component)]))
+
+    with torch.no_grad():
+        apart = max(
+            float((outputs(made.converted)(sample) - outputs(made.reloaded)(sample)).abs().max()) for sample in samples
+        )
+    found = compare(outputs(made.reloaded), model.module, decision.profile, made.quantizers, samples, component)
+    return dataclasses.replace(found, reload_difference=apart)
+
+
+def _with_compressed_tensors(
+    settings: Settings, decision: Decision, samples: Sequence[Sample], folder: Path
+) -> Agreement:
+    model = decision.prepared.model
+    write_checkpoint(model, decision.profile, decision.quantizers, folder)
+    _require_package("compressed_tensors", f"loading the checkpoint (written to {folder}) in transformers")
+    reader: Any = MODEL_CLASSES[model.family]
+    with contextlib.redirect_stderr(io.StringIO()):  # four bars of its own; the last belongs to the first forward
+        loaded = reader.from_pretrained(folder).eval().to(model.device)
+        forward(loaded, samples[0])
+    return compare(
+        lambda sample: forward(loaded, sample), model.module, decision.profile, decision.quantizers, samples, "full"
+    )
+
+
+DRIVERS = {"inc": _with_inc, "compressed_tensors": _with_compressed_tensors}
+
+
+def _require_package(name: str, purpose: str) -> None:
+    module, package, extra = PACKAGES[name]
+    if importlib.util.find_spec(module) is None:
+        raise MissingExtraError(package, extra, purpose)
+
+
+@torch.no_grad()
+def forward(module: nn.Module, sample: Sample) -> Tensor:
+    """Logits of a sample by the model's own forward, as a user calls it: (token, vocab)."""
+    batch = {name: value.to(module.device) for name, value in collate([sample]).items() if name != "labels"}  # type: ignore[arg-type]
+    found: Tensor = module(**batch, use_cache=False).logits[0]
+    return found
+
+
+@torch.no_grad()
+def compare(
+    outputs: Callable[[Sample], Tensor],
+    module: nn.Module,
+    profile: Profile,
+    quantizers: Mapping[str, OperatorQuantizer],
+    samples: Sequence[Sample],
+    component: str,
+) -> Agreement:
+    """How far a tool's outputs are from those of QDQ.
+
+    Args:
+        outputs: the tool's output of a sample, in the shape of `reference_output`.
+        quantizers: what QDQ computes with.
+    """
+    largest = apart = effect = 0.0
+    identical = 0
+    for sample in samples:
+        reference = reference_output(module, sample, component)
+        with applied(module, profile, quantizers):
+            ours = reference_output(module, sample, component)
+        theirs = outputs(sample)
+        identical += bool(torch.equal(theirs, ours))
+        largest = max(largest, float((theirs - ours).abs().max()))
+        apart += float((theirs - ours).double().square().sum())
+        effect += float((ours - reference).double().square().sum())
+    relative = (apart / effect) ** 0.5 if effect else 0.0
+    return Agreement(len(profile.low), largest, relative, identical, len(samples))
+
+
+def _show(
+    decision: Decision, results: Mapping[str, Agreement], notes: Sequence[str], folder: Path, screen: Screen
+) -> None:
+    rows = [
+        [
+            name,
+            str(item.n_quantized),
+            f"{item.identical} of {item.samples}",
+            f"{item.largest_difference:.3g}",
+            f"{100 * item.relative_difference:.2g} %",
+        ]
+        for name, item in results.items()
+    ]
+    columns = ["tool", "INT8", "samples as QDQ", "largest diff.", "of the effect"]
+    screen.table(f"profile {decision.budget}, computed by other tools and by QDQ", columns, rows)
+    for note in notes:
+        screen.say(note)
+    for name in results:
+        screen.say(f"{name}: {folder / name}")

@@ -1,0 +1,112 @@
+"""The compressed-tensors checkpoint, loaded and run by plain transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.models.forward import reference_output
+from qvl_hydra.models.load import MODEL_CLASSES, LoadedModel
+from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.profiles.apply import applied, make_quantizers
+from qvl_hydra.profiles.checkpoint import weight_scale, write_checkpoint
+from qvl_hydra.profiles.names import rename
+from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.quantizers.qdq import OperatorQuantizer
+from qvl_hydra.quantizers.scheme import Scheme
+from qvl_hydra.tasks.quantize import compare, forward
+from tests.profiles.rounding import W8A8, W8A8_DYNAMIC, W8A8_SYMMETRIC, assert_only_rounding, some_profile
+
+
+def written(
+    model: LoadedModel, scheme: Scheme, samples: tuple[Sample, ...], folder: Path, component: str = "full"
+) -> tuple[Profile, dict[str, OperatorQuantizer]]:
+    profile = some_profile(model, scheme, component, convolutions=False)
+    quantizers = make_quantizers(model.module, profile.operators, samples, component, scheme)
+    write_checkpoint(model, profile, quantizers, folder)
+    return profile, quantizers
+
+
+@pytest.mark.parametrize("scheme", [W8A8, W8A8_SYMMETRIC], ids=lambda scheme: scheme.name)
+def test_stored_numbers_are_those_of_qdq(
+    tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...], scheme: Scheme, tmp_path: Path
+) -> None:
+    profile, quantizers = written(tiny_model, scheme, tiny_samples, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    low = {op.path for op in profile.low}
+    for op in find_operators(tiny_model.module, "full"):
+        name = rename(op.path, "checkpoint")
+        weight = tiny_model.module.get_submodule(op.path).weight
+        if op.path not in low:
+            assert torch.equal(stored[f"{name}.weight"], weight)
+            assert f"{name}.weight_scale" not in stored
+            continue
+        assert stored[f"{name}.weight"].dtype == torch.int8
+        ours = quantizers[op.path]
+        assert torch.equal(stored[f"{name}.weight"].float() * stored[f"{name}.weight_scale"], ours.weight)
+        assert float(stored[f"{name}.input_scale"]) == pytest.approx(ours.input.scale)
+        zero_point = int(stored.get(f"{name}.input_zero_point", torch.zeros(1)))
+        assert zero_point - (-128) == ours.input.zero_point - ours.input.qmin
+    assert (tmp_path / "tokenizer.json").exists()
+
+
+@pytest.mark.compressed_tensors
+@pytest.mark.parametrize("scheme", [W8A8, W8A8_SYMMETRIC], ids=lambda scheme: scheme.name)
+def test_transformers_computes_what_qdq_computes(
+    tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...], scheme: Scheme, tmp_path: Path
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    profile, quantizers = written(tiny_model, scheme, tiny_samples, tmp_path)
+    loaded, info = MODEL_CLASSES["qwen2_5_vl"].from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())  # nothing missing, unexpected or of another shape
+    outputs = compare(
+        lambda sample: forward(loaded.eval(), sample), tiny_model.module, profile, quantizers, tiny_samples, "full"
+    )
+    assert outputs.identical >= len(tiny_samples) // 2
+    weights = {op.path: loaded.get_submodule(op.path).weight for op in profile.low}
+    assert all(torch.equal(weight, quantizers[path].weight) for path, weight in weights.items())
+    for sample in tiny_samples:
+        assert_only_rounding(tiny_model, loaded, profile, quantizers, weights, sample)
+    # The profile itself is seen: with other operators in high precision the outputs are others.
+    mirrored = Profile(scheme, profile.operators, frozenset(op.path for op in profile.low), 16, "test")
+    with applied(tiny_model.module, mirrored, quantizers), torch.no_grad():
+        others = reference_output(tiny_model.module, tiny_samples[0], "full")
+    assert not torch.equal(forward(loaded, tiny_samples[0]), others)
+
+
+@pytest.mark.compressed_tensors
+def test_dynamic_inputs_of_the_language_tower(
+    tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...], tmp_path: Path
+) -> None:
+    """Per token; only here, because compressed-tensors takes one scale a tensor from the vision tower's 2-d inputs."""
+    pytest.importorskip("compressed_tensors")
+    _, quantizers = written(tiny_model, W8A8_DYNAMIC, tiny_samples, tmp_path, component="lm")
+    loaded = MODEL_CLASSES["qwen2_5_vl"].from_pretrained(tmp_path).eval()
+    for path in ("model.language_model.layers.1.mlp.down_proj", "lm_head"):
+        target, ours = tiny_model.module.get_submodule(path), quantizers[path]
+        x = torch.randn(1, 5, target.in_features, generator=torch.Generator().manual_seed(0))
+        forward(loaded, tiny_samples[0])  # decompresses
+        scale = x.abs().amax(-1, keepdim=True) / 127.5
+        expected = torch.round(x / scale).clamp(-128, 127) * scale @ ours.weight.T
+        assert torch.allclose(loaded.get_submodule(path)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_quantized_head_is_untied_from_the_embedding(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    head = [op for op in find_operators(tiny_model.module, "lm") if op.path == "lm_head"]
+    profile = Profile(W8A8_DYNAMIC, tuple(head), frozenset(), 16, "test")
+    quantizers = make_quantizers(tiny_model.module, head, (), "lm", W8A8_DYNAMIC)
+    write_checkpoint(tiny_model, profile, quantizers, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert config["quantization_config"]["format"] == "int-quantized"
+
+
+def test_the_scale_of_a_channel_is_its_largest_weight_over_half_the_range() -> None:
+    weight = torch.tensor([[0.5, -1.0, 0.25], [2.0, 0.0, 1.0]])
+    assert torch.allclose(weight_scale(weight, W8A8.weight), torch.tensor([[1.0], [2.0]]) / 127.5)
