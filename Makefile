@@ -23,7 +23,7 @@ lint: $(STAMP)
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[inc,onnx,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[inc,onnx,profiles,dev]"
 	touch $(STAMP)
 
 clean:
