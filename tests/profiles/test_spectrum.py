@@ -1,0 +1,138 @@
+"""Baselines and the curve: equal budgets, both ends, and what the columns say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.models.load import LoadedModel
+from qvl_hydra.operators.discover import Operator, find_operators
+from qvl_hydra.profiles.apply import make_quantizers
+from qvl_hydra.profiles.baselines import (
+    baseline_profiles,
+    distance_from_ends,
+    input_ranges,
+    take_in_order,
+    weight_errors,
+)
+from qvl_hydra.profiles.figure import draw_spectrum, lines
+from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.profiles.select import Budget, select
+from qvl_hydra.profiles.spectrum import COLUMNS, best_baseline, candidates, measure_curve
+from qvl_hydra.profiles.units import Unit
+from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
+
+COARSE = Scheme("w4a4", WeightFormat(4), ActivationFormat(4))
+
+
+def operator(path: str, component: str = "lm", width: int = 8) -> Operator:
+    return Operator(path, component, 0, path, path, "Linear", width, width, width * width)
+
+
+def single_units(count: int, forced: int = 0) -> list[Unit]:
+    return [Unit(f"op{i}", (operator(f"op{i}"),), None if i < forced else float(i)) for i in range(count)]
+
+
+def test_baselines_keep_as_many_operators_as_the_budget_allows() -> None:
+    units = single_units(10, forced=1)
+    values = {f"op{i}": float((7 * i) % 10) for i in range(10)}
+    found = baseline_profiles(units, Budget("count", 4), COARSE, 16, values, values)
+    assert {profile.chooser for profile in found} == {
+        "random-0", "random-1", "random-2", "first_and_last", "activation_range", "weight_error",
+    }  # fmt: skip
+    for profile in found:
+        assert len(profile.high) == 4
+        assert "op0" in profile.high  # has no score and must stay
+        assert profile.predicted == sum(i for i in range(1, 10) if f"op{i}" not in profile.high)
+    by_name = {profile.chooser: profile.high for profile in found}
+    assert by_name["weight_error"] == by_name["activation_range"] == {"op0", "op7", "op4", "op1"}
+    assert by_name["first_and_last"] == {"op0", "op1", "op8", "op9"}
+    assert len({by_name[f"random-{seed}"] for seed in range(3)}) > 1
+
+
+def test_one_that_does_not_fit_is_passed_over() -> None:
+    sizes = {"a": 3, "b": 2, "c": 1}
+    units = [Unit(name, tuple(operator(f"{name}{i}") for i in range(size)), 1.0) for name, size in sizes.items()]
+    kept = take_in_order(units, [0, 1, 2], Budget("count", 4), COARSE, 16)
+    assert kept.tolist() == [True, False, True]
+
+
+def test_ends_are_those_of_each_tower() -> None:
+    units = [Unit(f"v{i}", (operator(f"v{i}", "vision"),), 1.0) for i in range(3)] + single_units(5)
+    assert distance_from_ends(units).tolist() == [0, 0.5, 0, 0, 0.25, 0.5, 0.25, 0]
+
+
+@pytest.fixture(scope="module")
+def measured(small_model: LoadedModel, small_samples: tuple[Sample, ...]) -> tuple:
+    """A curve with exact scores of single operators, each measured alone on the held-out samples themselves."""
+    module = small_model.module
+    operators = [op for op in find_operators(module, "lm") if op.block is not None or op.path == "lm_head"]
+    quantizers = make_quantizers(module, operators, small_samples[:4], "lm", COARSE)
+    held_out = small_samples[4:]
+    alone = [
+        Profile(COARSE, tuple(operators), frozenset(other.path for other in operators) - {op.path}, 16, op.path)
+        for op in operators
+    ]
+    from qvl_hydra.profiles.measure import measure_profiles
+
+    scores = [item.squared_error for item in measure_profiles(module, alone, quantizers, held_out, "lm")]
+    units = [Unit(op.path, (op,), score) for op, score in zip(operators, scores, strict=True)]
+    budget = Budget("share", 0.2)
+    chosen = select(units, budget, COARSE, 16)
+    errors = weight_errors(module, quantizers)
+    found = candidates(units, chosen, budget, [0.1, 0.5], errors, input_ranges(quantizers))
+    table = measure_curve(module, found, quantizers, held_out, "lm", "squared_error")
+    return units, table, errors, quantizers, small_model
+
+
+def test_the_curve_has_both_ends_and_equal_budgets(measured: tuple) -> None:
+    units, table, *_ = measured
+    assert tuple(table.columns) == COLUMNS
+    own = table[table["chooser"] == "scores"].sort_values("n_high")
+    assert own["n_high"].tolist() == [0, 1, 3, 7, 15]  # floor of the shares of 15
+    assert own.iloc[-1]["squared_error"] == 0
+    assert own.iloc[-1]["kl"] == pytest.approx(0, abs=1e-6)
+    assert own["predicted"].iloc[0] == pytest.approx(sum(unit.score for unit in units))
+    for _, same in table.groupby(["budget", "value"]):
+        assert same["n_high"].nunique() == 1
+        assert len(same) in (1, 7)
+    assert (table["measured"] == table["squared_error"]).all()
+
+
+def test_scores_of_single_operators_order_what_is_measured_together(measured: tuple) -> None:
+    """Not additive, but what is predicted to be worse is worse; and no choice has a lower prediction than ours."""
+    _, table, *_ = measured
+    inner = table[(table["n_high"] > 0) & (table["n_high"] < 15)]
+    assert spearmanr(inner["predicted"], inner["measured"]).statistic > 0.7
+    for _, same in inner.groupby(["budget", "value"]):
+        own = same[same["chooser"] == "scores"]["predicted"].iloc[0]
+        assert own <= same["predicted"].min() + 1e-9
+    best = best_baseline(table, "share", 0.2)
+    assert best is not None
+    assert best["chooser"] != "scores"
+    assert best_baseline(table, "share", 0.0) is None
+
+
+def test_weight_errors_are_sums_of_squares(measured: tuple) -> None:
+    _, _, errors, quantizers, model = measured
+    path = "model.language_model.layers.1.mlp.up_proj"
+    weight = model.module.get_submodule(path).weight.numpy()
+    scale = np.abs(weight).max(1, keepdims=True) / 7.5
+    rounded = np.clip(np.round(weight / scale), -8, 7) * scale
+    assert errors[path] == pytest.approx(((rounded - weight) ** 2).sum(), rel=1e-3)
+    assert input_ranges(quantizers)[path] == pytest.approx(quantizers[path].input.scale * 15)
+
+
+def test_lines_of_the_figure_meet_at_both_ends(measured: tuple, tmp_path: Path) -> None:
+    _, table, *_ = measured
+    found = lines(table)
+    ends = table[(table["chooser"] == "scores") & table["n_high"].isin((0, 15))].sort_values("n_high")
+    for line in found.values():
+        assert line["kl"].iloc[[0, -1]].tolist() == ends["kl"].tolist()
+        assert line["share_high"].is_monotonic_increasing
+    draw_spectrum(table, "squared_error", tmp_path / "figures" / "curve.png")
+    assert (tmp_path / "figures" / "curve.png").stat().st_size > 10_000

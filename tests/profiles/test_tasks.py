@@ -1,0 +1,118 @@
+"""task=profile and task=quantize from composed settings to the files of their folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+
+from qvl_hydra.command_line import config_folder, settings_from_config
+from qvl_hydra.errors import MissingExtraError, ProfileError
+from qvl_hydra.scores.store import RunFolder
+from qvl_hydra.screen import Screen
+from qvl_hydra.settings import Settings
+from qvl_hydra.tasks import profile, quantize
+
+SMALL = [
+    "component=lm",
+    "model.weights=random",
+    "+model.overrides={text_config.num_hidden_layers: 2, vision_config.depth: 1}",
+    "calibration.size=4",
+    "strategy.confidence_batches=1",
+    "strategy.estimator=exact",
+    "profile.evaluation_size=6",
+    "tracking.enabled=false",
+]
+
+
+def settings_of(*overrides: str) -> Settings:
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return settings_from_config(compose("config", overrides=[*SMALL, *overrides]))
+
+
+def screen() -> tuple[Screen, io.StringIO]:
+    text = io.StringIO()
+    return Screen(Console(file=text, width=200)), text
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Path, str]:
+    settings = settings_of("experiment=profile_spectrum", "component=lm", "operators.exclude=null",
+                           "profile.spectrum=[0,0.2,1]", "profile.value=0.2")  # fmt: skip
+    folder = tmp_path_factory.mktemp("profiled")
+    shown, text = screen()
+    profile.run(settings, RunFolder(folder), shown)
+    return settings, folder, text.getvalue()
+
+
+def test_a_profile_run_leaves_everything_that_was_asked_for(profiled: tuple[Settings, Path, str]) -> None:
+    _, folder, text = profiled
+    table = pd.read_parquet(folder / "profiles.parquet")
+    assert set(table["value"]) == {0.0, 0.2, 1.0}
+    assert (table["chooser"] == "scores").sum() == 3
+    run = json.loads((folder / "run.json").read_text())
+    assert (run["task"], run["status"], run["n_scored"]) == ("profile", "complete", 15)
+    own = table[(table["chooser"] == "scores") & (table["value"] == 0.2)].iloc[0]
+    assert run["profile"]["kl"] == own["kl"]
+    assert run["profile"]["n_high"] == own["n_high"] == 3
+    assert run["profile"]["exact_match_float"] == table[table["n_high"] == 15]["exact_match"].iloc[0]
+    decided = json.loads((folder / "profile.json").read_text())
+    assert len(decided["high"]) == 3
+    assert len(decided["low"]) == 12
+    assert (folder / "exports" / "modelopt" / "quant_cfg.yaml").exists()
+    assert (folder / "figures" / "profile_spectrum.png").exists()
+    report = (folder / "report.html").read_text()
+    assert "Precision profile" in report
+    assert "data:image/png;base64," in report
+    assert "share=0.2: 3 of 15 operators stay in high precision" in text
+
+
+def test_scores_from_a_folder_give_the_same_profile(profiled: tuple[Settings, Path, str], tmp_path: Path) -> None:
+    settings, folder, _ = profiled
+    given = dataclasses.replace(settings.profile, scores=str(folder), budget="count", value=3.0, spectrum=[])
+    profile.run(dataclasses.replace(settings, profile=given), RunFolder(tmp_path), screen()[0])
+    first, second = (json.loads((place / "profile.json").read_text()) for place in (folder, tmp_path))
+    assert first["high"] == second["high"]
+    assert first["predicted"] == second["predicted"]
+    assert len(pd.read_parquet(tmp_path / "scores.parquet")) == 15
+
+
+def test_scores_of_another_scheme_or_component_are_refused(
+    profiled: tuple[Settings, Path, str], tmp_path: Path
+) -> None:
+    _, folder, _ = profiled
+    with pytest.raises(ProfileError, match="quant=w8a8_static, here quant=w4a16"):
+        profile.run(settings_of("quant=w4a16", f"profile.scores={folder}"), RunFolder(tmp_path), screen()[0])
+    with pytest.raises(ProfileError, match="component=lm, here component=full"):
+        profile.run(settings_of("component=full", f"profile.scores={folder}"), RunFolder(tmp_path), screen()[0])
+
+
+@pytest.mark.inc
+def test_quantize_compares_neural_compressor_with_qdq(profiled: tuple[Settings, Path, str], tmp_path: Path) -> None:
+    pytest.importorskip("neural_compressor")
+    _, folder, _ = profiled
+    shown, text = screen()
+    settings = settings_of("task=quantize", "profile.quantize_with=[inc]", f"profile.scores={folder}")
+    quantize.run(settings, RunFolder(tmp_path), shown)
+    found = json.loads((tmp_path / "run.json").read_text())["quantize"]["inc"]
+    assert found["n_quantized"] == 14  # 0.1 of 15 is one operator
+    assert found["reload_difference"] == 0
+    assert found["samples"] == 6
+    assert found["relative_difference"] < 1
+    assert "Quantized by other tools" in (tmp_path / "report.html").read_text()
+    assert "inc" in text.getvalue()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is not None, reason="it is installed")
+def test_a_tool_that_is_not_installed_is_said_before_the_work(tmp_path: Path) -> None:
+    settings = settings_of("task=quantize", "profile.quantize_with=[compressed_tensors]")
+    with pytest.raises(MissingExtraError, match=r"qvl-hydra\[profiles\]"):
+        quantize.run(settings, RunFolder(tmp_path), screen()[0])
+    assert not (tmp_path / "scores.parquet").exists()
