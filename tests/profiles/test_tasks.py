@@ -19,6 +19,7 @@ from qvl_hydra.scores.store import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks import profile, quantize
+from qvl_hydra.tracking import content
 
 SMALL = [
     "component=lm",
@@ -72,6 +73,15 @@ def test_a_profile_run_leaves_everything_that_was_asked_for(profiled: tuple[Sett
     assert "Precision profile" in report
     assert "data:image/png;base64," in report
     assert "share=0.2: 3 of 15 operators stay in high precision" in text
+
+
+def test_the_curve_is_sent_to_the_tracker(profiled: tuple[Settings, Path, str]) -> None:
+    _, folder, _ = profiled
+    found = content.metrics(folder)
+    curve = {metric.step: metric.value for metric in found if metric.key == "curve/scores/exact_match"}
+    own = pd.read_parquet(folder / "profiles.parquet").query("chooser == 'scores'")
+    assert curve == dict(zip(own["n_high"], own["exact_match"], strict=True))
+    assert {metric.key for metric in found} >= {"profile/exact_match", "curve/first_and_last/kl"}
 
 
 def test_scores_from_a_folder_give_the_same_profile(profiled: tuple[Settings, Path, str], tmp_path: Path) -> None:

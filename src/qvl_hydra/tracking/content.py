@@ -18,6 +18,7 @@ TAG_LIMIT = 8000
 KEY_LIMIT = 250
 LARGEST_ARTIFACT = 256 * 1024**2  # bytes; an exported model stays where it is
 TOP_ROWS = 15  # operators in a run's description
+PROFILE_CURVES = ("exact_match", "kl", "loss", "squared_error", "predicted", "average_bits")
 _TAG_KEYS = ("task", "status", "model", "component", "strategy", "backend", "estimator", "scheme")
 _IDENTITY = frozenset({"calibration_size", "calibration_seed", "calibration_bad", "seed"})  # no results
 _PRIVATE = ("parts", "__pycache__")
@@ -26,7 +27,7 @@ _PRIVATE_FILES = ("run.lock", "mlflow.json", "mlflow.lock", "fingerprint.json")
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric value; `step` is the block of a `by_block` curve, else 0."""
+    """One metric value; `step` is the block of a `by_block` curve, what stays float of a profile's curve, else 0."""
 
     key: str
     value: float
@@ -51,7 +52,7 @@ def parameters(folder: Path) -> dict[str, str]:
 
 
 def metrics(folder: Path) -> list[Measured]:
-    """Scores and ranks of every scored operator, their curves over depth, and the numbers of `run.json`.
+    """Scores and ranks of every scored operator, their curves over depth, the numbers of `run.json`, profile curves.
 
     The most sensitive operator comes first: the UI's compare view opens on the first metric it is given.
     """
@@ -62,7 +63,17 @@ def metrics(folder: Path) -> list[Measured]:
         for key, value in _leaves(read_json(folder / "run.json"), "/")
         if isinstance(value, int | float) and not isinstance(value, bool) and key not in _IDENTITY
     ]
+    path = folder / "profiles.parquet"
+    found += list(_profile_metrics(pd.read_parquet(path))) if path.exists() else []
     return [metric for metric in found if math.isfinite(metric.value)]
+
+
+def _profile_metrics(profiles: pd.DataFrame) -> Iterator[Measured]:
+    """One curve a chooser and measurement; the step is the number of operators in high precision."""
+    for row in profiles.drop_duplicates(["chooser", "n_high"]).to_dict("records"):
+        for column in PROFILE_CURVES:
+            if pd.notna(row[column]):
+                yield Measured(_legal(f"curve/{row['chooser']}/{column}"), float(row[column]), int(row["n_high"]))
 
 
 def _score_metrics(scores: pd.DataFrame) -> Iterator[Measured]:
