@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.engines.metrics import output_metrics
 from qvl_hydra.engines.protocol import SweepJob
 from qvl_hydra.errors import EngineError
 from qvl_hydra.exporting.export import export_component
 from qvl_hydra.exporting.foreign import find_graph, foreign_scorable
 from qvl_hydra.exporting.scorable import Scorable, own_scorable
-from qvl_hydra.exporting.session import Device
+from qvl_hydra.exporting.session import Device, open_session
 from qvl_hydra.scores.store import RunFolder
 from qvl_hydra.settings import ExportSettings
 
@@ -43,6 +45,34 @@ class Bundle:
         """The graphs with those of the given samples that they take."""
         wanted = {sample.id for sample in samples}
         return [(graph, [sample for sample in taken if sample.id in wanted]) for graph, taken in self.graphs]
+
+
+def check_job(job: SweepJob) -> None:
+    """Refuse what no graph can do.
+
+    Raises:
+        EngineError: gradients are asked for, or a metric that the component's output has not.
+    """
+    if job.strategy.name != "mse_v2":
+        raise EngineError(f"strategy={job.strategy.name}, but a graph has no gradients; take backend=torch or inc_fx")
+    if job.strategy.metric not in output_metrics(job.component):
+        raise EngineError(
+            f"strategy.metric={job.strategy.metric} needs logits, and component={job.component} has none; "
+            f"allowed: {', '.join(output_metrics(job.component))}"
+        )
+
+
+def forward_seconds(graph: Scorable, samples: Sequence[Sample], device: Device) -> float:
+    """Seconds of one plain forward of the samples, after one to warm up."""
+    if not samples:
+        return 0.0
+    session = open_session(graph.path, device)
+    feeds = [graph.feeds(sample) for sample in samples]
+    session.run([graph.output], feeds[0])
+    began = time.perf_counter()
+    for inputs in feeds:
+        session.run([graph.output], inputs)
+    return time.perf_counter() - began
 
 
 @contextmanager

@@ -19,14 +19,13 @@ from torch import Tensor
 
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.engines.metrics import UNITS, error_counts, error_sums, next_token_labels, output_metrics
-from qvl_hydra.engines.onnx_graphs import Bundle, open_bundle
+from qvl_hydra.engines.onnx_graphs import Bundle, check_job, forward_seconds, open_bundle
 from qvl_hydra.engines.protocol import EngineReport, Progress, SweepJob
 from qvl_hydra.engines.targets import Target, make_targets
-from qvl_hydra.errors import EngineError
 from qvl_hydra.exporting.foreign import rows_are_free
 from qvl_hydra.exporting.observe import NodeObserver, Params, observe
 from qvl_hydra.exporting.scorable import Arrays, Scorable, repeat_rows, split_rows, units_of
-from qvl_hydra.exporting.session import Device, open_session, open_switched, pick_provider
+from qvl_hydra.exporting.session import Device, open_switched, pick_provider
 from qvl_hydra.exporting.switched import SWITCH, switched
 from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.quantizers.qdq import QuantParams
@@ -46,14 +45,14 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
         EngineError: the device, metric or model does not fit the backend, or no sample suits the graph.
         ExportError: the model does not export, or the graph given cannot be used.
     """
-    _check(job)
+    check_job(job)
     device = pick_provider(job.backend.device, job.backend.threads)
     targets = make_targets(job.operators, job.fuse)
     progress.total(_work(job, targets), "exporting" if job.backend.graph is None else "opening the graph")
     began = time.perf_counter()
     with open_bundle(job, folder, device) as bundle:
         opened = time.perf_counter()
-        forward_s = sum(_forward_seconds(graph, samples, device) for graph, samples in bundle.scored(job.scored))
+        forward_s = sum(forward_seconds(graph, samples, device) for graph, samples in bundle.scored(job.scored))
         started = time.perf_counter()
         ranges = _observe(job, folder, bundle, device, progress)
         targets = _scorable(folder, bundle, targets, ranges)
@@ -65,32 +64,9 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     return EngineReport(ESTIMATOR, job.strategy.metric, UNITS[job.strategy.metric], forward_s, engine_s, notes, details)
 
 
-def _check(job: SweepJob) -> None:
-    if job.strategy.name != "mse_v2":
-        raise EngineError(f"strategy={job.strategy.name}, but a graph has no gradients; take backend=torch or inc_fx")
-    if job.strategy.metric not in output_metrics(job.component):
-        raise EngineError(
-            f"strategy.metric={job.strategy.metric} needs logits, and component={job.component} has none; "
-            f"allowed: {', '.join(output_metrics(job.component))}"
-        )
-
-
 def _work(job: SweepJob, targets: Sequence[Target]) -> float:
     """The whole work in forwards of one sample, for the time left on screen."""
     return len(job.calibration.samples) + len(job.schemes) * len(job.scored) * (len(targets) + 1)
-
-
-def _forward_seconds(graph: Scorable, samples: Sequence[Sample], device: Device) -> float:
-    """Seconds of one plain forward of the samples, after one to warm up."""
-    if not samples:
-        return 0.0
-    session = open_session(graph.path, device)
-    feeds = [graph.feeds(sample) for sample in samples]
-    session.run([graph.output], feeds[0])
-    began = time.perf_counter()
-    for inputs in feeds:
-        session.run([graph.output], inputs)
-    return time.perf_counter() - began
 
 
 Ranges = dict[str, dict[str, Params]]  # scheme -> operator node -> input, output

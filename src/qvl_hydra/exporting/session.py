@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ def pick_provider(device: str, threads: int | None) -> Device:
     return Device(CPU, 0, threads, f"CPU provider of ONNX Runtime, since {problem}")
 
 
+@contextmanager
+def quiet_runtime() -> Iterator[None]:
+    """Silence ONNX Runtime for a while; its usual level is put back, since it cannot be asked which one it has."""
+    onnxruntime.set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        onnxruntime.set_default_logger_severity(2)
+
+
 def _cuda_problem(index: int) -> str | None:
     version = onnxruntime.__version__
     if CUDA not in onnxruntime.get_available_providers():
@@ -70,18 +81,16 @@ def _cuda_problem(index: int) -> str | None:
     graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "probe", [value], [result])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     options = onnxruntime.SessionOptions()
-    onnxruntime.set_default_logger_severity(4)  # it shouts of every missing library
     try:
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=[(CUDA, {"device_id": index})]
-        )
-        if CUDA in session.get_providers():
-            session.run(None, {"x": np.zeros(1, dtype=np.float32)})
-            return None
+        with quiet_runtime():  # it names every library that is missing, in colour
+            session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=[(CUDA, {"device_id": index})]
+            )
+            if CUDA in session.get_providers():
+                session.run(None, {"x": np.zeros(1, dtype=np.float32)})
+                return None
     except Exception as error:  # the provider's own errors have no common base
         return f"CUDA device {index} does not start in onnxruntime {version}: {str(error).splitlines()[0]}"
-    finally:
-        onnxruntime.set_default_logger_severity(2)
     return (
         f"onnxruntime {version} finds no CUDA device {index} or not the CUDA and cuDNN libraries it was built for "
         "(see nvidia-smi, and its release notes for the versions)"
@@ -104,6 +113,8 @@ def open_session(
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # Threads that wait spinning take the cores from whoever else works, and from each other where cores are few.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if device.threads is not None:
         options.intra_op_num_threads = device.threads
     if folder is not None:

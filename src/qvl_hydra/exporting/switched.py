@@ -22,7 +22,7 @@ from qvl_hydra.exporting.graph import Graph, WeightedNode
 from qvl_hydra.exporting.integers import integer_weight
 from qvl_hydra.exporting.nodes import Builder, activation_qdq
 from qvl_hydra.quantizers.qdq import QuantParams
-from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
+from qvl_hydra.quantizers.scheme import Scheme, WeightFormat
 
 SWITCH = "switch"  # input: (line, row) of bool
 Ranges = Mapping[str, tuple[QuantParams | None, QuantParams | None]]
@@ -66,14 +66,14 @@ def switched(graph: Graph, units: Sequence[Sequence[WeightedNode]], scheme: Sche
         nodes.append(copy)
         if node.output and node.output[0] in lines:
             line, found = lines[node.output[0]]
-            copy.output[0] = _in_float(found)
+            copy.output[0] = _before(found)
             nodes.extend(work.branch(found, line, count))
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
     return SwitchedGraph(proto, str(graph.folder), work.arrays)
 
 
-def _in_float(found: WeightedNode) -> str:
+def _before(found: WeightedNode) -> str:
     """Name of an operator's output before rows of it are replaced."""
     return f"{found.output}/float"
 
@@ -98,24 +98,35 @@ class _Preparation:
         return Builder(self.proto.graph, prefix, self.graph.opset)
 
     def branch(self, found: WeightedNode, line: int, count: str) -> list[NodeProto]:
-        """The nodes that replace the rows of an operator's output which its line of the switch asks for."""
+        """The nodes that replace the rows of an operator's output which its line of the switch asks for.
+
+        Their arithmetic is float32 whatever the graph's, as that of `quantizers.qdq.quantized_operator`.
+        """
         build = self.builder(f"quantized/{found.name}")
+        kind = found.weight.data_type
+
+        def in_float(name: str) -> str:
+            return name if kind == TensorProto.FLOAT else build.add("Cast", [name], to=TensorProto.FLOAT)
+
         scheme, (inputs, output) = self.scheme, self.ranges.get(found.name, (None, None))
         places = self._places(build, found, line, count)
-        x = build.add("Gather", [found.input, places])
-        x = self._qdq(build, found, x, scheme.input, inputs, _token_axes(found))
-        weight = found.node.input[1] if scheme.weight is None else self._weight(build, found, scheme.weight)
+        x = in_float(build.add("Gather", [found.input, places]))
+        x = activation_qdq(build, x, scheme.input, inputs, _token_axes(found))
+        weight = in_float(found.node.input[1]) if scheme.weight is None else self._weight(build, found, scheme.weight)
         product = NodeProto()
         product.CopyFrom(found.node)
         product.name = y = f"{build.prefix}/product"
-        product.input[0], product.input[1], product.output[0] = x, weight, y
+        del product.input[:]
+        product.input.extend([x, weight, *(in_float(name) for name in found.node.input[2:] if name)])
+        product.output[0] = y
         build.nodes.append(product)
         if found.add is not None:
             bias = next(name for name in found.add.input if name != found.node.output[0])
-            y = build.add("Add", [y, bias])
-        y = self._qdq(build, found, y, scheme.output, output, [-1])
+            y = build.add("Add", [y, in_float(bias)])
+        y = activation_qdq(build, y, scheme.output, output, [-1])
+        y = y if kind == TensorProto.FLOAT else build.add("Cast", [y], to=kind)
         column = build.add("Reshape", [places, build.integers(-1, 1)])
-        build.add("ScatterND", [_in_float(found), column, y], found.output)
+        build.add("ScatterND", [_before(found), column, y], found.output)
         return build.nodes
 
     def _places(self, build: Builder, found: WeightedNode, line: int, count: str) -> str:
@@ -134,24 +145,8 @@ class _Preparation:
         spread = build.add("Add", [build.add("Mul", [rows, each]), inside])
         return build.add("Reshape", [spread, build.integers(-1)])
 
-    def _qdq(
-        self,
-        build: Builder,
-        found: WeightedNode,
-        x: str,
-        form: ActivationFormat | None,
-        params: QuantParams | None,
-        axes: list[int],
-    ) -> str:
-        """QDQ in float32, whatever the graph computes in."""
-        kind = found.weight.data_type
-        if form is None or kind == TensorProto.FLOAT:
-            return activation_qdq(build, x, form, params, axes)
-        rounded = activation_qdq(build, build.add("Cast", [x], to=TensorProto.FLOAT), form, params, axes)
-        return build.add("Cast", [rounded], to=kind)
-
     def _weight(self, build: Builder, found: WeightedNode, form: WeightFormat) -> str:
-        """Nodes that give the operator's QDQ weight from its integers, in the layout its product takes."""
+        """Nodes that give the QDQ weight from its integers, in float32 and the layout that the product takes."""
         held = self.graph.array(found.weight)
         rounded = integer_weight(held.reshape(held.shape[0], -1) if found.output_first else held.T, form)
         inputs_first = found.output_first == found.turned  # in the product, after a transposition in between
@@ -170,8 +165,6 @@ class _Preparation:
         if not form.symmetric:
             value = build.add("Sub", [value, of_inputs(rounded.zero_point)])
         value = build.add("Mul", [value, of_inputs(rounded.scale)])
-        if found.weight.data_type != TensorProto.FLOAT:
-            value = build.add("Cast", [value], to=found.weight.data_type)
         if found.node.op_type == "Conv":
             value = build.add("Reshape", [value, build.integers(*held.shape)])
         return value

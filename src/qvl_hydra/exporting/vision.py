@@ -18,19 +18,25 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 Layout = dict[str, Tensor]
-# What depends on the grid, with its free dimensions; windows come in two kinds, of windowed and of full attention.
-WINDOW_AXES: dict[str, dict[int, str]] = {
-    "places": {0: "window", 1: "place"},  # patch at each place of a window; short windows repeat their first patch
-    "padding": {0: "window", 1: "place"},  # whether a place is such a repetition
-    "back": {0: "patch"},  # where each patch is among the places
-}
-KINDS = ("windowed", "full")
+KINDS = ("windowed", "full")  # of attention: each patch within its window, or within its whole image
+
+
+def _window_axes(kind: str) -> dict[str, dict[int, str]]:
+    grid = {0: f"{kind}_window", 1: f"{kind}_place"}
+    return {
+        f"{kind}_places": grid,  # patch at each place of a window; short windows repeat their first patch
+        f"{kind}_padding": grid,  # whether a place is such a repetition
+        f"{kind}_back": {0: "patch"},  # where each patch is among the places
+    }
+
+
+# What depends on the grid, with its free dimensions.
 LAYOUT_AXES: dict[str, dict[int, str]] = {
     "patch_order": {0: "patch"},  # patch at each place of the sequence that the blocks see
     "merged_order": {0: "merged"},  # where each merged patch is in that sequence
     "rotary_cos": {0: "patch"},  # (patch, 1, head dimension)
     "rotary_sin": {0: "patch"},
-    **{f"{kind}_{name}": axes for kind in KINDS for name, axes in WINDOW_AXES.items()},
+    **{name: axes for kind in KINDS for name, axes in _window_axes(kind).items()},
 }
 
 
