@@ -7,6 +7,7 @@ Exit status: 0 done, 1 an error that is not the user's (HYDRA_FULL_ERROR=1 shows
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import signal
@@ -18,17 +19,23 @@ from pathlib import Path
 
 import hydra
 import transformers
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from qvl_hydra.command_line import check_command_line, config_folder, settings_from_config
+from qvl_hydra.command_line import (
+    check_command_line,
+    config_folder,
+    scheme_settings,
+    settings_from_config,
+    take_saved_settings,
+)
 from qvl_hydra.errors import QvlHydraError, TrackingError
-from qvl_hydra.scores.store import RunFolder, write_atomically, write_json
+from qvl_hydra.scores.store import RESUMED_FROM, RunFolder, note_sweep, write_atomically, write_json
 from qvl_hydra.screen import Screen
-from qvl_hydra.settings import QuantSettings, Settings
-from qvl_hydra.tracking.record import SweepParent, finish_parent, open_run, send_run
+from qvl_hydra.settings import Settings
+from qvl_hydra.tasks.resume import refuse_other_settings
+from qvl_hydra.tracking.record import RunStatus, SweepParent, end_superseded, finish_parent, open_run, send_run
 from qvl_hydra.tracking.store import ui_command
 
 TASKS = {
@@ -63,6 +70,7 @@ class Entry:
         folder = RunFolder(Path(runtime.runtime.output_dir).absolute())
         if runtime.mode == RunMode.MULTIRUN:
             self.sweep_folder = Path(runtime.sweep.dir).absolute()
+            note_sweep(self.sweep_folder, ended=False)
         try:
             self.settings = settings_from_config(config)
             with folder.locked():
@@ -80,15 +88,20 @@ class Entry:
 
     def _tracked(self, settings: Settings, folder: RunFolder, config: DictConfig) -> None:
         """Run the task between opening and sending its MLflow run."""
+        refuse_other_settings(settings, folder)
         write_atomically(folder.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
         if settings.tracking.enabled:
-            open_run(settings.tracking, folder.path, name=_run_name(settings), tags=self._tags(settings), sweep=self._sweep())
-        status = "FAILED"
+            tags, name = self._tags(settings), _run_name(settings)
+            open_run(settings.tracking, folder.path, name=name, tags=tags, sweep=self._sweep())
+        status: RunStatus = "FAILED"
         try:
             self._run_task(settings, folder)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
+            raise
+        except Exception as error:
+            _note_failure(settings, folder, error)
             raise
         finally:
             if settings.tracking.enabled:
@@ -100,15 +113,19 @@ class Entry:
     def _run_task(self, settings: Settings, folder: RunFolder) -> None:
         task = importlib.import_module(TASKS[settings.task.name])
         if settings.task.name == "sweep":
-            task.run(settings, folder, self.screen, [_scheme_settings(name) for name in settings.quant.also])
+            task.run(settings, folder, self.screen, [scheme_settings(name) for name in settings.quant.also])
         else:
             task.run(settings, folder, self.screen)
 
-    def _send(self, settings: Settings, folder: RunFolder, status: str) -> None:
+    def _send(self, settings: Settings, folder: RunFolder, status: RunStatus) -> None:
         try:
-            send_run(folder.path, settings.tracking, status)  # type: ignore[arg-type]
+            run_id = send_run(folder.path, settings.tracking, status)
+            if (folder.path / RESUMED_FROM).exists():
+                source = Path(json.loads((folder.path / RESUMED_FROM).read_text())["folder"])
+                end_superseded(source, settings.tracking, run_id)
         except TrackingError as error:
-            self.screen.say(f"not tracked: {error}\nsend it later with: python -m qvl_hydra.tracking.send {folder.path}")
+            command = f"python -m qvl_hydra.tracking.send {folder.path}"
+            self.screen.say(f"not tracked: {error}\nsend it later with: {command}")
 
     def _tags(self, settings: Settings) -> dict[str, str]:
         tags = {
@@ -138,31 +155,29 @@ class Entry:
         self.ends.append("FAILED")
         wrong = isinstance(error, QvlHydraError)
         self.status = max(self.status, WRONG_INPUT if wrong else BROKEN)
-        text = str(error) if wrong else f"{type(error).__name__}: {error}"
-        self.screen.say(f"error: {text}")
-        log.error("%s\n%s", text, traceback.format_exc())
-        result = folder.path / "run.json"
-        if not result.exists():
-            write_json(result, {"status": "failed", "error": text, "fingerprint": None})
+        log.error("%s\n%s", _text(error), traceback.format_exc())
+        self.screen.say(f"error: {_text(error)}")
+        _show_traceback()
         if not wrong:
             self.screen.say(f"this is a fault of the program; {folder.path / 'run.log'} has the details")
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise error
 
     def after_multirun(self) -> None:
-        """Close the parent run and compare what finished, whichever jobs failed."""
+        """Close the parent run and compare what finished, whichever jobs failed; after Ctrl-C only close it."""
         if self.sweep_folder is None or self.settings is None:
             return
+        stopped = self.status == STOPPED
+        if not stopped:
+            note_sweep(self.sweep_folder, ended=True)
         failed = [index for index, end in enumerate(self.ends) if end != "FINISHED"]
         if failed:
             self.screen.say(f"{len(failed)} of {len(self.ends)} jobs did not finish: {', '.join(map(str, failed))}")
-        if getattr(self.settings.compare, "after", False) and len(self.ends) - len(failed) > 1:
+        if self.settings.compare.after and len(self.ends) - len(failed) > 1 and not stopped:
             self._compare()
         if self.settings.tracking.enabled:
-            status = "FAILED" if failed else "FINISHED"
+            status: RunStatus = "KILLED" if stopped else "FAILED" if failed else "FINISHED"
             counts = {"jobs": float(len(self.ends)), "jobs_failed": float(len(failed))}
             try:
-                finish_parent(self.sweep_folder, self.settings.tracking, status=status, metrics=counts)  # type: ignore[arg-type]
+                finish_parent(self.sweep_folder, self.settings.tracking, status=status, metrics=counts)
             except TrackingError as error:
                 self.screen.say(f"the multirun's own run was not tracked: {error}")
 
@@ -178,6 +193,23 @@ class Entry:
             self.screen.say(f"error: {error}")
 
 
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, QvlHydraError) else f"{type(error).__name__}: {error}"
+
+
+def _note_failure(settings: Settings, folder: RunFolder, error: Exception) -> None:
+    """Leave a `run.json` that says how the run ended, unless the task left one with what it had."""
+    result = folder.path / "run.json"
+    if not result.exists():
+        write_json(result, {"task": settings.task.name, "status": "failed", "error": _text(error), "fingerprint": None})
+
+
+def _show_traceback() -> None:
+    """Within an `except`: where it happened, for those who asked by HYDRA_FULL_ERROR=1."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        traceback.print_exc()
+
+
 def _run_name(settings: Settings) -> str:
     if settings.tracking.run_name:
         return settings.tracking.run_name
@@ -185,21 +217,6 @@ def _run_name(settings: Settings) -> str:
     if settings.task.name == "sweep":
         parts += [settings.strategy.name, settings.backend.name, f"n{settings.calibration.size}"]
     return " ".join(parts) + time.strftime(" %H:%M:%S")
-
-
-def _scheme_settings(name: str) -> QuantSettings:
-    """Settings of a scheme named in `quant.also`."""
-    folder = config_folder() / "quant"
-    if not (folder / f"{name}.yaml").is_file():
-        allowed = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        raise QvlHydraError(f"quant.also names {name!r}; allowed: {allowed}")
-    content: dict[str, object] = {}
-    for base in yaml.safe_load((folder / f"{name}.yaml").read_text()).get("defaults", []):
-        if base != "_self_":
-            content |= vars(_scheme_settings(base))
-    own = yaml.safe_load((folder / f"{name}.yaml").read_text())
-    content |= {key: value for key, value in own.items() if key != "defaults"}
-    return QuantSettings(**content)  # type: ignore[arg-type]
 
 
 def _stop_politely(signum: int, frame: types.FrameType | None) -> None:
@@ -211,21 +228,22 @@ def main() -> None:
     screen = Screen()
     transformers.utils.logging.disable_progress_bar()  # one bar is enough
     try:
-        check_command_line(sys.argv[1:])
+        sys.argv[1:], config_name = take_saved_settings(sys.argv[1:])
+        check_command_line(sys.argv[1:], config_name)
     except QvlHydraError as error:
         screen.say(f"error: {error}")
+        _show_traceback()
         sys.exit(WRONG_INPUT)
     signal.signal(signal.SIGTERM, _stop_politely)
     entry = Entry(screen)
-    run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(entry.job)
+    run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(entry.job)
     try:
         run()
     except KeyboardInterrupt:
         entry.status = STOPPED
     except SystemExit as end:
         entry.status = max(entry.status, end.code if isinstance(end.code, int) else BROKEN)
-    if entry.status != STOPPED:
-        entry.after_multirun()
+    entry.after_multirun()
     sys.exit(entry.status)
 
 

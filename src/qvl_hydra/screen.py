@@ -54,7 +54,8 @@ class Screen:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table whose first column is text and whose others are numbers."""
-        shown = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+        self.say(title)
+        shown = Table(box=box.SIMPLE, pad_edge=False)
         for index, column in enumerate(columns):
             shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index > 0)
         for row in rows:

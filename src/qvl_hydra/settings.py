@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from typing import Any, Literal, TypeVar
 from qvl_hydra.errors import SettingsError
 
 T = TypeVar("T")
+SEEDS = 2**32  # numpy's random generators take none below 0
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ class StrategySettings:
                 found.append(f"strategy.{key}={value}; must lie between 0 and 1")
         if self.tolerance <= 0:
             found.append(f"strategy.tolerance={self.tolerance}; must be above 0")
+        if not -1 <= self.agreement_warn <= 1:
+            found.append(f"strategy.agreement_warn={self.agreement_warn}; must lie between -1 and 1")
         return found
 
 
@@ -213,10 +217,16 @@ class CalibrationSettings:
             value = getattr(self, key)
             if value is not None and value < 1:
                 found.append(f"calibration.{key}={value}; must be 1 or more, or null")
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            found.append(f"calibration.min_pixels={self.min_pixels} is above calibration.max_pixels={self.max_pixels}")
+        if not 0 <= self.seed < SEEDS:
+            found.append(f"calibration.seed={self.seed}; must lie between 0 and {SEEDS - 1}")
         if self.source in ("imagefolder", "jsonl") and not self.path:
             found.append(f"calibration={self.source} needs calibration.path")
         if self.source == "coco_captions" and not self.dataset and not (self.annotations and self.images):
-            found.append("calibration=coco_captions needs calibration.annotations and calibration.images, or calibration.dataset")
+            found.append(
+                "calibration=coco_captions needs calibration.annotations and calibration.images, or calibration.dataset"
+            )
         return found
 
 
@@ -253,7 +263,7 @@ class CompareSettings:
     resamples: int = 1000
     kind: Literal["runs", "calibration_sizes", "proxy"] = "runs"
     after: bool = False  # compare the jobs of a multirun when it has ended
-    regret_shares: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2])  # proxy: shares of operators kept in float
+    regret_shares: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2])  # proxy: kept in float
     regret_samples: int = 16  # proxy: samples the target's error is measured on
     random_draws: int = 5  # proxy: random choices measured for each share
 
@@ -354,8 +364,8 @@ class Settings:
     resume: str = "auto"  # auto, never, or the folder of the run to go on with
 
     def faults(self) -> list[str]:
-        """Faults between groups."""
-        found = []
+        """Faults between groups, and of the keys that belong to none."""
+        found = [] if 0 <= self.seed < SEEDS else [f"seed={self.seed}; must lie between 0 and {SEEDS - 1}"]
         hawq = self.strategy.name == "hawq_v2"
         if hawq and self.backend.name not in ("torch", "inc_fx"):
             found.append(f"strategy=hawq_v2 is measured by backend=torch or inc_fx, not {self.backend.name}")
@@ -369,6 +379,19 @@ class Settings:
             found.append(f"strategy.estimator=sketch is done by backend=torch, not {self.backend.name}")
         if self.strategy.direction == "fallback" and self.strategy.estimator == "sketch":
             found.append("strategy.estimator=sketch measures direction=requantize; take exact for fallback")
+        if self.backend.name == "inc_fx" and self.backend.device.startswith("cuda"):
+            found.append("backend=inc_fx runs on the CPU; Neural Compressor's way to CUDA is backend=inc_onnxrt")
+        if self.backend.name == "inc_fx" and self.model.dtype != "float32":
+            found.append(f"backend=inc_fx quantizes float32 models, not model.dtype={self.model.dtype}")
+        metric, estimator = self.strategy.metric, self.strategy.estimator
+        if metric != "squared_error" and self.component.name == "vision":
+            found.append(f"strategy.metric={metric} compares distributions over tokens, which component=vision has not")
+        if metric == "loss_change" and estimator != "exact" and self.strategy.direction == "requantize" and not hawq:
+            found.append(f"strategy.metric=loss_change needs strategy.estimator=exact, not {estimator}")
+        if self.model.placement == "streamed" and self.model.weights == "random":
+            found.append("model.placement=streamed reads a checkpoint, and model.weights=random has none")
+        if self.model.placement == "streamed" and self.task.name != "sweep":
+            found.append(f"model.placement=streamed is for task=sweep, not {self.task.name}")
         if self.operators.fuse and self.backend.name not in ("torch", "onnxrt"):
             found.append(f"operators.fuse is done by backend=torch and onnxrt, not {self.backend.name}")
         return found
@@ -380,16 +403,25 @@ def build_settings(config: Mapping[str, Any]) -> Settings:
     Raises:
         SettingsError: with every fault found: unknown and missing keys, wrong types, values out of range.
     """
-    faults: list[str] = []
-    settings = _build(Settings, config, "", faults)
-    if settings is not None and not faults:
-        faults.extend(settings.faults())
+    settings, faults = judge_settings(config)
     if faults or settings is None:
         raise SettingsError(faults)
     return settings
 
 
-def _build(cls: type[T], given: Mapping[str, Any], path: str, faults: list[str]) -> T | None:
+def judge_settings(config: Mapping[str, Any]) -> tuple[Settings | None, list[str]]:
+    """As `build_settings`, with the faults given back; those of sound keys and types can be judged further."""
+    faults: list[str] = []
+    limits: list[str] = []
+    settings = _build(Settings, config, "", faults, limits)
+    return settings, [*faults, *limits]
+
+
+def _build(cls: type[T], given: Mapping[str, Any], path: str, faults: list[str], limits: list[str]) -> T | None:
+    """One dataclass from its keys; None where keys or types are wrong (`faults`), so that values cannot be judged.
+
+    Values out of range are `limits`: they are reported too, and keep nothing else from being judged.
+    """
     hints = typing.get_type_hints(cls)
     fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
     before = len(faults)
@@ -401,27 +433,27 @@ def _build(cls: type[T], given: Mapping[str, Any], path: str, faults: list[str])
     values: dict[str, Any] = {}
     for name, item in fields.items():
         if name in given:
-            values[name] = _convert(hints[name], given[name], f"{path}{name}", faults)
+            values[name] = _convert(hints[name], given[name], f"{path}{name}", faults, limits)
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
             faults.append(f"missing key {path}{name}")
     if len(faults) > before:
         return None
     built = cls(**values)
-    if path and hasattr(built, "faults"):
-        faults.extend(built.faults())
+    if hasattr(built, "faults"):
+        limits.extend(built.faults())
     return built
 
 
-def _convert(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
+def _convert(hint: Any, value: Any, path: str, faults: list[str], limits: list[str]) -> Any:
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
         options = typing.get_args(hint)
         if value is None and type(None) in options:
             return None
-        return _convert(next(option for option in options if option is not type(None)), value, path, faults)
+        return _convert(next(option for option in options if option is not type(None)), value, path, faults, limits)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, Mapping):
-            return _build(hint, value, f"{path}.", faults)
+            return _build(hint, value, f"{path}.", faults, limits)
         faults.append(f"{path}={value!r}; expected a group of keys")
         return None
     if origin is Literal:
@@ -432,7 +464,8 @@ def _convert(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
         if not isinstance(value, list | tuple):
             faults.append(f"{path}={value!r}; expected a list such as [a,b]")
             return None
-        return [_convert(typing.get_args(hint)[0], item, f"{path}[{index}]", faults) for index, item in enumerate(value)]
+        kind = typing.get_args(hint)[0]
+        return [_convert(kind, item, f"{path}[{index}]", faults, limits) for index, item in enumerate(value)]
     if origin is dict:
         if not isinstance(value, Mapping):
             faults.append(f"{path}={value!r}; expected a mapping")
@@ -449,4 +482,6 @@ def _convert_scalar(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         expected = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint]
         faults.append(f"{path}={value!r}; expected {expected}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        faults.append(f"{path}={value}; expected a finite number")
     return value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -15,8 +17,9 @@ def vision_features(module: nn.Module, sample: Sample) -> Float[Tensor, "image_t
         module: a Qwen-VL model for conditional generation, on its device.
         sample: with at least one image.
     """
-    assert sample.pixel_values is not None and sample.image_grid_thw is not None
-    visual = module.model.visual
+    assert sample.pixel_values is not None
+    assert sample.image_grid_thw is not None
+    visual: Any = module.get_submodule("model.visual")
     weight = visual.patch_embed.proj.weight
     pixels = sample.pixel_values.to(device=weight.device, dtype=weight.dtype)
     features: Tensor = visual(pixels, grid_thw=sample.image_grid_thw.to(weight.device)).pooler_output
@@ -25,21 +28,25 @@ def vision_features(module: nn.Module, sample: Sample) -> Float[Tensor, "image_t
 
 def text_inputs(module: nn.Module, sample: Sample) -> Float[Tensor, "1 token hidden"]:
     """Token embeddings with the image features in their places."""
-    table = module.model.language_model.embed_tokens
+    table: Any = module.get_submodule("model.language_model.embed_tokens")
     ids = sample.input_ids.to(table.weight.device)
     embeds: Tensor = table(ids)[None]
     if sample.pixel_values is None:
         return embeds
     features = vision_features(module, sample).to(embeds.dtype)
-    places = (ids == module.config.image_token_id)[None, :, None].expand_as(embeds)
+    config: Any = module.config
+    places = (ids == config.image_token_id)[None, :, None].expand_as(embeds)
     return embeds.masked_scatter(places, features)
 
 
-def logits(module: nn.Module, embeds: Float[Tensor, "row token hidden"], sample: Sample) -> Float[Tensor, "row token vocab"]:
+def logits(
+    module: nn.Module, embeds: Float[Tensor, "row token hidden"], sample: Sample
+) -> Float[Tensor, "row token vocab"]:
     """Logits at every position, from embeddings; one row a copy of the sample."""
     positions = sample.position_ids.to(embeds.device)[:, None].expand(3, embeds.shape[0], -1)
-    hidden = module.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
-    result: Tensor = module.lm_head(hidden.last_hidden_state)
+    language, head = module.get_submodule("model.language_model"), module.get_submodule("lm_head")
+    hidden = language(inputs_embeds=embeds, position_ids=positions, use_cache=False)
+    result: Tensor = head(hidden.last_hidden_state)
     return result
 
 

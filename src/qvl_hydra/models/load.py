@@ -106,7 +106,8 @@ def describe_model(settings: ModelSettings) -> ModelDescription:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.path={settings.path}: {folder / 'config.json'} is no model config ({error})") from error
+        place = folder / "config.json"
+        raise ModelError(f"model.path={settings.path}: {place} is no model config ({error})") from error
     if config.model_type != settings.family:
         allowed = ", ".join(MODEL_CLASSES)
         raise ModelError(
@@ -140,14 +141,21 @@ def model_folder(settings: ModelSettings) -> Path:
         if not (folder / "config.json").is_file():
             raise ModelError(f"model.path={settings.path}: the folder has no config.json; give a checkpoint's folder")
         return folder
-    looks_local = settings.path.startswith(("/", ".", "~")) or settings.path.count("/") != 1
-    if looks_local:
-        raise ModelError(f"model.path={settings.path}: no such folder; give a checkpoint's folder or a hub id (owner/name)")
+    if is_local(settings.path):
+        raise ModelError(
+            f"model.path={settings.path}: no such folder; give a checkpoint's folder or a hub id (owner/name)"
+        )
     if settings.weights == "random":
         shape = Path(str(resources.files("qvl_hydra"))) / "assets" / "configs" / settings.name
         if (shape / "config.json").is_file():
             return shape
     return _download(settings)
+
+
+def is_local(path: str) -> bool:
+    """Whether a path means a place on this machine: a bundled name, a folder, or what no hub id (owner/name) is."""
+    looks_local = path.startswith((BUNDLED, "/", ".", "~")) or path.count("/") != 1
+    return looks_local or Path(path).expanduser().is_dir()
 
 
 def _download(settings: ModelSettings) -> Path:

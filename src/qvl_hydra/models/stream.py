@@ -43,7 +43,7 @@ class Checkpoint:
             with safe_open(folder / "model.safetensors", "pt") as opened:
                 stored = dict.fromkeys(opened.keys(), "model.safetensors")
         else:
-            raise ModelError(f"{folder} has no model.safetensors, and no index of shards; streamed placement reads those")
+            raise ModelError(f"{folder} has neither model.safetensors nor an index of shards; streaming reads those")
         missing = sorted({name for name in stored.values() if not (folder / name).is_file()})
         if missing:
             raise ModelError(f"{folder} lacks {len(missing)} of its shards: {', '.join(missing[:3])}")
@@ -78,7 +78,7 @@ def parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -23,6 +23,8 @@ from qvl_hydra.errors import RunFolderError
 PARTS = "parts"
 FINGERPRINT = "fingerprint.json"
 LOCK = "run.lock"
+RESUMED_FROM = "resumed_from.json"
+SWEEP = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -153,42 +155,66 @@ class RunFolder:
 
 
 def adopt(source: Path, target: RunFolder) -> None:
-    """Take over what another, unfinished run left: its parts and the run it is tracked as.
+    """Take over the parts of another, unfinished run, and note whose they were.
 
     The other folder keeps its files but is no longer offered for resumption.
     """
     for path in (source / PARTS).iterdir():
         if path.suffix != ".tmp":
             shutil.copy2(path, target.parts / path.name)
-    if (source / "mlflow.json").exists():
-        shutil.copy2(source / "mlflow.json", target.path / "mlflow.json")
-    (source / FINGERPRINT).rename(source / "resumed.json")
+    write_json(target.path / RESUMED_FROM, {"folder": str(source.absolute())})
+    if not _is_complete(source):
+        (source / FINGERPRINT).rename(source / "resumed.json")
 
 
 def find_resumable(roots: Sequence[Path], fingerprint: str, exclude: Path) -> Path | None:
     """The latest unfinished run folder of the same fingerprint that no process holds.
 
+    A finished job of a multirun that was stopped counts too: the same multirun started again takes its scores.
+
     Args:
         roots: folders to search (`outputs`, `multirun`).
         fingerprint: hash of all settings that decide the result.
-        exclude: the folder of the run that asks.
+        exclude: the folder of the run that asks; jobs of its own multirun are no candidates either.
     """
     candidates: list[tuple[float, Path]] = []
     for root in roots:
         for path in root.rglob(FINGERPRINT) if root.is_dir() else ():
             folder = path.parent
-            if folder.resolve() == exclude.resolve():
+            own = folder.resolve() == exclude.resolve() or _sweep_of(folder) == _sweep_of(exclude) is not None
+            if own or (_is_complete(folder) and not _in_stopped_sweep(folder)):
                 continue
-            try:
-                result = folder / "run.json"
-                if result.exists() and json.loads(result.read_text()).get("status") == "complete":
-                    continue
-                same = json.loads(path.read_text()).get("fingerprint") == fingerprint
-            except (OSError, ValueError):
-                continue
+            same = _read(path).get("fingerprint") == fingerprint
             if same and any((folder / PARTS).glob("*.parquet")) and not _is_locked(folder):
                 candidates.append((path.stat().st_mtime, folder))
     return max(candidates)[1] if candidates else None
+
+
+def note_sweep(sweep_folder: Path, ended: bool) -> None:
+    """Note in a multirun's folder that it began, or that it went through all its jobs."""
+    write_json(sweep_folder / SWEEP, {"ended": ended})
+
+
+def _sweep_of(folder: Path) -> Path | None:
+    return folder.parent.resolve() if (folder.parent / SWEEP).exists() else None
+
+
+def _in_stopped_sweep(folder: Path) -> bool:
+    sweep = _sweep_of(folder)
+    return sweep is not None and not _read(sweep / SWEEP).get("ended", True)
+
+
+def _is_complete(folder: Path) -> bool:
+    return _read(folder / "run.json").get("status") == "complete"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file's content; empty when it is not there, or not readable."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _is_locked(folder: Path) -> bool:

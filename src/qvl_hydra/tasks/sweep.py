@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -18,14 +16,14 @@ import torch
 from qvl_hydra import __version__
 from qvl_hydra.engines.metrics import UNITS
 from qvl_hydra.engines.protocol import EngineReport, SweepJob, load_engine
-from qvl_hydra.errors import RunFolderError
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
 from qvl_hydra.reports.sweep import write_sweep_report
-from qvl_hydra.scores.store import FINGERPRINT, RunFolder, adopt, find_resumable, write_json, write_parquet
+from qvl_hydra.scores.store import RunFolder, write_json, write_parquet
 from qvl_hydra.scores.table import Scored, score_table
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks.prepare import Prepared, prepare
+from qvl_hydra.tasks.resume import fingerprint_of, take_up
 
 REFRESH_S = 10.0  # how old scores.parquet may get while the run goes on
 SHOWN = 10
@@ -33,8 +31,6 @@ PACKAGES = (
     "torch", "transformers", "numpy", "pandas", "hydra-core", "mlflow", "neural-compressor", "onnx", "onnxruntime-gpu",
     "nvidia-modelopt",
 )  # fmt: skip
-# What decides neither a score nor its place among others.
-UNFINGERPRINTED = ("tracking", "resume", "compare", "profile", "export", "task")
 
 
 def run(settings: Settings, folder: RunFolder, screen: Screen, further_schemes: Sequence[QuantSettings] = ()) -> None:
@@ -46,8 +42,8 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further_schemes: 
     """
     began = time.perf_counter()
     prepared = prepare(settings, further_schemes)
-    fingerprint = _fingerprint(settings, prepared)
-    _resume(settings, folder, fingerprint, screen)
+    fingerprint = fingerprint_of(settings, prepared)
+    take_up(settings, folder, fingerprint, screen)
     _write_calibration(settings, folder, prepared)
     job = _job(settings, folder, prepared)
     note: dict[str, Any] = {"fingerprint": fingerprint, "began": began}
@@ -78,48 +74,6 @@ def _job(settings: Settings, folder: RunFolder, prepared: Prepared) -> SweepJob:
         seed=settings.seed,
         workdir=workdir,
     )
-
-
-def _fingerprint(settings: Settings, prepared: Prepared) -> str:
-    """Hash of everything that decides the result."""
-    content = {key: value for key, value in asdict(settings).items() if key not in UNFINGERPRINTED}
-    content |= {
-        "model_sha": prepared.model.sha,
-        "calibration_sha": prepared.calibration.sha,
-        "torch": torch.__version__,
-        "qvl_hydra": __version__,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _resume(settings: Settings, folder: RunFolder, fingerprint: str, screen: Screen) -> None:
-    """Find what an earlier run of the same settings left, here or in another folder, and note whose folder this is."""
-    path = folder.path / FINGERPRINT
-    if path.exists() and json.loads(path.read_text())["fingerprint"] != fingerprint:
-        raise RunFolderError(
-            f"{folder.path} holds the results of a run with other settings; give this one its own hydra.run.dir"
-        )
-    if path.exists() and settings.resume == "never":
-        raise RunFolderError(f"{folder.path} holds results already; give resume=never its own hydra.run.dir")
-    if not path.exists() and settings.resume != "never":
-        source = _source(settings, folder, fingerprint)
-        if source is not None:
-            adopt(source, folder)
-            screen.say(f"going on where {source} stopped")
-    write_json(path, {"fingerprint": fingerprint, "qvl_hydra": __version__})
-
-
-def _source(settings: Settings, folder: RunFolder, fingerprint: str) -> Path | None:
-    if settings.resume == "auto":
-        roots = [Path.cwd() / "outputs", Path.cwd() / "multirun"]
-        return find_resumable(roots, fingerprint, folder.path)
-    given = Path(settings.resume)
-    kept = given / FINGERPRINT
-    if not kept.exists():
-        raise RunFolderError(f"resume={given}: no unfinished run there; allowed: auto, never, or a run's folder")
-    if json.loads(kept.read_text())["fingerprint"] != fingerprint:
-        raise RunFolderError(f"resume={given}: that run had other settings, samples or versions")
-    return given
 
 
 def _write_calibration(settings: Settings, folder: RunFolder, prepared: Prepared) -> None:
@@ -257,8 +211,13 @@ def _show(settings: Settings, folder: RunFolder, report: EngineReport, screen: S
     top = table[table["status"] == "scored"].sort_values("rank").head(SHOWN)
     title = f"most sensitive of {settings.model.name} ({record['scheme']}; {report.unit})"
     rows = [
-        [f"{row.rank:2d} {row.op.removeprefix('model.')}", f"{row.score:.4g}", f"{row.score_low:.3g} to {row.score_high:.3g}", str(row.estimator)]
-        for row in top.itertuples()
+        [
+            f"{row['rank']:2d} {row['op'].removeprefix('model.').removeprefix('language_model.')}",
+            f"{row['score']:.4g}",
+            f"{row['score_low']:.3g} to {row['score_high']:.3g}",
+            row["estimator"],
+        ]
+        for row in top.to_dict("records")
     ]
     screen.table(title, ["operator", "score", "95 % interval", "by"], rows)
     for note in report.notes:
@@ -266,8 +225,9 @@ def _show(settings: Settings, folder: RunFolder, report: EngineReport, screen: S
     agreement = report.details.get("agreement")
     if agreement is not None:
         seen = report.details["exact_operators"]
-        screen.say(f"sketch and exact agree on the {seen} operators that both measured: rank correlation {agreement:.3f}")
-    counted = ", ".join(f"{record[f'n_{name}']} {name}" for name in ("scored", "skipped", "failed") if record[f"n_{name}"])
+        screen.say(f"sketch and exact on the {seen} operators that both measured: rank correlation {agreement:.3f}")
+    counts = {name: record[f"n_{name}"] for name in ("scored", "skipped", "failed")}
+    counted = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     screen.say(
         f"{counted} of {record['n_ops']} operators on {record['n_samples']} samples in {record['wall_s']:.1f} s "
         f"({record['forward_equivalents'] or 0:.1f} forward-equivalents, peak memory "

@@ -1,0 +1,64 @@
+"""The program as a user runs it: in a process of its own, or in this one where only its end matters."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from qvl_hydra import app
+
+SMALL = "operators.max_ops=4 calibration.size=4 strategy.confidence_batches=1"  # a run of about a second
+PATIENCE_S = 480  # far beyond what a step takes on a busy machine
+
+
+def start(line: str, folder: Path) -> subprocess.Popen[str]:
+    """Start the program in a folder."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "qvl_hydra", *shlex.split(line)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait for the end: exit status, and what was said."""
+    text, _ = process.communicate(timeout=PATIENCE_S)
+    return process.returncode, text
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait until something happened, while the program runs."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert process.poll() is None, f"the program ended: {process.communicate()[0]}"
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def run_here(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Run the program in this process: exit status, and what was said."""
+    GlobalHydra.instance().clear()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["qvl-hydra", *shlex.split(line)])
+    capsys.readouterr()
+    polite = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            app.main()
+    finally:
+        signal.signal(signal.SIGTERM, polite)
+    assert isinstance(end.value.code, int)
+    return end.value.code, capsys.readouterr().out
