@@ -28,7 +28,7 @@ from qvl_hydra.engines.protocol import SweepJob
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.quantizers.apply import make_quantizer, observe_ranges, quantized
 
-SAMPLES, TOKENS, EVERY = 4, 128, 16
+SAMPLES, TOKENS, EVERY = 2, 128, 16
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def main() -> None:
             row["scheme"], str(row["operators"]), f"{row['forward_s']:.2f}", f"{row['exact_s']:.1f}",
             f"{row['forward_equivalents']:.0f}", f"{row['per_operator']:.3f}", f"{row['faster_than_loop']:.1f}",
         )  # fmt: skip
-    Console().print(table, f"written: {save_results('exact', rows)}")
+    Console(width=110).print(table, f"written: {save_results('exact', rows)}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from benchmarks.jobs import (
 )
 from qvl_hydra.engines.protocol import SweepJob
 
-SAMPLES, TOP, SEEDS = 8, 20, 3
+SAMPLES, TOP, SEEDS = 8, 20, 2
 VARIANTS = ("split", "token", "sequence")
 PROBES = (1, 4, 16)
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "sketch_rank_correlation.png"
@@ -50,7 +50,7 @@ def jobs() -> Iterator[tuple[str, str, SweepJob]]:
         for metric in ("squared_error", "kl"):
             samples = bundled_samples(bundled, SAMPLES)
             yield "bundled", metric, make_job(bundled, samples, SCHEMES[scheme], metric=metric)
-        yield "36 blocks", "squared_error", make_job(wide, text_samples(wide, SAMPLES, 96), SCHEMES[scheme])
+        yield "36 blocks", "squared_error", make_job(wide, text_samples(wide, SAMPLES, 64), SCHEMES[scheme])
 
 
 def compare(exact: Mapping[str, float], sketch: Mapping[str, float]) -> tuple[float, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from qvl_hydra.quantizers.qdq import OperatorQuantizer, QuantParams
 from qvl_hydra.quantizers.scheme import Scheme
 from qvl_hydra.scores.store import RunFolder, SampleScore
 
+FORWARD_REPEATS, FORWARD_S = 7, 1.0  # a plain forward is timed so often, or for so long
 CPU_CHUNK_TOKENS = 4096  # more tokens at a time than this no longer make CPU products faster, and cost memory
 FEWEST_EXACT = 20  # auto: so many of the most sensitive are measured exactly at least
 FEWEST_CONTROL = 5  # below this many operators a rank agreement says nothing
@@ -207,7 +209,10 @@ def _work(job: SweepJob) -> float:
 
 
 def plain_forward_s(walker: Walker, contexts: Sequence[Context], starts: Sequence[State]) -> float:
-    """Seconds of one plain forward of the samples through the component, after one warm-up sample."""
+    """Seconds of one plain forward of the samples through the component.
+
+    After one warm-up sample; of short ones the median of several, since one can meet a busy machine.
+    """
 
     @torch.no_grad()
     def forward(count: int) -> None:
@@ -220,11 +225,14 @@ def plain_forward_s(walker: Walker, contexts: Sequence[Context], starts: Sequenc
 
     if not walker.model.streamed:
         forward(1)
-    _synchronize(walker.model.device)
-    began = time.perf_counter()
-    forward(len(starts))
-    _synchronize(walker.model.device)
-    return time.perf_counter() - began
+    seconds: list[float] = []
+    while not seconds or (len(seconds) < FORWARD_REPEATS and sum(seconds) < FORWARD_S):
+        _synchronize(walker.model.device)
+        began = time.perf_counter()
+        forward(len(starts))
+        _synchronize(walker.model.device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 def _observe(
