@@ -123,7 +123,8 @@ def operator_error(
         weight: Tensor = module.weight.flatten(1).float()  # type: ignore[operator, union-attr]
         rounded = weight if change.weight is None else weight + change.weight.float()
         y = functional.linear(quantized, rounded)
-        shift = 0 if module.bias is None else module.bias.float()  # type: ignore[operator, union-attr]
+        bias: Tensor | None = module.bias  # type: ignore[assignment]
+        shift = 0.0 if bias is None else bias.float()
         after = qdq_activation(y + shift, scheme.output, change.output)
         by_output = None if scheme.output is None else after - shift - y
         whole = after - shift - functional.linear(tokens.float(), weight) if element else None

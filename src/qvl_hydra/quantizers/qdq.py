@@ -135,7 +135,8 @@ def as_tokens(module: nn.Module, x: Tensor) -> Tensor:
 
 def apply_operator(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """The operator's own arithmetic with another weight, in that weight's dtype."""
-    bias = None if module.bias is None else module.bias.to(weight.dtype)  # type: ignore[union-attr, operator]
+    own: Tensor | None = module.bias  # type: ignore[assignment]
+    bias = None if own is None else own.to(weight.dtype)
     if isinstance(module, nn.Linear):
         return functional.linear(x, weight, bias)
     assert isinstance(module, nn.Conv2d | nn.Conv3d)

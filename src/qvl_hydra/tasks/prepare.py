@@ -153,7 +153,7 @@ def working_bytes(settings: Settings, description: ModelDescription, operators: 
         kinds = ("DecoderLayer", "VisionBlock")
         parts = [child for child in description.skeleton.modules() if type(child).__name__.endswith(kinds)]
         largest = max(sum(p.numel() for p in part.parameters()) for part in parts)
-        table = description.skeleton.get_input_embeddings().weight.numel()
+        table = description.config.text_config.vocab_size * description.config.text_config.hidden_size
         return max(3 * largest, 2 * table) * torch.float32.itemsize - weights
     if settings.backend.name == "inc_fx":
         # Neural Compressor works on a float32 copy of the model, of which it makes another for each measurement.

@@ -75,8 +75,8 @@ def run(settings: Settings, folder: RunFolder, screen: Screen) -> None:
         QvlHydraError: see `decide`; what a tool cannot do; a tool asked for that is not installed.
     """
     began = time.perf_counter()
-    for name in settings.profile.quantize_with:
-        _require_package(name, f"profile.quantize_with={name}")
+    for asked in settings.profile.quantize_with:
+        _require_package(asked, f"profile.quantize_with={asked}")
     decision = decide(settings, folder, screen)
     samples = held_out(settings, decision.prepared)
     results: dict[str, Agreement] = {}
