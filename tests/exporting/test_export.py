@@ -115,7 +115,11 @@ def test_external_data_is_one_file_and_gives_the_same_outputs(tmp_path: Path) ->
     samples = same_size(model, 2)
     inside = export_component(model, "lm", samples, tmp_path / "inside", ExportSettings(), DEVICE)
     outside = export_component(model, "lm", samples, tmp_path / "outside", ExportSettings(external_data=True), DEVICE)
-    assert sorted(path.name for path in (tmp_path / "outside").iterdir()) == ["lm.onnx", "lm.onnx.data", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "outside").iterdir()) == [
+        "lm.onnx",
+        "lm.onnx.data",
+        "manifest.json",
+    ]
     assert outside.manifest.weights == "lm.onnx.data"
     assert outside.path.stat().st_size < inside.path.stat().st_size / 2
     onnx.checker.check_model(str(outside.path))

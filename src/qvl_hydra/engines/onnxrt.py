@@ -192,8 +192,13 @@ def _rows(
     if kept is None:
         kept = graph.rows or min(targets, job.backend.row_chunk or _fitting(job, graph, samples))
         if kept > 1 and job.backend.graph is not None:
-            feeds = {**graph.feeds(samples[0]), SWITCH: np.zeros((targets, 1), dtype=bool)}
-            kept = kept if rows_are_free(graph, session, feeds) else 1
+            feeds = graph.feeds(samples[0])
+
+            def float_rows(rows: int) -> Any:
+                switch = np.zeros((targets, rows), dtype=bool)
+                return session.run([graph.output], {**repeat_rows(feeds, rows), SWITCH: switch})[0]
+
+            kept = kept if rows_are_free(float_rows) else 1
         folder.remember(name, kept)
     return int(kept)
 

@@ -125,7 +125,9 @@ def _export(
         function, _ = EXPORTERS[exporter]
         found = function(target, inputs, path, settings.opset, settings.external_data)
         paths = {id(part): name for name, part in module.named_modules()}
-        return {node: paths.get(id(target.module.get_submodule(name))) for node, name in found.items()}
+        modules = dict(target.module.named_modules())
+        # Some scopes are no module's: the exporters put helpers of their own among them.
+        return {node: paths.get(id(modules.get(name))) for node, name in found.items()}
 
 
 def _row_axis(axes: Mapping[int, str]) -> int | None:

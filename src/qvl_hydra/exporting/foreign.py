@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import ExportError
 from qvl_hydra.exporting.graph import Graph, WeightedNode, read_graph, weighted_nodes
 from qvl_hydra.exporting.manifest import Manifest, read_manifest
-from qvl_hydra.exporting.scorable import ROW_AXES, UNROWED, Arrays, Scorable, repeat_rows, split_rows
+from qvl_hydra.exporting.scorable import ROW_AXES, UNROWED, Arrays, Scorable, split_rows
 from qvl_hydra.exporting.session import Device, open_session
 from qvl_hydra.exporting.torchscript import in_order, node_scope
 from qvl_hydra.models.load import LoadedModel, ModelDescription
@@ -199,17 +199,20 @@ def _has_fixed_rows(graph: Graph) -> bool:
     )
 
 
-def rows_are_free(scorable: Scorable, session: Any, feeds: Arrays) -> bool:
-    """Whether two rows in one call give each the output of one row alone; tried, since a graph does not say."""
-    alone = session.run([scorable.output], feeds)[0]
+def rows_are_free(run: Callable[[int], Any]) -> bool:
+    """Whether two rows in one call give each the output of one row alone; tried, since a graph does not say.
+
+    Args:
+        run: the graph's output for so many rows of one sample.
+    """
+    alone = run(1)
     try:
-        both = session.run([scorable.output], repeat_rows(feeds, 2))[0]
+        both = run(2)
     except Exception:  # whatever the runtime cannot do with two rows
         return False
     if both.size != 2 * alone.size:
         return False
-    rows = split_rows(both, 2)
-    return bool(np.allclose(rows, split_rows(alone, 1), rtol=1e-3, atol=1e-4 * float(np.abs(alone).max())))
+    return bool(np.allclose(split_rows(both, 2), split_rows(alone, 1), rtol=1e-3, atol=1e-4 * np.abs(alone).max()))
 
 
 class InputReader:
