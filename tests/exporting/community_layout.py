@@ -47,7 +47,7 @@ class VisionEncoder(nn.Module):
 
 
 def places(grid: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Image, row and column of each patch, patches of 2 x 2 neighbours behind each other; from shapes and grid alone."""
+    """Image, row and column of each patch; 2 x 2 neighbours stand behind each other."""
     ends = (grid[:, 0] * grid[:, 1] * grid[:, 2]).cumsum(0)
     number = torch.arange(count)
     image = (number[:, None] >= ends[None, :]).sum(1)

@@ -160,8 +160,8 @@ def test_auto_goes_on_to_the_next_exporter(tmp_path: Path, monkeypatch: pytest.M
     done = export_component(model, "vision", [make_sample(model.module, 0)], tmp_path, ExportSettings(), DEVICE)
     assert done.manifest.exporter == "dynamo"
     assert done.tried == {"torchscript": "RuntimeError: cannot trace this"}
+    settings = ExportSettings(exporter="torchscript")
     with pytest.raises(ExportError, match="cannot trace this"):
-        settings = ExportSettings(exporter="torchscript")
         export_component(model, "vision", [make_sample(model.module, 0)], tmp_path, settings, DEVICE)
 
 
