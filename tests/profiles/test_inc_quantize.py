@@ -18,23 +18,24 @@ from tests.profiles.rounding import W8A8, some_profile
 pytestmark = pytest.mark.inc
 
 
-@pytest.mark.parametrize("component", ["lm", "full"])
+@pytest.mark.parametrize(("which", "component"), [("small_model", "lm"), ("tiny_model", "full")])
 def test_the_converted_model_is_the_profile(
-    small_model: LoadedModel, small_samples: tuple[Sample, ...], component: str, tmp_path: Path
+    request: pytest.FixtureRequest, small_samples: tuple[Sample, ...], which: str, component: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("neural_compressor")
     from qvl_hydra.engines.inc_wrapper import WrapperBatch, wrapper_input
     from qvl_hydra.profiles.inc_quantize import quantize_with_inc
 
-    before = {name: value.clone() for name, value in small_model.module.state_dict().items()}
-    profile = some_profile(small_model, W8A8, component)
-    made = quantize_with_inc(small_model, profile, small_samples[:4], component, tmp_path)
+    model: LoadedModel = request.getfixturevalue(which)
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    profile = some_profile(model, W8A8, component)
+    made = quantize_with_inc(model, profile, small_samples[:4], component, tmp_path)
     assert set(made.quantizers) == {op.path for op in profile.low}
     assert (tmp_path / "best_model.pt").exists()
-    after = small_model.module.state_dict()
+    after = model.module.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     for sample in small_samples[4:8]:
-        batch = WrapperBatch([wrapper_input(small_model.module, sample, component)])
+        batch = WrapperBatch([wrapper_input(model.module, sample, component)])
         with torch.no_grad():
             assert torch.equal(made.converted(batch), made.reloaded(batch))
 

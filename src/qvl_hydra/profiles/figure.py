@@ -54,7 +54,8 @@ def lines(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _against_share(axes: Axes, table: pd.DataFrame, column: str, label: str) -> None:
-    for name, line in lines(table).items():
+    for name, whole in lines(table).items():
+        line = whole[whole[column] > 0] if column == "kl" else whole  # the float model has none to show on a log scale
         axes.plot(100 * line["share_high"], line[column], label=name.replace("_", " "), markersize=4, **STYLES[name])
     axes.set_xlabel("operators in high precision (%)")
     axes.set_ylabel(label)
