@@ -120,7 +120,8 @@ class _Sweep:
         original = self.session.adaptor._calculate_mse
 
         def take(before: Sequence[Any], after: Sequence[Any]) -> Any:
-            self._write(self.coming.pop(0), self._metrics(before, after))
+            metrics = self._metrics(before, after)
+            self._write(self.coming.pop(0), metrics)
             return original(before, after)
 
         self.session.adaptor._calculate_mse = take

@@ -117,6 +117,10 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if device.threads is not None:
         options.intra_op_num_threads = device.threads
+    if isinstance(model, bytes):
+        # Prepared graphs have thousands of small nodes of unknown shape. Planning which buffers they could share takes
+        # time that grows with their square, and finds next to nothing; freed buffers are taken up again at run time.
+        options.enable_mem_reuse = options.enable_mem_pattern = False
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     if arrays:
