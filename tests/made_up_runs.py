@@ -116,7 +116,8 @@ def write_run(
             for number, row in enumerate(rows)
             if scored[number]
             for index in range(samples)
-        ]
+        ],
+        columns=["op", "sample", "value"],
     ).assign(probe=pd.NA, metric="squared_error", estimator="exact", scheme="w8a8_static")
     samples_frame.astype({"probe": "Int64"}).to_parquet(folder / "sample_scores.parquet", index=False)
     _write_texts(folder, component, samples, seed, statuses, config or {}, run or {})

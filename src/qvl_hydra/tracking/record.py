@@ -288,9 +288,10 @@ def _send_dataset(client: MlflowClient, run_id: str, folder: Path) -> None:
 
 
 def _end_time(folder: Path) -> int:
-    """When the folder's result was written, in milliseconds; now, when it has none."""
+    """When the folder's result was written, in milliseconds, not before the run began; now, when it has none."""
     path = folder / "run.json"
-    return int((path.stat().st_mtime if path.exists() else time.time()) * 1000)
+    written = int((path.stat().st_mtime if path.exists() else time.time()) * 1000)
+    return max(written, recorded_run(folder)["start_time"])
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
