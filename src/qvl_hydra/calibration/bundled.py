@@ -9,7 +9,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 
 from qvl_hydra.calibration.record import Record
-from qvl_hydra.calibration.scenes import SceneExample, scene_examples
+from qvl_hydra.calibration.scenes import SceneExample, Split, scene_examples
 from qvl_hydra.settings import CalibrationSettings
 
 FEATURES = Features(
@@ -17,7 +17,7 @@ FEATURES = Features(
 )
 
 
-def bundled_dataset(split: str, size: int, seed: int) -> Dataset:
+def bundled_dataset(split: Split, size: int, seed: int) -> Dataset:
     """The first `size` scenes of a split as a data set with columns id, image (PNG), prompt, answer."""
     return Dataset.from_list([_row(example) for example in scene_examples(split, size, seed)], features=FEATURES)
 

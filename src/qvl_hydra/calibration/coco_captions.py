@@ -60,7 +60,8 @@ def _read_files(settings: CalibrationSettings) -> Iterator[Record]:
         for key in sorted({*images, *captions}, key=str)
     ]
     for row in Dataset.from_list(rows).shuffle(seed=settings.seed) if rows else ():
-        yield _record(row["file"] or f"image {row['key']}", row["file"] and folder / row["file"], row["caption"], settings)
+        name = row["file"] or f"image {row['key']}"
+        yield _record(name, folder / row["file"] if row["file"] else None, row["caption"], settings)
 
 
 def _read_dataset(settings: CalibrationSettings) -> Iterator[Record]:
@@ -86,8 +87,8 @@ def _open_dataset(name: str) -> IterableDataset:
         found = load_dataset(name, streaming=True)
     except Exception as error:  # the loaders and the hub client raise a dozen unrelated kinds
         raise CalibrationError(
-            f"calibration.dataset={name}: cannot be opened ({type(error).__name__}: {error}); give a data set id of the "
-            "hub or a local data set folder, or calibration.annotations and calibration.images"
+            f"calibration.dataset={name}: cannot be opened ({type(error).__name__}: {error}); give a data set id of "
+            "the hub or a local data set folder, or calibration.annotations and calibration.images"
         ) from error
     if isinstance(found, IterableDatasetDict):
         return found[next((split for split in SPLITS if split in found), next(iter(found)))]
@@ -97,10 +98,7 @@ def _open_dataset(name: str) -> IterableDataset:
 def _first_caption(value: object) -> object:
     """The first caption of a cell that holds one text, a list of texts, or a mapping with such under `raw`."""
     while isinstance(value, list | tuple | Mapping):
-        if isinstance(value, Mapping):
-            value = value.get("raw")
-        else:
-            value = value[0] if value else None
+        value = value.get("raw") if isinstance(value, Mapping) else next(iter(value), None)
     return value
 
 

@@ -11,6 +11,7 @@ import copy
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -65,7 +66,7 @@ def load_processor(path: str | Path, revision: str | None = None) -> Processor:
     try:
         config = AutoConfig.from_pretrained(origin, revision=revision, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(origin, revision=revision, trust_remote_code=False)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(origin, revision=revision)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(origin, revision=revision or "main")
     except (OSError, ValueError) as error:
         raise CalibrationError(
             f"{origin}: config, tokenizer or image processor cannot be read ({error}); the folder needs config.json, "
@@ -157,7 +158,7 @@ def render_turn(processor: Processor, prompt: str, answer: str, images: int) -> 
     The two are tokenized apart, as in generation, where the answer's tokens follow a finished prompt.
     """
     content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
-    asking = [{"role": "user", "content": content}]
+    asking: list[dict[str, Any]] = [{"role": "user", "content": content}]
     answering = [*asking, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
     template = processor.tokenizer.apply_chat_template
     question = str(template(asking, tokenize=False, add_generation_prompt=True))
@@ -184,5 +185,6 @@ def position_ids(
 ) -> Int64[Tensor, "3 token"]:
     """M-RoPE positions from the model's own function."""
     kinds = (ids == processor.config.image_token_id).int()
-    positions, _ = processor.rope_shell.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid)
+    get_rope_index: Any = processor.rope_shell.get_rope_index
+    positions, _ = get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid)
     return positions[:, 0]

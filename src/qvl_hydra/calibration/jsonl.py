@@ -50,4 +50,4 @@ def _record(name: str, line: str, folder: Path, settings: CalibrationSettings) -
     paths = [] if images is None else images if isinstance(images, list) else [images]
     if not all(isinstance(item, str) and item for item in paths):
         return Record(name, fault="image is neither a path, nor a list of paths, nor null")
-    return Record(name, prompt, answer.strip(), tuple(folder / item for item in paths))
+    return Record(name, str(prompt), str(answer).strip(), tuple(folder / item for item in paths))
