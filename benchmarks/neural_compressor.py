@@ -7,13 +7,14 @@
 weights. All 15 operators in both directions, in one process, against the limit of 4 GB that 30 operators must stay
 under; then two operators by Neural Compressor's own call, which copies the weights for each and keeps the copies.
 
-`agreement`: all operators of the bundled model's language tower on the same four samples, by Neural Compressor and by
-the native engine's `exact` with this project's own observers, in both directions. Seconds are of the same process.
+`agreement`: every third operator of the bundled model's language tower on the same four samples, by Neural Compressor
+and by the native engine's `exact` with this project's own observers, in both directions, in one process.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 import tempfile
 import time
@@ -128,7 +129,8 @@ def agree(job: SweepJob) -> dict[str, Any]:
 
 def agreement() -> None:
     model = bundled_model()
-    job = make_job(model, bundled_samples(model, 4), SCHEMES["inc_static"], estimator="exact")
+    whole = make_job(model, bundled_samples(model, 4), SCHEMES["inc_static"], estimator="exact")
+    job = dataclasses.replace(whole, operators=whole.operators[::3])
     rows = {direction: agree(with_strategy(job, direction=direction)) for direction in ("requantize", "fallback")}
     for direction, row in rows.items():
         print(

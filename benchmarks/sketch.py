@@ -36,7 +36,7 @@ from benchmarks.jobs import (
 from qvl_hydra.engines.protocol import SweepJob
 
 SAMPLES, TOP, SEEDS = 8, 20, 2
-VARIANTS = ("split", "token", "sequence")
+VARIANTS = ("shrunk", "split", "token", "sequence")
 PROBES = (1, 4, 16)
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "sketch_rank_correlation.png"
 

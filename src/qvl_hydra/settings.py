@@ -102,7 +102,7 @@ class StrategySettings:
     metric: Literal["squared_error", "kl", "loss_change"] = "squared_error"
     confidence_batches: int | None = 2  # batches of calibration.batch_size samples that are scored; null: all
     probes: int = 4  # sketch: backward passes a sample; hawq_v2: the first round of Hutchinson probes
-    variant: Literal["split", "sequence", "token", "element"] = "split"  # sketch: how products of tokens are summed
+    variant: Literal["shrunk", "split", "sequence", "token", "element"] = "shrunk"  # sketch: how tokens are summed
     exact_share: float = 0.2  # auto: share of the operators, most sensitive first, measured exactly
     control_share: float = 0.1  # auto: share of the others, drawn at random, measured exactly as a control
     agreement_warn: float = 0.8  # auto: warn when sketch and exact agree less (Spearman) on what both saw

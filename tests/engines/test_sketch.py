@@ -68,7 +68,7 @@ def sketched(model: MixedLinear, x: Tensor, scheme: Scheme, variant: str, probes
     work = SketchSegment(SimpleNamespace(module=model), segment, targets, found, variant)  # type: ignore[arg-type]
     context: Any = None
     values, _ = step_back(work, context, x[None], [probe[None] for probe in probes])
-    return {name: value for (name, _), value in values.items()}
+    return {name: value[:, 0] for (name, _), value in values.items()}
 
 
 def squared_errors(model: MixedLinear, x: Tensor, scheme: Scheme) -> dict[str, float]:
@@ -139,10 +139,12 @@ def test_loss_gradient_is_autograds() -> None:
 
 def test_combine_by_hand() -> None:
     weight, activation = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]])
-    assert combine("sequence", weight, activation).tolist() == [25.0]
-    assert combine("token", weight, activation).tolist() == [17.0]
-    assert combine("split", weight, activation).tolist() == [19.0]
-    assert combine("split", None, activation).tolist() == [10.0]
+    assert combine("sequence", weight, activation).tolist() == [[25.0]]
+    assert combine("token", weight, activation).tolist() == [[17.0]]
+    assert combine("split", weight, activation).tolist() == [[19.0]]
+    assert combine("split", None, activation).tolist() == [[10.0]]
+    assert combine("shrunk", weight, activation).tolist() == [[17.0, 4.0, 4.0]]
+    assert combine("shrunk", weight, None).tolist() == [[5.0, 4.0, 0.0]]
 
 
 def test_probes_depend_on_their_names_alone() -> None:

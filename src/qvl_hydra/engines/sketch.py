@@ -131,22 +131,32 @@ def operator_error(
     return OperatorError(by_weight, by_input, by_output, whole)
 
 
-def combine(variant: str, weight: Products | None, activation: Products | None) -> Float[Tensor, "probe"]:
+def combine(variant: str, weight: Products | None, activation: Products | None) -> Float[Tensor, "probe part"]:
     """One value a probe from the products at each token.
 
     Args:
         variant: `sequence`: square of the sum over tokens, an unbiased estimate of the linearised squared error;
             `token`: sum of the squares, without the products between tokens, far less noisy; `split`: the weight's
-            error, which is the same at every token, by sequence, the rounding of activations by token.
+            error, which is the same at every token, by sequence, the rounding of activations by token; `shrunk`: as
+            `token`, with the products between tokens beside it, for `scores.shrink`.
         weight, activation: products by the two kinds of error; None where the scheme has none.
+
+    Returns:
+        One column; for `shrunk` three: the sum of squares, the products between different tokens of the weight's
+        error, and all other products between different tokens.
     """
-    parts = [part for part in (weight, activation) if part is not None]
-    if variant == "split":
-        by_kind = [] if weight is None else [weight.sum(-1).square()]
-        by_kind += [] if activation is None else [activation.square().sum(-1)]
-        return torch.stack(by_kind).sum(0)
-    total = torch.stack(parts).sum(0)
-    return total.sum(-1).square() if variant == "sequence" else total.square().sum(-1)
+    total = torch.stack([part for part in (weight, activation) if part is not None]).sum(0)
+    squares, sequence = total.square().sum(-1), total.sum(-1).square()
+    if variant == "sequence":
+        return sequence[:, None]
+    if variant == "token":
+        return squares[:, None]
+    cross = torch.zeros_like(squares) if weight is None else weight.sum(-1).square() - weight.square().sum(-1)
+    if variant == "shrunk":
+        return torch.stack([squares, cross, sequence - squares - cross], dim=1)
+    by_weight = torch.zeros_like(squares) if weight is None else weight.sum(-1).square()
+    by_activation = torch.zeros_like(squares) if activation is None else activation.square().sum(-1)
+    return (by_weight + by_activation)[:, None]
 
 
 @dataclass(frozen=True)
@@ -176,7 +186,7 @@ def step_back(
         gradients: at the segment's output, one a probe; of the last segment a function that makes them from it.
 
     Returns:
-        Values by target name and scheme index, one a probe; and the gradients at the segment's input.
+        Values by target name and scheme index (see `combine`); and the gradients at the segment's input.
     """
     errors: dict[str, list[OperatorError]] = {}
 
@@ -217,7 +227,7 @@ def _values(work: SketchSegment, errors: dict[str, list[OperatorError]]) -> dict
 def _target_value(variant: str, seen: Sequence[OperatorError]) -> Tensor:
     """Operators quantized together add their products before anything is squared."""
     if variant == "element":
-        return torch.stack([torch.stack(error.element).sum(-1) for error in seen]).sum(0)
+        return torch.stack([torch.stack(error.element).sum(-1) for error in seen]).sum(0)[:, None]
 
     def total(name: str) -> Tensor | None:
         parts = [torch.stack(getattr(error, name)) for error in seen if getattr(error, name)]

@@ -115,16 +115,18 @@ def _measure_segment(
             if bench.walker.skips(segment, context.sample):
                 assert not callable(gradient), "no sample passes over the last segment"
                 after.append(gradient)
-                values = {(t.name, i): torch.zeros(len(gradient)) for t in targets for i in range(len(job.schemes))}
+                values = {(t.name, i): torch.zeros(len(gradient), 1) for t in targets for i in range(len(job.schemes))}
             else:
                 values, back = step_back(work, context, state, gradient)
                 after.append(back)
             metric = job.strategy.metric
             scale = 0.5 / context.sample.input_ids.numel() if metric == "kl" else 1.0
+            sample = context.sample.id
             for (name, index), probes in values.items():
+                scheme = job.schemes[index].name
                 scores += [
-                    SampleScore(name, context.sample.id, k, value * scale, metric, "sketch", job.schemes[index].name)
-                    for k, value in enumerate(probes.double().tolist())
+                    SampleScore(name, sample, k, parts[0], metric, "sketch", scheme, *parts[1:])
+                    for k, parts in enumerate((probes.double() * scale).tolist())
                 ]
     return scores, after
 

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from qvl_hydra.errors import RunFolderError
+from qvl_hydra.scores.shrink import CROSS, shrunk
 
 PARTS = "parts"
 FINGERPRINT = "fingerprint.json"
@@ -39,6 +40,8 @@ class SampleScore:
         metric: squared_error, kl, loss_change, trace or omega.
         estimator: exact or sketch, or what the backend calls its own.
         scheme: name of the quantization scheme.
+        weight_cross, activation_cross: a sketch's products between different tokens, by what makes them: not in
+            `value`, but brought in by `scores.shrink` once all operators are known.
     """
 
     op: str
@@ -48,9 +51,13 @@ class SampleScore:
     metric: str
     estimator: str
     scheme: str
+    weight_cross: float | None = None
+    activation_cross: float | None = None
 
 
-COLUMNS = tuple(item.name for item in fields(SampleScore))
+PART_COLUMNS = tuple(item.name for item in fields(SampleScore))
+COLUMNS = tuple(name for name in PART_COLUMNS if name not in CROSS)  # of `RunFolder.frame`
+PART_TYPES = {"probe": "Int64", "value": "float64", **dict.fromkeys(CROSS, "float64")}
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -96,9 +103,8 @@ class RunFolder:
 
     def write(self, unit: str, scores: Iterable[SampleScore]) -> None:
         """Put the scores of one unit of work on disk, whole."""
-        frame = pd.DataFrame([[getattr(score, name) for name in COLUMNS] for score in scores], columns=list(COLUMNS))
-        frame["probe"] = frame["probe"].astype("Int64")
-        write_parquet(self.parts / f"{unit}.parquet", frame.astype({"value": "float64"}))
+        rows = [[getattr(score, name) for name in PART_COLUMNS] for score in scores]
+        write_parquet(self.parts / f"{unit}.parquet", pd.DataFrame(rows, columns=list(PART_COLUMNS)).astype(PART_TYPES))
         self.after_write()
 
     def skip(self, op: str, reason: str) -> None:
@@ -127,12 +133,12 @@ class RunFolder:
         return json.loads(path.read_text()) if path.exists() else default
 
     def frame(self) -> pd.DataFrame:
-        """All scores on disk so far, one row a `SampleScore`, in the order of their units' names."""
+        """All scores on disk so far, one row a score, in the order of their units' names; sketches are combined."""
         frames = [pd.read_parquet(path) for path in sorted(self.parts.glob("*.parquet"))]
         frames = [frame for frame in frames if len(frame)]
         if not frames:
-            return pd.DataFrame(columns=list(COLUMNS)).astype({"value": "float64", "probe": "Int64"})
-        return pd.concat(frames, ignore_index=True)
+            frames = [pd.DataFrame(columns=list(PART_COLUMNS)).astype(PART_TYPES)]
+        return shrunk(pd.concat(frames, ignore_index=True))
 
     def _note(self, status: str, op: str, reason: str) -> None:
         self.remember(status, {**self.recall(status, {}), op: reason})
@@ -192,6 +198,7 @@ def find_resumable(roots: Sequence[Path], fingerprint: str, exclude: Path) -> Pa
 
 def note_sweep(sweep_folder: Path, ended: bool) -> None:
     """Note in a multirun's folder that it began, or that it went through all its jobs."""
+    sweep_folder.mkdir(parents=True, exist_ok=True)
     write_json(sweep_folder / SWEEP, {"ended": ended})
 
 

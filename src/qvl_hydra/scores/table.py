@@ -59,7 +59,11 @@ def score_table(scored: Scored) -> tuple[pd.DataFrame, float | None]:
         for (estimator, op), part in ranking.groupby(["estimator", "op"], sort=False)
     }
     factor = _sketch_factor(values)
+    samples = ranking.groupby(["estimator", "op"])["sample"].nunique().to_dict()
     rows = [_row(scored, name, members, values, factor) for name, members in _units(scored)]
+    for row in rows:
+        if row["status"] == "scored":
+            row["n_samples"] = int(samples[row["estimator"], row["op"]])
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table["block"] = table["block"].astype("Int64")
     table["rank"] = _ranks(table)
@@ -128,7 +132,6 @@ def _row(
             "score_high": high,
             "standard_error": error,
             "estimator": estimator,
-            "n_samples": len(found),
         }
     return row
 
