@@ -214,6 +214,12 @@ def test_limits(key: str, outside: object, inside: object) -> None:
         ({"strategy__estimator": "sketch", "backend__name": "inc_fx"}, "done by backend=torch"),
         ({"strategy__estimator": "sketch", "strategy__direction": "fallback"}, "take exact for fallback"),
         ({"operators__fuse": True, "backend__name": "inc_fx"}, "done by backend=torch and onnxrt"),
+        ({"backend__name": "inc_fx", "backend__device": "cuda"}, "runs on the CPU"),
+        ({"backend__name": "inc_fx", "model__dtype": "bfloat16"}, "quantizes float32 models"),
+        ({"strategy__metric": "kl", "component__name": "vision"}, "which component=vision has not"),
+        ({"strategy__metric": "loss_change"}, "needs strategy.estimator=exact"),
+        ({"model__placement": "streamed", "model__weights": "random"}, "model.weights=random has none"),
+        ({"model__placement": "streamed", "task__name": "profile"}, "is for task=sweep"),
     ],
 )
 def test_values_that_do_not_go_together(changes: dict[str, object], fault: str) -> None:

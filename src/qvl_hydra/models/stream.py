@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qvl_hydra.errors import ModelError
@@ -31,23 +31,50 @@ class Checkpoint:
     Args:
         folder: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
 
+    Attributes:
+        places: file and key of each weight.
+        shapes: of each weight, from the files' headers.
+
     Raises:
-        ModelError: no safetensors there, or a shard is missing.
+        ModelError: no safetensors there, a shard is missing, or a file is broken.
     """
 
     def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            stored = json.loads(index.read_text())["weight_map"]
-        elif (folder / "model.safetensors").is_file():
-            with safe_open(folder / "model.safetensors", "pt") as opened:
-                stored = dict.fromkeys(opened.keys(), "model.safetensors")
-        else:
-            raise ModelError(f"{folder} has neither model.safetensors nor an index of shards; streaming reads those")
-        missing = sorted({name for name in stored.values() if not (folder / name).is_file()})
+        self.folder = folder
+        self.places: dict[str, tuple[Path, str]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in _files(folder):
+            try:
+                with safe_open(path, "pt") as opened:
+                    for key in opened.keys():  # noqa: SIM118  (no mapping)
+                        self.places[_renamed(key)] = path, key
+                        self.shapes[_renamed(key)] = tuple(opened.get_slice(key).get_shape())
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path} cannot be read ({error}); download it again") from error
+
+    def require(self, skeleton: nn.Module) -> None:
+        """Refuse a checkpoint whose weights are not those of the model.
+
+        Args:
+            skeleton: the model without weights; tied weights are looked for once.
+
+        Raises:
+            ModelError: weights are missing, or have other shapes.
+        """
+        expected = {path: tuple(parameter.shape) for path, parameter in skeleton.named_parameters()}
+        missing = sorted(set(expected) - set(self.shapes))
         if missing:
-            raise ModelError(f"{folder} lacks {len(missing)} of its shards: {', '.join(missing[:3])}")
-        self.places = {_renamed(key): (folder / name, key) for key, name in stored.items()}
+            raise ModelError(
+                f"{self.folder}: {len(missing)} weights are missing, first {', '.join(missing[:3])}; download it "
+                "again, or give a checkpoint of the whole model"
+            )
+        wrong = [path for path, shape in expected.items() if self.shapes[path] != shape]
+        if wrong:
+            first = wrong[0]
+            raise ModelError(
+                f"{self.folder}: {len(wrong)} weights have other shapes than config.json says; first {first} is "
+                f"{list(self.shapes[first])}, not {list(expected[first])}"
+            )
 
     def read(self, path: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         """One parameter; `lm_head.weight` of a model with tied embeddings is the embedding table."""
@@ -59,6 +86,23 @@ class Checkpoint:
         with safe_open(file, "pt") as opened:
             tensor: Tensor = opened.get_tensor(key)
         return tensor.to(device=device, dtype=dtype)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file():
+        if whole.is_file():
+            return [whole]
+        raise ModelError(f"{folder} has neither model.safetensors nor an index of shards; other formats are not read")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{index} cannot be read ({error}); download it again") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"{folder} lacks {len(missing)} of its {len(names)} shards: {', '.join(missing[:3])}")
+    return [folder / name for name in names]
 
 
 def _renamed(key: str) -> str:

@@ -41,12 +41,11 @@ class RangeObserver:
         if x.numel() == 0:
             return
         values = x.detach().float()
-        if self.histogram is not None:
+        low, high = (limit.cpu() for limit in torch.aminmax(values))
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        # PyTorch's histogram passes over tensors with an infinity in silence; `params` must still see it.
+        if self.histogram is not None and torch.isfinite(low) and torch.isfinite(high):
             self.histogram(values.cpu())
-            return
-        low, high = torch.aminmax(values)
-        self.low = torch.minimum(self.low, low.cpu())
-        self.high = torch.maximum(self.high, high.cpu())
 
     def params(self) -> QuantParams:
         """Scale and zero point from all that was observed.
@@ -61,7 +60,7 @@ class RangeObserver:
         return QuantParams(float(scale), int(zero_point), *self.form.limits)
 
     def _range(self) -> tuple[Tensor, Tensor]:
-        if self.histogram is None:
+        if self.histogram is None or not (torch.isfinite(self.low) and torch.isfinite(self.high)):
             return self.low, self.high
         if self.kind == "histogram":
             low, high = self.histogram._non_linear_param_search()
