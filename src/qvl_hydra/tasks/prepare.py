@@ -14,6 +14,7 @@ import torch
 from qvl_hydra.calibration.encode import Processor, load_processor
 from qvl_hydra.calibration.sample import CalibrationSet, Sample
 from qvl_hydra.calibration.sources import check_calibration, load_calibration
+from qvl_hydra.engines.inc_memory import inc_extra_bytes
 from qvl_hydra.engines.protocol import pick_device
 from qvl_hydra.errors import MissingExtraError, QvlHydraError
 from qvl_hydra.models.load import (
@@ -156,8 +157,7 @@ def working_bytes(settings: Settings, description: ModelDescription, operators: 
         table = description.config.text_config.vocab_size * description.config.text_config.hidden_size
         return max(3 * largest, 2 * table) * torch.float32.itemsize - weights
     if settings.backend.name == "inc_fx":
-        # Neural Compressor works on a float32 copy of the model, of which it makes another for each measurement.
-        return 3 * sum(p.numel() for p in description.skeleton.parameters()) * torch.float32.itemsize - weights
+        return inc_extra_bytes(operators, 0, 0, settings.strategy.name, settings.strategy.direction)
     if settings.backend.name in ONNX_BACKENDS:
         return 2 * sum(p.numel() for p in description.skeleton.parameters()) * torch.float32.itemsize
     if settings.strategy.name == "hawq_v2":

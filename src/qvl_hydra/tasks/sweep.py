@@ -94,7 +94,8 @@ def _write_calibration(settings: Settings, folder: RunFolder, prepared: Prepared
 
 def _ranking_metric(settings: Settings) -> str:
     if settings.strategy.name == "hawq_v2":
-        return "trace" if settings.strategy.weighting == "trace" else "omega"
+        trace = settings.strategy.weighting == "trace" or settings.backend.name == "inc_fx"
+        return "trace" if trace else "omega"
     return settings.strategy.metric
 
 
@@ -111,7 +112,7 @@ def _tables(
     return {
         scheme: score_table(
             Scored(
-                prepared.operators, frame, folder.endings(), metric, UNITS.get(metric, report.unit if report else ""),
+                prepared.operators, frame, folder.endings(), metric, report.unit if report else UNITS[metric],
                 scheme, settings.operators.fuse, settings.seed,
             )
         )
