@@ -122,7 +122,8 @@ def test_cuda_where_there_is_none(call: Call, tmp_path: Path) -> None:
 def test_all_faults_together(call: Call, tmp_path: Path) -> None:
     outcome = call(
         "model.path=./nowhere strategy=best +xyzzy=1 operators.max_ops=0 calibration.size=-1 "
-        "strategy.direction=fallback strategy.estimator=sketch calibration=jsonl calibration.path=/nowhere.jsonl resume=/nowhere a=b=c"
+        "strategy.direction=fallback strategy.estimator=sketch calibration=jsonl "
+        "calibration.path=/nowhere.jsonl resume=/nowhere a=b=c"
     )
     refused(
         outcome, "faults:", "model.path=./nowhere", "strategy=best", "xyzzy", "operators.max_ops=0",
@@ -290,7 +291,7 @@ def test_wheel_and_command_work_away_from_the_checkout(tmp_path: Path) -> None:
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", site, wheel], check=True)
     carried = {path.relative_to(site / "qvl_hydra" / "conf") for path in (site / "qvl_hydra" / "conf").rglob("*.yaml")}
     assert carried == {path.relative_to(root / "conf") for path in (root / "conf").rglob("*.yaml")}
-    for name in ("tiny_qwen2_5_vl/model.safetensors", "tiny_qwen2_vl/tokenizer.json", "configs/qwen2_vl_2b/config.json"):
+    for name in ("tiny_qwen2_5_vl/model.safetensors", "tiny_qwen2_vl/tokenizer.json", "configs/qwen2_vl_2b/config.json"):  # noqa: E501
         assert (site / "qvl_hydra" / "assets" / name).is_file()
     assert (site / "qvl_hydra" / "reports" / "page.css").is_file()
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
