@@ -17,6 +17,7 @@ from qvl_hydra.errors import ComparisonError
 
 FEWEST = 3  # operators in common: two have no order that could disagree by degrees
 ASIDE = ("tracking.", "compare.", "profile.", "export.", "task.", "resume", "hydra.")  # decide no score
+DERIVED = ("scheme", "estimator", "device")  # told by run.json; settings name them better where they differ
 IDENTITIES = ("model_sha", "calibration_sha")
 COSTS = (
     "n_scored", "n_skipped", "n_failed", "n_samples", "calibration_size", "calibration_seed", "engine_s", "forward_s",
@@ -126,27 +127,22 @@ def named(runs: Sequence[RunScores]) -> list[RunScores]:
     numbered = [replace(run, name=str(index)) for index, run in enumerate(runs)]
     table = differences(numbered)
     groups = {key.removesuffix(".name") for key in table.index if key.endswith(".name")}
-    told = {"scheme": "quant", "model_sha": "model", "device": "backend", "estimator": "strategy"}
-    keys = [
-        key
-        for key in table.index
-        if key.endswith(".name")
-        or not (
-            key.split(".")[0] in groups or told.get(key) in groups or key.startswith("versions.") or key in IDENTITIES
-        )
-    ]
-    labels = []
-    for run in numbered:
-        parts = [
-            table.loc[key, run.name]
-            if key.endswith(".name")
-            else f"{key.rpartition('.')[2]}={table.loc[key, run.name]}"
-            for key in keys
-        ]
-        labels.append(" ".join(map(str, parts))[:60] or run.folder.name)
+    derived = [key for key in table.index if key in (*IDENTITIES, *DERIVED) or key.startswith("versions.")]
+    settings = [key for key in table.index if key not in derived]
+    chosen = [key for key in settings if key.endswith(".name") or key.split(".")[0] not in groups]
+    labels: list[str] = []
+    for keys in (chosen, settings, [*settings, *(key for key in derived if key in DERIVED)]):
+        labels = [" ".join(_label(key, table.loc[key, run.name]) for key in keys)[:60] for run in numbered]
+        if len(set(labels)) == len(labels):
+            break
+    labels = [label or run.folder.name for label, run in zip(labels, numbered, strict=True)]
     counts = Counter(labels)
     unique = [label if counts[label] == 1 else f"{label} #{index + 1}" for index, label in enumerate(labels)]
     return [replace(run, name=label) for run, label in zip(runs, unique, strict=True)]
+
+
+def _label(key: str, value: object) -> str:
+    return str(value) if key.endswith(".name") else f"{key.rpartition('.')[2]}={value}"
 
 
 def pick_reference(runs: Sequence[RunScores]) -> RunScores:
