@@ -125,10 +125,11 @@ def _measure(bench: Bench) -> EngineReport:
 def measure_exact(bench: Bench, targets: Sequence[Target]) -> None:
     """Score targets one by one by the wavefront; a sample is a unit of work."""
     job = bench.job
+    walker, contexts, starts = _in_float32(bench)
     base = [op for target in targets for op in target.operators] if job.strategy.direction == "fallback" else []
     for scheme in job.schemes:
-        wave = Wavefront(bench.walker, targets, base, bench.quantizer(scheme), bench.chunk)
-        for index, (context, start) in enumerate(zip(bench.contexts, bench.starts, strict=True)):
+        wave = Wavefront(walker, targets, base, bench.quantizer(scheme), bench.chunk)
+        for index, (context, start) in enumerate(zip(contexts, starts, strict=True)):
             unit = f"exact-{scheme.name}-{index:05d}"
             if not bench.folder.done(unit):
                 results = score_sample(wave, context, start)
@@ -141,6 +142,18 @@ def measure_exact(bench: Bench, targets: Sequence[Target]) -> None:
                     ],
                 )
             bench.progress.step(exact_cost(len(targets)))
+
+
+def _in_float32(bench: Bench) -> tuple[Walker, list[Context], list[State]]:
+    """Walker, contexts and inputs in float32: a difference of two outputs drowns in bfloat16's rounding of both.
+
+    Weights of another dtype are converted segment by segment.
+    """
+    if bench.walker.dtype == torch.float32:
+        return bench.walker, bench.contexts, bench.starts
+    walker = Walker(bench.job.model, bench.job.component, torch.float32)
+    contexts = walker.contexts([context.sample for context in bench.contexts])
+    return walker, contexts, walker.starts(contexts)
 
 
 def _choose(bench: Bench) -> tuple[list[Target], set[str]]:

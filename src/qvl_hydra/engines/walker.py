@@ -70,13 +70,18 @@ class Segment:
 class Walker:
     """The segments of a model for one component.
 
+    Args:
+        dtype: what the walk computes in; None is the model's own. In another, a segment's weights are converted while
+            it is walked.
+
     Attributes:
         prefix: walked in float to make the input of the component (vision tower and join, for `lm`).
         segments: the component's own.
     """
 
-    def __init__(self, model: LoadedModel, component: str) -> None:
+    def __init__(self, model: LoadedModel, component: str, dtype: torch.dtype | None = None) -> None:
         self.model = model
+        self.dtype = dtype or model.dtype
         self.module: Any = model.module
         self.component = component
         vision, language = self._vision_segments(), self._language_segments()
@@ -90,7 +95,7 @@ class Walker:
 
     def weights(self, segment: Segment) -> AbstractContextManager[None]:
         """Have the segment's weights in memory for a while."""
-        return self.model.weights(segment.roots)
+        return self.model.weights(segment.roots, self.dtype)
 
     def usable(self, sample: Sample) -> bool:
         """Whether the sample reaches the component at all: the vision tower needs an image."""
@@ -106,7 +111,7 @@ class Walker:
         table = f"{LANGUAGE}.embed_tokens"
         with self.model.weights([table]):
             embedding = self.module.get_submodule(table)
-            texts = [embedding(sample.input_ids.to(self.model.device)) for sample in samples]
+            texts = [embedding(sample.input_ids.to(self.model.device)).to(self.dtype) for sample in samples]
         return [self._context(sample, text) for sample, text in zip(samples, texts, strict=True)]
 
     @torch.no_grad()
@@ -123,7 +128,7 @@ class Walker:
     def _first_state(self, context: Context) -> State:
         if context.sample.pixel_values is None:
             return context.text[None]
-        return context.sample.pixel_values.to(device=self.model.device, dtype=self.model.dtype)[None]
+        return context.sample.pixel_values.to(device=self.model.device, dtype=self.dtype)[None]
 
     def _context(self, sample: Sample, text: Tensor) -> Context:
         places = (sample.input_ids == self.model.config.image_token_id).to(self.model.device)

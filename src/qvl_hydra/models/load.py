@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -84,9 +84,15 @@ class LoadedModel:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.description.settings.dtype]
 
-    def weights(self, roots: Sequence[str]) -> AbstractContextManager[None]:
-        """Have the weights below these module paths in memory for a while; no cost for a resident model."""
-        return weights_of(self.module, roots, self.checkpoint, self.device, self.dtype)
+    def weights(self, roots: Sequence[str], dtype: torch.dtype | None = None) -> AbstractContextManager[None]:
+        """Have the weights below these module paths in memory, in this dtype, for a while.
+
+        Costs nothing for a resident model in its own dtype.
+        """
+        wanted = dtype or self.dtype
+        if self.checkpoint is None and wanted == self.dtype:
+            return nullcontext()
+        return weights_of(self.module, roots, self.checkpoint, self.device, wanted)
 
     @property
     def family(self) -> str:

@@ -133,16 +133,13 @@ def parameters_on_meta() -> Iterator[None]:
 def weights_of(
     module: nn.Module, roots: Sequence[str], checkpoint: Checkpoint | None, device: torch.device, dtype: torch.dtype
 ) -> Iterator[None]:
-    """Have the weights below `roots` in memory for a while.
+    """Have the weights below `roots` in memory, in `dtype`, for a while.
 
     Args:
         module: the whole model.
         roots: module paths.
-        checkpoint: None when the model is resident; then there is nothing to do.
+        checkpoint: where they are read; None for a resident model, whose own weights are converted.
     """
-    if checkpoint is None:
-        yield
-        return
     taken: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         for root in roots:
@@ -150,7 +147,7 @@ def weights_of(
                 for name, parameter in list(owner._parameters.items()):
                     if parameter is not None:
                         taken.append((owner, name, parameter))
-                        read = checkpoint.read(f"{path}.{name}", device, dtype)
+                        read = checkpoint.read(f"{path}.{name}", device, dtype) if checkpoint else parameter.to(dtype)
                         owner._parameters[name] = nn.Parameter(read, requires_grad=False)
         yield
     finally:
