@@ -65,8 +65,12 @@ def own_scorable(path: Path, manifest: Manifest, module: nn.Module) -> Scorable:
         given = sample.image_grid_thw
         return manifest.component == "lm" or (given is not None and grid in (None, given.tolist()))
 
+    made: dict[str, Arrays] = {}  # each sample is fed more than once: timed, observed, scored
+
     def feeds(sample: Sample) -> Arrays:
-        return as_arrays(sample_inputs(module, sample, manifest.component, grid is None))
+        if sample.id not in made:
+            made[sample.id] = as_arrays(sample_inputs(module, sample, manifest.component, grid is None))
+        return made[sample.id]
 
     return Scorable(path, graph, nodes, takes, feeds, manifest.output, None)
 
