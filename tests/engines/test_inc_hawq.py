@@ -88,7 +88,7 @@ def test_the_trace_is_the_hessians(tmp_path: Path) -> None:
     error = float(values.std()) / len(values) ** 0.5
     assert len(values) == report.details["probes"] == steps.done == 96
     assert float(values.mean()) == pytest.approx(exact / weights, abs=4 * error)
-    assert (report.metric, report.estimator) == ("trace", "inc")
+    assert (report.metric, report.estimator) == ("mean_trace", "inc")
     assert any("random normals" in note for note in report.notes)
 
 

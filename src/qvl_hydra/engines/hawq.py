@@ -46,13 +46,13 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     strategy = job.strategy
     targets = _reachable(job, folder, samples)
     operators = [op for target in targets for op in target.operators]
-    metric = "trace" if strategy.weighting == "trace" else "omega"
+    metric = "mean_trace" if strategy.weighting == "trace" else "omega"
     report = EngineReport("hutchinson", metric, UNITS[metric], 0.0, 0.0)
     report.forward_s = _forward_s(job, samples)
     began = time.perf_counter()
     weights_of = {op.path: weight_of(job, op) for op in operators}
     factors = {op.path: weight_factor(job, op) for op in operators} if metric == "omega" else {}
-    chunks = list(_chunks(job, operators))
+    chunks = list(_chunks(job, targets))
     progress.total(strategy.max_probes * len(samples) * len(chunks), "Hessian traces")
     done, error = 0, math.inf
     while done < strategy.max_probes and error > strategy.tolerance:
@@ -62,7 +62,7 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
                 unit = f"hawq-{done:04d}-{index:05d}-{part:04d}"
                 if not folder.done(unit):
                     products = trace_products(job, sample, chunk, weights_of, range(done, until))
-                    _write(job, folder, unit, sample, targets, products, factors, done)
+                    _write(job, folder, unit, sample, targets, products, weights_of, factors, done)
                 progress.step(until - done)
         done = until
         errors = _standard_errors(folder)
@@ -141,18 +141,18 @@ def _differentiable(weights: Sequence[Tensor]) -> Iterator[None]:
             weight.requires_grad_(False)
 
 
-def _chunks(job: SweepJob, operators: Sequence[Operator]) -> Iterator[list[Operator]]:
-    """Operators whose gradients and probes fit in memory together."""
+def _chunks(job: SweepJob, targets: Sequence[Target]) -> Iterator[list[Operator]]:
+    """Operators whose gradients and probes fit in memory together; those of one target stay together."""
     free = free_memory_bytes()
     if job.device.type == "cuda":
         free = torch.cuda.mem_get_info(job.device)[0]
     limit = free // 2 // (COPIES * job.model.dtype.itemsize)
     chunk: list[Operator] = []
-    for op in operators:
-        if chunk and sum(member.n_params for member in chunk) + op.n_params > limit:
+    for target in targets:
+        if chunk and sum(op.n_params for op in (*chunk, *target.operators)) > limit:
             yield chunk
             chunk = []
-        chunk.append(op)
+        chunk += target.operators
     if chunk:
         yield chunk
 
@@ -176,6 +176,7 @@ def _write(
     sample: Sample,
     targets: Sequence[Target],
     products: dict[str, list[float]],
+    weights_of: dict[str, Tensor],
     factors: dict[str, float],
     first: int,
 ) -> None:
@@ -183,8 +184,11 @@ def _write(
     for target in targets:
         members = [op for op in target.operators if op.path in products]
         for k in range(len(products[members[0].path]) if members else 0):
-            values = {"trace": sum(products[op.path][k] for op in members)}
-            if factors:
+            trace = sum(products[op.path][k] for op in members)
+            values = {"trace": trace}
+            if not factors:
+                values["mean_trace"] = trace / sum(weights_of[op.path].numel() for op in members)
+            else:
                 values["omega"] = sum(products[op.path][k] * factors[op.path] for op in members)
             scores += [
                 SampleScore(target.name, sample.id, first + k, value, metric, "hutchinson", job.scheme.name)

@@ -130,7 +130,7 @@ def run_hawq(
         "Neural Compressor orders by the trace alone, without the weight error, and always takes the cross entropy, "
         "whatever criterion it is given",
     ]
-    return EngineReport("inc", "trace", UNIT, 0.0, 0.0, notes, details)
+    return EngineReport("inc", "mean_trace", UNIT, 0.0, 0.0, notes, details)
 
 
 def _probe(job: SweepJob, trace: Any, paths: Sequence[str], index: int, folder: RunFolder) -> list[float]:
@@ -143,7 +143,7 @@ def _probe(job: SweepJob, trace: Any, paths: Sequence[str], index: int, folder: 
     folder.write(
         unit,
         [
-            SampleScore(path, "all", index, value, "trace", "inc", job.scheme.name)
+            SampleScore(path, "all", index, value, "mean_trace", "inc", job.scheme.name)
             for path, value in zip(paths, values, strict=True)
             if math.isfinite(value)
         ],

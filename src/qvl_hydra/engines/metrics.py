@@ -14,6 +14,7 @@ UNITS = {
     "kl": "nats a token",
     "loss_change": "nats an answer token",
     "trace": "trace of the Hessian of the loss",
+    "mean_trace": "mean eigenvalue of the Hessian of the loss",
     "omega": "mean Hessian eigenvalue x squared weight error",
 }
 TEXT_METRICS = ("squared_error", "kl", "loss_change")

@@ -95,7 +95,7 @@ def _write_calibration(settings: Settings, folder: RunFolder, prepared: Prepared
 def _ranking_metric(settings: Settings) -> str:
     if settings.strategy.name == "hawq_v2":
         trace = settings.strategy.weighting == "trace" or settings.backend.name == "inc_fx"
-        return "trace" if trace else "omega"
+        return "mean_trace" if trace else "omega"
     return settings.strategy.metric
 
 
