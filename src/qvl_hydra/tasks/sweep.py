@@ -1,4 +1,4 @@
-"""task=sweep: score the operators, and leave the files of DESIGN.md section 5."""
+"""task=sweep: score the operators, and leave scores, settings, a report and what was measured (README)."""
 
 from __future__ import annotations
 
