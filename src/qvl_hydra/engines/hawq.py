@@ -194,10 +194,7 @@ def _write(
                 SampleScore(target.name, sample.id, first + k, value, metric, "hutchinson", job.scheme.name)
                 for metric, value in values.items()
             ]
-    for score in scores:
-        if not math.isfinite(score.value):
-            folder.fail(score.op, f"{score.metric} is {score.value} on sample {score.sample}")
-    folder.write(unit, [score for score in scores if math.isfinite(score.value)])
+    folder.write_finite(unit, scores)
 
 
 def _standard_errors(folder: RunFolder) -> dict[str, float]:

@@ -116,6 +116,14 @@ def open_session(
     return FxSession(strategy.adaptor, wrapper, tune_cfg, names)
 
 
+def scheme_notes(scheme: Scheme) -> list[str]:
+    """A sentence for the user where the scheme asked for is not what Neural Compressor runs."""
+    different = differences(scheme)
+    if not different:
+        return []
+    return [f"quant={scheme.name}, but Neural Compressor ran its own scheme, inc_static: {'; '.join(different)}"]
+
+
 def differences(scheme: Scheme) -> list[str]:
     """Where the scheme asked for is not what Neural Compressor runs, in words."""
     found = []

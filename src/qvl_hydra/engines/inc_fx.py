@@ -18,7 +18,7 @@ from qvl_hydra.engines.inc_session import VERSION, guest  # says what to install
 
 # isort: split
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.engines.inc_adaptor import REDUCED_RANGE, SCHEME, FxSession, differences, open_session
+from qvl_hydra.engines.inc_adaptor import REDUCED_RANGE, SCHEME, FxSession, open_session, scheme_notes
 from qvl_hydra.engines.inc_hawq import run_hawq
 from qvl_hydra.engines.inc_memory import FLOAT32, inc_extra_bytes
 from qvl_hydra.engines.inc_mse import Metrics, all_quantized, measure, release
@@ -200,12 +200,7 @@ def _scores(path: str, scene: _Scene, found: Sequence[Metrics]) -> list[SampleSc
 
 
 def _scheme_notes(job: SweepJob, session: FxSession) -> list[str]:
-    notes = []
-    different = differences(job.scheme)
-    if different:
-        notes.append(
-            f"quant={job.scheme.name}, but Neural Compressor ran its own scheme, inc_static: {'; '.join(different)}"
-        )
+    notes = scheme_notes(job.scheme)
     if REDUCED_RANGE:
         notes.append("this processor has no VNNI, so Neural Compressor used 7 bits for activations (reduce_range)")
     if job.strategy.direction == "fallback":

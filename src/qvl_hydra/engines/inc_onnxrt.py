@@ -19,7 +19,7 @@ from qvl_hydra.engines.inc_session import VERSION, guest  # says what to install
 
 # isort: split
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.engines.inc_adaptor import SCHEME, differences
+from qvl_hydra.engines.inc_adaptor import SCHEME, scheme_notes
 from qvl_hydra.engines.inc_onnx_adaptor import Key, OnnxSession, onnx_mapping, open_session
 from qvl_hydra.engines.metrics import UNITS, error_counts, error_sums, next_token_labels, output_metrics
 from qvl_hydra.engines.onnx_graphs import check_job, forward_seconds, open_bundle
@@ -75,11 +75,7 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
 
 def _scheme_notes(job: SweepJob, device: Device, reduced: bool) -> list[str]:
     notes = [] if device.note is None else [device.note]
-    different = differences(job.scheme)
-    if different:
-        notes.append(
-            f"quant={job.scheme.name}, but Neural Compressor ran its own scheme, inc_static: {'; '.join(different)}"
-        )
+    notes += scheme_notes(job.scheme)
     if reduced:
         notes.append("this processor has no VNNI, so Neural Compressor used 7 bits (reduce_range)")
     return notes

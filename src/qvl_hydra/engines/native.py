@@ -61,13 +61,6 @@ class Bench:
         module = self.walker.module
         return lambda op: make_quantizer(module, op.path, scheme, self.ranges[scheme.name])
 
-    def write(self, unit: str, scores: Sequence[SampleScore]) -> None:
-        """Put scores on disk; an operator with a value that is not finite fails and leaves the others alone."""
-        for score in scores:
-            if not math.isfinite(score.value):
-                self.folder.fail(score.op, f"{score.metric} is {score.value} on sample {score.sample}")
-        self.folder.write(unit, [score for score in scores if math.isfinite(score.value)])
-
 
 def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     """Measure the job's operators; see `Engine`.
@@ -133,7 +126,7 @@ def measure_exact(bench: Bench, targets: Sequence[Target]) -> None:
             unit = f"exact-{scheme.name}-{index:05d}"
             if not bench.folder.done(unit):
                 results = score_sample(wave, context, start)
-                bench.write(
+                bench.folder.write_finite(
                     unit,
                     [
                         SampleScore(op, context.sample.id, None, value, metric, "exact", scheme.name)
@@ -231,10 +224,7 @@ def plain_forward_s(walker: Walker, contexts: Sequence[Context], starts: Sequenc
     def forward(count: int) -> None:
         states = list(starts[:count])
         for segment in walker.segments:
-            with walker.weights(segment):
-                for index, context in enumerate(contexts[:count]):
-                    if not walker.skips(segment, context.sample):
-                        states[index] = segment.run(states[index], context)
+            walker.advance(segment, contexts[:count], states)
 
     if not walker.model.streamed:
         forward(1)

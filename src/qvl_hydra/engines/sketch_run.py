@@ -77,7 +77,7 @@ def _measure_group(bench: Bench, first: int, group: slice) -> None:
         inputs = [kept.pop() for kept in states]
         scores, gradients = _measure_segment(bench, segments[index], contexts, inputs, gradients)
         _save(bench, first, index - 1, gradients)
-        bench.write(units[index], scores)
+        bench.folder.write_finite(units[index], scores)
         _gradient_path(bench, first, index).unlink(missing_ok=True)
         bench.progress.step(step)
     _gradient_path(bench, first, -1).unlink(missing_ok=True)

@@ -119,11 +119,15 @@ class Walker:
         """The input of the component for each sample, one row; the prefix is walked once for all samples."""
         states = [self._first_state(context) for context in contexts]
         for segment in self.prefix:
-            with self.weights(segment):
-                for index, context in enumerate(contexts):
-                    if not self.skips(segment, context.sample):
-                        states[index] = segment.run(states[index], context)
+            self.advance(segment, contexts, states)
         return states
+
+    def advance(self, segment: Segment, contexts: Sequence[Context], states: list[State]) -> None:
+        """Take every sample's state through a segment, in place; its weights are touched once."""
+        with self.weights(segment):
+            for index, context in enumerate(contexts):
+                if not self.skips(segment, context.sample):
+                    states[index] = segment.run(states[index], context)
 
     def _first_state(self, context: Context) -> State:
         if context.sample.pixel_values is None:

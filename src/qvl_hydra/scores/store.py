@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -106,6 +107,14 @@ class RunFolder:
         rows = [[getattr(score, name) for name in PART_COLUMNS] for score in scores]
         write_parquet(self.parts / f"{unit}.parquet", pd.DataFrame(rows, columns=list(PART_COLUMNS)).astype(PART_TYPES))
         self.after_write()
+
+    def write_finite(self, unit: str, scores: Sequence[SampleScore]) -> None:
+        """As `write`; an operator with a value that is not finite fails, and leaves the others alone."""
+        finite = [score for score in scores if math.isfinite(score.value)]
+        for score in scores:
+            if not math.isfinite(score.value):
+                self.fail(score.op, f"{score.metric} is {score.value} on sample {score.sample}")
+        self.write(unit, finite)
 
     def skip(self, op: str, reason: str) -> None:
         """Note that an operator will not be scored, and why."""
