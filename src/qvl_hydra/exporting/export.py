@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from qvl_hydra.exporting.weights import data_file
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.settings import ExportSettings
+from qvl_hydra.versions import installed_versions
 
 LOG = logging.getLogger(__name__)
 Exporter = Callable[[Exportable, Mapping[str, Tensor], Path, int, bool], dict[str, str]]
@@ -191,7 +191,7 @@ def _manifest(
         weight_bytes=data_file(path).stat().st_size if outside else path.stat().st_size,
         exporter=exporter,
         opset=graph.opset,
-        versions=_versions(),
+        versions=installed_versions(PACKAGES),
         grid=None if grid is None else grid.tolist(),
         image_size=None if grid is None else [[rows * patch, columns * patch] for _, rows, columns in grid.tolist()],
         inputs=graph.inputs,
@@ -207,13 +207,3 @@ def _manifest(
         },
         nodes=nodes,
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import time
@@ -24,6 +23,7 @@ from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks.prepare import Prepared, prepare
 from qvl_hydra.tasks.resume import fingerprint_of, take_up
+from qvl_hydra.versions import installed_versions
 
 REFRESH_S = 10.0  # how old scores.parquet may get while the run goes on
 SHOWN = 10
@@ -197,13 +197,7 @@ def _run_record(
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on, as far as installed."""
-    found = {"python": platform.python_version(), "qvl_hydra": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), "qvl_hydra": __version__, **installed_versions(PACKAGES)}
 
 
 def _show(settings: Settings, folder: RunFolder, report: EngineReport, screen: Screen) -> None:
