@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.engines.probes import fisher_probe, loss_gradient, seeded, sign_probe
+from qvl_hydra.engines.probes import Signs, fisher_probe, leading_directions, loss_gradient, sign_probe
 from qvl_hydra.engines.sketch import OperatorChange, SketchSegment, combine, step_back
 from qvl_hydra.engines.targets import Target
 from qvl_hydra.engines.walker import Segment
@@ -93,10 +93,15 @@ def x() -> Tensor:
     return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
+def drawn_signs(count: int, *names: object) -> list[Signs]:
+    """Of independent probes, as those of as many samples are."""
+    return [Signs(torch.device("cpu"), *names, index) for index in range(count)]
+
+
 @pytest.mark.parametrize("scheme", [SCHEME, SCHEME.only("weight"), SCHEME.only("activation")])
 def test_sequence_sum_is_unbiased_with_relative_variance_two(model: MixedLinear, x: Tensor, scheme: Scheme) -> None:
-    count = 4000
-    probes = [sign_probe(model(x), seeded(x.device, "unbiased", k)) for k in range(count)]
+    count, axes = 4000, torch.zeros(OUT, 0)
+    probes = [sign_probe(model(x), axes, signs) for signs in drawn_signs(count, "unbiased")]
     values = sketched(model, x, scheme, "sequence", probes)
     for path, expected in squared_errors(model, x, scheme).items():
         mean, error = values[path].mean().item(), values[path].std().item() / count**0.5
@@ -105,10 +110,61 @@ def test_sequence_sum_is_unbiased_with_relative_variance_two(model: MixedLinear,
         assert 1.0 < values[path].var().item() / mean**2 < 2.6, path
 
 
+def test_directions_of_the_last_weight_keep_the_mean_and_cut_the_noise(model: MixedLinear, x: Tensor) -> None:
+    model.second.weight += 2.0  # one direction far above the others, as in a trained head
+    count, output = 2000, model(x)
+    directions = leading_directions(model.second.weight)
+    noise = {}
+    for name, along in (("axes", torch.zeros(OUT, 0)), ("directions", directions)):
+        probes = [sign_probe(output, along, signs) for signs in drawn_signs(count, name)]
+        values = sketched(model, x, SCHEME, "sequence", probes)["first"]
+        expected = squared_errors(model, x, SCHEME)["first"]
+        assert abs(values.mean().item() - expected) < 4 * values.std().item() / count**0.5 + 0.02 * expected
+        noise[name] = values.var().item()
+    assert noise["directions"] < 0.9 * noise["axes"]
+
+
+def test_leading_directions_are_the_singular_vectors() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(90, 50) * torch.logspace(1, -1, 50)
+    found = leading_directions(weight)
+    expected = torch.linalg.svd(weight, full_matrices=False).U[:, : found.shape[1]]
+    torch.testing.assert_close(found.T @ found, torch.eye(found.shape[1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close((found.T @ expected)[:8, :8].abs(), torch.eye(8), atol=1e-2, rtol=0)
+    assert leading_directions(torch.ones(3, 2)).shape == (3, 2)
+    assert leading_directions(weight.bfloat16()).dtype == torch.float32
+
+
+def test_values_that_are_not_finite_stay_in_the_probe() -> None:
+    weight, logits = torch.ones(3, 2), torch.randn(4, 5)
+    weight[0, 0], logits[1, 2] = torch.inf, torch.nan
+    assert leading_directions(weight).isfinite().all()
+    assert fisher_probe(logits, drawn_signs(1)[0])[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("probes", [1, 2, 3, 4, 8])
+def test_every_probe_of_a_sample_is_as_random_as_another(probes: int) -> None:
+    output, count = torch.zeros(3, 4), 3000
+    for probe in range(probes):
+        drawn = torch.stack(
+            [
+                sign_probe(output, torch.eye(4)[:, :2], Signs(output.device, index, probe=probe, probes=probes))
+                for index in range(count)
+            ]
+        ).flatten(1)
+        torch.testing.assert_close(drawn.T @ drawn / count, torch.eye(12), atol=0.08, rtol=0)
+
+
+def test_probes_of_a_block_are_orthogonal_over_neighbouring_tokens() -> None:
+    rows = torch.stack([Signs(torch.device("cpu"), "a", probe=k, probes=4).draw(6, 1)[:, 0] for k in range(4)])
+    products = rows.T @ rows / 4
+    assert torch.equal(products, (torch.arange(6)[:, None] % 4 == torch.arange(6)[None] % 4).float() * products)
+
+
 def test_fisher_probes_give_twice_the_divergence(model: MixedLinear, x: Tensor) -> None:
     scheme = Scheme("w8", WeightFormat(8), None)  # a small error, for which the divergence is quadratic
     logits = model(x)
-    probes = [fisher_probe(logits, seeded(x.device, "fisher", k)) for k in range(6000)]
+    probes = [fisher_probe(logits, signs) for signs in drawn_signs(6000, "fisher")]
     values = sketched(model, x, scheme, "sequence", probes)
     found = quantizers(model, x, scheme)
     for path in ("first", "second"):
@@ -122,12 +178,23 @@ def test_fisher_probes_give_twice_the_divergence(model: MixedLinear, x: Tensor) 
         assert abs(values[path].mean().item() / 2 - divergence) < 4 * error / 2 + 0.03 * divergence, path
 
 
-def test_fisher_probe_has_the_fisher_covariance() -> None:
-    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]])
+@pytest.mark.parametrize("vocab", [4, 50])  # all tokens likely ones, and more than those
+def test_fisher_probe_has_the_fisher_covariance(vocab: int) -> None:
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(0)) * 2
     p = logits.softmax(-1)[0]
-    drawn = torch.cat([fisher_probe(logits, seeded(logits.device, k)) for k in range(20000)])
+    drawn = torch.cat([fisher_probe(logits, signs) for signs in drawn_signs(20000, "covariance")])
     expected = torch.diag(p) - p[:, None] * p[None]
     torch.testing.assert_close(drawn.T @ drawn / len(drawn), expected, atol=0.01, rtol=0)
+
+
+def test_fisher_probe_of_two_tokens_has_no_noise() -> None:
+    """The Fisher information of two tokens has one eigenvector: the sign along it is all that is random."""
+    logits = torch.tensor([[0.4, 0.0]])
+    p = logits.softmax(-1)[0]
+    change = torch.tensor([0.3, -0.2])
+    expected = float((p * change.square()).sum() - (p * change).sum() ** 2)
+    for signs in drawn_signs(20, "two"):
+        assert float((fisher_probe(logits, signs)[0] @ change) ** 2) == pytest.approx(expected, rel=1e-4)
 
 
 def test_loss_gradient_is_autograds() -> None:
@@ -148,11 +215,12 @@ def test_combine_by_hand() -> None:
 
 
 def test_probes_depend_on_their_names_alone() -> None:
-    output = torch.zeros(3, 4)
-    first = sign_probe(output, seeded(output.device, 0, "a", 1))
-    assert torch.equal(first, sign_probe(output, seeded(output.device, 0, "a", 1)))
-    assert not torch.equal(first, sign_probe(output, seeded(output.device, 0, "a", 2)))
-    assert set(first.unique().tolist()) == {-1.0, 1.0}
+    def probe(index: int) -> Tensor:
+        return sign_probe(torch.zeros(3, 4), torch.zeros(4, 0), Signs(torch.device("cpu"), 0, "a", index))
+
+    assert torch.equal(probe(1), probe(1))
+    assert not torch.equal(probe(1), probe(2))
+    assert set(probe(1).unique().tolist()) == {-1.0, 1.0}
 
 
 def test_elementwise_score_is_the_label_gradients(model: MixedLinear, x: Tensor) -> None:

@@ -1,9 +1,15 @@
 """Random probes over the output, whose backward passes sketch every operator's effect at once.
 
-For the squared error a probe is a vector of random signs: identity covariance, so that `E <r, d>^2 = ||d||^2` for an
-output change `d` (Hutchinson 1990). For KL it is the score of a label drawn from the model's own distribution,
-`onehot(y) - p`, whose covariance is the Fisher information: `E <r, d>^2 = d' F d`, which is twice the divergence to
-second order (Martens 2014, New insights and perspectives on the natural gradient method).
+A probe `r` has the metric's matrix as its covariance, so that `E <r, d>^2` is the metric of an output change `d`: the
+identity for the squared error (Hutchinson 1990), and for KL the Fisher information `diag(p) - p p'` of each token's
+distribution, which gives twice the divergence to second order (Martens 2014, New insights and perspectives on the
+natural gradient method).
+
+Every probe is `B s` with random signs `s` and `B B'` that covariance. Signs estimate `||B' d||^2` without noise where
+`B' d` has one coordinate, and with most noise where it is spread over many. So `B` is turned to where changes lie: for
+the squared error along the leading singular directions of the last weight (a trained head has one far above the
+others), for KL along the Fisher information's own eigenvectors among the likely tokens. The probes of a sample are
+arranged by a Hadamard matrix, so that together they also cancel products between neighbouring tokens.
 """
 
 from __future__ import annotations
@@ -12,8 +18,12 @@ import hashlib
 
 import torch
 from jaxtyping import Float, Int64
+from scipy.linalg import hadamard
 from torch import Tensor
 from torch.nn import functional
+
+LEADING = 32  # directions of the last weight, and likely tokens, that probes are turned to
+STEPS = 8  # of subspace iteration
 
 
 def seeded(device: torch.device, *names: object) -> torch.Generator:
@@ -22,22 +32,81 @@ def seeded(device: torch.device, *names: object) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def sign_probe(output: Float[Tensor, "token value"], generator: torch.Generator) -> Float[Tensor, "token value"]:
-    """Random signs of the output's shape, float32."""
-    bits = torch.randint(0, 2, output.shape, generator=generator, device=output.device, dtype=torch.int8)
-    return bits.mul_(2).sub_(1).float()
+class Signs:
+    """Random signs of one of a sample's probes.
+
+    Probes come in blocks of a power of two: those of a block share their random signs, times a row of a Hadamard
+    matrix each, whose columns go round the coordinates. Every probe on its own is as random as without.
+
+    Args:
+        names: what the signs depend on besides the probe.
+        probe, probes: which one, of how many.
+    """
+
+    def __init__(self, device: torch.device, *names: object, probe: int = 0, probes: int = 1) -> None:
+        block = probes & -probes
+        self.generator = seeded(device, *names, probe // block)
+        self.row = torch.tensor(hadamard(block)[probe % block], dtype=torch.float32, device=device)
+
+    def draw(self, tokens: int, width: int) -> Float[Tensor, "token width"]:
+        """The next signs, float32."""
+        bits = torch.randint(0, 2, (tokens, width), generator=self.generator, device=self.row.device, dtype=torch.int8)
+        signs = bits.mul_(2).sub_(1).float()
+        around = self.row.repeat((tokens + width) // len(self.row) + 1)
+        return signs.mul_(around.unfold(0, width, 1)[:tokens])
 
 
-def fisher_probe(logits: Float[Tensor, "token vocab"], generator: torch.Generator) -> Float[Tensor, "token vocab"]:
-    """`onehot(y) - p` at every token, `y` drawn from the model's own distribution `p`."""
+@torch.no_grad()
+def leading_directions(weight: Float[Tensor, "out *rest"]) -> Float[Tensor, "out direction"]:
+    """Leading left singular vectors of a weight by subspace iteration, orthonormal in float32."""
+    flat = weight.detach().flatten(1)
+    count = min(LEADING, *flat.shape)
+
+    def applied(right: Tensor) -> Tensor:
+        return (flat @ right.to(flat.dtype)).float().nan_to_num()  # what is not finite fails scores, not this
+
+    found = torch.randn(flat.shape[1], count, generator=torch.Generator().manual_seed(0)).to(flat.device)
+    for _ in range(STEPS):
+        found = torch.linalg.qr((flat.T @ applied(found).to(flat.dtype)).float().nan_to_num()).Q
+    return torch.linalg.svd(applied(found), full_matrices=False).U
+
+
+def sign_probe(
+    output: Float[Tensor, "token value"], directions: Float[Tensor, "value direction"], signs: Signs
+) -> Float[Tensor, "token value"]:
+    """A probe for the squared error, float32: signs along the directions, and along the axes beside them."""
+    along_axes = signs.draw(*output.shape)
+    along = signs.draw(len(output), directions.shape[1])
+    return along_axes.addmm_(along - along_axes @ directions, directions.T)
+
+
+def fisher_probe(logits: Float[Tensor, "token vocab"], signs: Signs) -> Float[Tensor, "token vocab"]:
+    """A probe for KL: `B s` with `B = (diag(sqrt p) - p sqrt p') Q`, float32.
+
+    `Q` turns the signs of each token's most likely successors to the eigenvectors of `B' B` among them.
+    """
     p = logits.float().softmax(-1)
-    drawn = torch.multinomial(p, 1, generator=generator)
-    return (-p).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=p.dtype))
+    root = p.sqrt()
+    top, places = root.topk(min(LEADING, p.shape[-1]), dim=-1)
+    along = signs.draw(len(p), top.shape[-1])
+    turned = torch.einsum("tij,tj->ti", _eigenvectors(top, p.square().sum(-1)), along.flip(1))
+    mixed = root * signs.draw(*p.shape).scatter_(1, places, turned)
+    return mixed - p * mixed.sum(-1, keepdim=True)
 
 
-def loss_gradient(
-    logits: Float[Tensor, "token vocab"], labels: Int64[Tensor, "token"]
-) -> Float[Tensor, "token vocab"]:
+def _eigenvectors(
+    root: Float[Tensor, "token likely"], sum_of_squares: Float[Tensor, "token"]
+) -> Float[Tensor, "token likely likely"]:
+    """Eigenvectors of `(I - u u') diag(p) (I - u u')` with `u = sqrt p`, among the likely tokens; ascending."""
+    u = root.double()
+    cubed = u**3
+    outer = u[:, :, None] * u[:, None, :]
+    gram = torch.diag_embed(u.square()) - cubed[:, :, None] * u[:, None, :] - u[:, :, None] * cubed[:, None, :]
+    gram += sum_of_squares.double()[:, None, None] * outer
+    return torch.linalg.eigh(gram.nan_to_num()).eigenvectors.to(root.dtype)
+
+
+def loss_gradient(logits: Float[Tensor, "token vocab"], labels: Int64[Tensor, "token"]) -> Float[Tensor, "token vocab"]:
     """Gradient of the summed loss of the answer tokens; `labels` are those of the next token, -100 where none."""
     chosen = (labels >= 0).float()[:, None]
     onehot = functional.one_hot(labels.clamp(min=0), logits.shape[-1]).float()

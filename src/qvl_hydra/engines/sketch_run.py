@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qvl_hydra.engines.metrics import next_token_labels
-from qvl_hydra.engines.probes import fisher_probe, loss_gradient, seeded, sign_probe
+from qvl_hydra.engines.probes import Signs, fisher_probe, leading_directions, loss_gradient, sign_probe
 from qvl_hydra.engines.protocol import SweepJob
 from qvl_hydra.engines.ranges import walk
 from qvl_hydra.engines.sketch import MakeProbes, OperatorChange, SketchSegment, step_back
 from qvl_hydra.engines.walker import Context, Segment, State, Walker
 from qvl_hydra.models.memory import free_memory_bytes
-from qvl_hydra.operators.discover import Operator
+from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.quantizers.qdq import weight_change
 from qvl_hydra.quantizers.scheme import Scheme
 from qvl_hydra.scores.store import RunFolder, SampleScore
@@ -26,7 +26,6 @@ from qvl_hydra.scores.store import RunFolder, SampleScore
 if TYPE_CHECKING:
     from qvl_hydra.engines.native import Bench
 
-Gradients = Sequence[list[State] | MakeProbes]  # one entry a sample
 STREAMED_STATE_BYTES = 1 << 30  # states between segments that a streamed run keeps in memory
 FORWARDS = 3  # forward walk, recomputation, products of the weights' errors
 
@@ -67,10 +66,9 @@ def _measure_group(bench: Bench, first: int, group: slice) -> None:
     states, bench.states = bench.states, None  # each segment's state is let go once it was used
     if states is None:
         _, states = walk(bench.walker, contexts, bench.starts[group], (), (), lambda: None, keep=len(contexts))
-    gradients: Gradients | None = _load(bench, first, left[-1], len(contexts))
+    gradients = _load(bench, first, left[-1], len(contexts))
     if gradients is None:
         left = list(range(len(segments)))
-        gradients = [partial(_probes, bench, context) for context in contexts]
     for kept in states:
         del kept[left[-1] + 1 :]
     for index in reversed(left):
@@ -89,20 +87,34 @@ def _change(bench: Bench, op: Operator, scheme: Scheme) -> OperatorChange:
     return OperatorChange(scheme, change, *bench.ranges[scheme.name].get(op.path, (None, None)))
 
 
-def _probes(bench: Bench, context: Context, outputs: State) -> list[State]:
+def _last_weight(bench: Bench) -> Tensor:
+    """Weight of the operator that makes the component's output; its segment's weights are in memory."""
+    last = find_operators(bench.walker.module, bench.walker.component)[-1]
+    weight: Tensor = bench.walker.module.get_submodule(last.path).weight
+    return weight
+
+
+def _probes(bench: Bench, directions: Tensor, context: Context, outputs: State) -> list[State]:
     """Gradients of `<r_k, F>` at the output: the probes themselves, one row each."""
     strategy, output = bench.job.strategy, outputs[0]
     if strategy.variant == "element":  # what other tools use: the gradient of the loss, and no probes
         return [loss_gradient(output, next_token_labels(context.sample.labels).to(output.device))[None]]
-    make = fisher_probe if strategy.metric == "kl" else sign_probe
-    names = (bench.job.seed, context.sample.id)
-    return [make(output, seeded(output.device, *names, index))[None] for index in range(strategy.probes)]
+    found = []
+    for k in range(strategy.probes):
+        signs = Signs(output.device, bench.job.seed, context.sample.id, probe=k, probes=strategy.probes)
+        kl = strategy.metric == "kl"
+        found.append((fisher_probe(output, signs) if kl else sign_probe(output, directions, signs))[None])
+    return found
 
 
 def _measure_segment(
-    bench: Bench, segment: Segment, contexts: list[Context], states: list[State], gradients: Gradients
+    bench: Bench, segment: Segment, contexts: list[Context], states: list[State], gradients: list[list[State]] | None
 ) -> tuple[list[SampleScore], list[list[State]]]:
-    """One segment of the reverse walk for all samples of a group; weights are quantized once."""
+    """One segment of the reverse walk for all samples of a group; weights are quantized once.
+
+    Args:
+        gradients: at the segment's output, by sample and probe; None at the last segment, where the probes are made.
+    """
     job = bench.job
     targets = [target for target in bench.targets if any(segment.holds(op) for op in target.operators)]
     operators = [op for target in targets for op in target.operators]
@@ -111,7 +123,13 @@ def _measure_segment(
     with bench.walker.weights(segment):
         changes = {op.path: [_change(bench, op, scheme) for scheme in job.schemes] for op in operators}
         work = SketchSegment(bench.walker, segment, targets, changes, job.strategy.variant)
-        for context, state, gradient in zip(contexts, states, gradients, strict=True):
+        entering: Sequence[list[State] | MakeProbes]
+        if gradients is None:
+            directions = leading_directions(_last_weight(bench))
+            entering = [partial(_probes, bench, directions, context) for context in contexts]
+        else:
+            entering = gradients
+        for context, state, gradient in zip(contexts, states, entering, strict=True):
             if bench.walker.skips(segment, context.sample):
                 assert not callable(gradient), "no sample passes over the last segment"
                 after.append(gradient)
