@@ -67,8 +67,9 @@ def sketched(model: MixedLinear, x: Tensor, scheme: Scheme, variant: str, probes
     segment = Segment("all", False, ("first", "second"), lambda state, context: model(state))
     work = SketchSegment(SimpleNamespace(module=model), segment, targets, found, variant)  # type: ignore[arg-type]
     context: Any = None
-    values, _ = step_back(work, context, x[None], [probe[None] for probe in probes])
-    return {name: value[:, 0] for (name, _), value in values.items()}
+    products, _ = step_back(work, context, x[None], [probe[None] for probe in probes])
+    values = products[0].values(variant, lambda tokens: tokens)
+    return {target.name: value[:, 0] for target, value in zip(targets, values, strict=True)}
 
 
 def squared_errors(model: MixedLinear, x: Tensor, scheme: Scheme) -> dict[str, float]:

@@ -46,6 +46,21 @@ def test_a_value_is_rounded_to_even_and_cut_off() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("limits", [UNSIGNED, SIGNED, (-127, 127), (-8, 7)])
+def test_rounding_is_bit_for_bit_pytorchs(kind: str, symmetric: bool, limits: tuple[int, int]) -> None:
+    x = values(kind)
+    scale, zero_point = affine_params(*torch.aminmax(x, dim=1), limits, symmetric)
+    if not symmetric or limits != UNSIGNED:
+        peer = torch.fake_quantize_per_channel_affine(x, scale, zero_point, 0, *limits)
+        assert torch.equal(qdq_rows(x, limits, symmetric), peer)
+    for row, zero in zip(scale.tolist(), zero_point.tolist(), strict=True):
+        if limits[0] <= zero <= limits[1]:
+            peer = torch.fake_quantize_per_tensor_affine(x, row, zero, *limits)
+            assert torch.equal(qdq_static(x, QuantParams(row, zero, *limits)), peer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("symmetric", [False, True])
 def test_parameters_are_those_of_pytorchs_observer(kind: str, symmetric: bool) -> None:
     x = values(kind)
     limits = SIGNED if symmetric else UNSIGNED

@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 
 from qvl_hydra.scores.shrink import shrink_ratios, shrunk
-from qvl_hydra.scores.store import COLUMNS, PART_COLUMNS, PART_TYPES
+from qvl_hydra.scores.store import COLUMNS, PART_COLUMNS
 
 
 def frame(rows: list[tuple[str, str, float, float | None, float | None]]) -> pd.DataFrame:
     """Rows of operator, sample, value and both products."""
     made = [(op, sample, 0, value, "kl", "sketch", "w8", *cross) for op, sample, value, *cross in rows]
-    return pd.DataFrame(made, columns=list(PART_COLUMNS)).astype(PART_TYPES)
+    return pd.DataFrame(made, columns=list(PART_COLUMNS)).astype({"probe": "Int64"})
 
 
 def test_no_noise_keeps_every_ratio() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from qvl_hydra.engines.walker import Context, State, Walker
+from qvl_hydra.engines.batches import Batch, make_batches, put_together
+from qvl_hydra.engines.walker import Context, Segment, State, Walker
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.quantizers.apply import OperatorObserver, replaced_forwards
 from qvl_hydra.quantizers.qdq import QuantParams
@@ -54,21 +55,20 @@ def walk(
     ranges = Ranges(schemes)
     static = [scheme for scheme in schemes if scheme.needs_ranges]
     states = list(starts)
+    batches = make_batches(walker, contexts)
     kept: list[list[State]] = [[] for _ in states[:keep]]
     for segment in walker.segments:
         for index, inputs in enumerate(kept):
             inputs.append(states[index])
         if segment is walker.segments[-1] and not static:
             break  # nobody needs the outputs
-        reached = any(not walker.skips(segment, context.sample) for context in contexts)
-        inside = [op for op in operators if segment.holds(op)] if static and reached else []
+        inside = [op for op in operators if segment.holds(op)] if static else []
         observers = {op.path: [OperatorObserver(scheme) for scheme in static] for op in inside}
-        with walker.weights(segment), replaced_forwards(walker.module, _observing(observers)):
-            for index, context in enumerate(contexts):
-                if not walker.skips(segment, context.sample):
-                    output = segment.run(states[index], context)
-                    states[index] = states[index] if segment is walker.segments[-1] else output
-        for path, seen in observers.items():
+        with walker.weights(segment):
+            walking = [batch for batch in batches if batch.has_images or not segment.vision]
+            for batch in walking:
+                _advance(walker, segment, batch, states, observers)
+        for path, seen in observers.items() if walking else ():
             for scheme, observer in zip(static, seen, strict=True):
                 try:
                     ranges.params[scheme.name][path] = observer.params()
@@ -78,14 +78,26 @@ def walk(
     return ranges, kept
 
 
-def _observing(observers: dict[str, list[OperatorObserver]]) -> dict[str, Callable[[nn.Module, Tensor], Tensor]]:
+def _advance(
+    walker: Walker, segment: Segment, batch: Batch, states: list[State], observers: dict[str, list[OperatorObserver]]
+) -> None:
+    """Take a batch's states through a segment, in place; every sample is observed by itself."""
+
     def forward_of(seen: list[OperatorObserver]) -> Callable[[nn.Module, Tensor], Tensor]:
         def forward(target: nn.Module, x: Tensor) -> Tensor:
             y: Tensor = type(target).forward(target, x)
-            for observer in seen:
-                observer.observe(target, x, y)
+            before, after = (z.flatten(0, 1) if z.dim() == 3 else z for z in (x, y))
+            for tokens in batch.slices(len(before), segment.vision):
+                for observer in seen:
+                    observer.observe(target, before[tokens], after[tokens])
             return y
 
         return forward
 
-    return {path: forward_of(seen) for path, seen in observers.items()}
+    taps = {path: forward_of(seen) for path, seen in observers.items()}
+    with replaced_forwards(walker.module, taps):
+        output = segment.run(put_together([states[place] for place in batch.places], segment.vision), batch.context)
+    index = walker.segments.index(segment)
+    if index + 1 < len(walker.segments):  # nobody needs the outputs of the last
+        for place, state in zip(batch.places, batch.take_apart(output, walker.packed(index + 1)), strict=True):
+            states[place] = state

@@ -32,7 +32,7 @@ from qvl_hydra.quantizers.apply import replaced_forwards
 from qvl_hydra.quantizers.qdq import QuantParams, apply_operator, as_tokens, qdq_activation
 from qvl_hydra.quantizers.scheme import Scheme
 
-Products = Float[Tensor, "probe token"]
+Products = Float[Tensor, "*target probe token"]
 MakeProbes = Callable[[State], Sequence[State]]
 
 
@@ -131,8 +131,8 @@ def operator_error(
     return OperatorError(by_weight, by_input, by_output, whole)
 
 
-def combine(variant: str, weight: Products | None, activation: Products | None) -> Float[Tensor, "probe part"]:
-    """One value a probe from the products at each token.
+def combine(variant: str, weight: Products | None, activation: Products | None) -> Float[Tensor, "*target probe part"]:
+    """One value a probe from the products at each token of a sample.
 
     Args:
         variant: `sequence`: square of the sum over tokens, an unbiased estimate of the linearised squared error;
@@ -148,15 +148,15 @@ def combine(variant: str, weight: Products | None, activation: Products | None) 
     total = torch.stack([part for part in (weight, activation) if part is not None]).sum(0)
     squares, sequence = total.square().sum(-1), total.sum(-1).square()
     if variant == "sequence":
-        return sequence[:, None]
+        return sequence[..., None]
     if variant == "token":
-        return squares[:, None]
+        return squares[..., None]
     cross = torch.zeros_like(squares) if weight is None else weight.sum(-1).square() - weight.square().sum(-1)
     if variant == "shrunk":
-        return torch.stack([squares, cross, sequence - squares - cross], dim=1)
+        return torch.stack([squares, cross, sequence - squares - cross], dim=-1)
     by_weight = torch.zeros_like(squares) if weight is None else weight.sum(-1).square()
     by_activation = torch.zeros_like(squares) if activation is None else activation.square().sum(-1)
-    return (by_weight + by_activation)[:, None]
+    return (by_weight + by_activation)[..., None]
 
 
 @dataclass(frozen=True)
@@ -176,17 +176,42 @@ class SketchSegment:
     variant: str
 
 
+@dataclass(frozen=True)
+class SegmentProducts:
+    """What one scheme's errors give with the gradients of a segment, targets in the order of `SketchSegment`.
+
+    Attributes:
+        weight, activation: products by the two kinds of error; None where the scheme has none.
+        element: sums of squared elementwise products, for the variant of that name only.
+    """
+
+    weight: Products | None
+    activation: Products | None
+    element: Products | None
+
+    def values(self, variant: str, of: Callable[[Tensor], Tensor]) -> Float[Tensor, "target probe part"]:
+        """Values of one sample.
+
+        Args:
+            of: takes the sample's tokens out of products.
+        """
+        if self.element is not None:
+            return of(self.element).sum(-1)[..., None]
+        weight, activation = (None if part is None else of(part) for part in (self.weight, self.activation))
+        return combine(variant, weight, activation)
+
+
 def step_back(
     work: SketchSegment, context: Context, state: State, gradients: Sequence[State] | MakeProbes
-) -> tuple[dict[tuple[str, int], Tensor], list[State]]:
+) -> tuple[list[SegmentProducts], list[State]]:
     """Compute a segment again and take every probe's gradient through it.
 
     Args:
-        state: the segment's input, one row.
+        state: the segment's input: one row, or one a sample.
         gradients: at the segment's output, one a probe; of the last segment a function that makes them from it.
 
     Returns:
-        Values by target name and scheme index (see `combine`); and the gradients at the segment's input.
+        Products of each scheme; and the gradients at the segment's input.
     """
     errors: dict[str, list[OperatorError]] = {}
 
@@ -211,26 +236,29 @@ def step_back(
             torch.autograd.grad(end, start, gradient.to(end.dtype), retain_graph=index + 1 < len(gradients))[0]
             for index, gradient in enumerate(gradients)
         ]
-    return _values(work, errors), back
+    return _products(work, errors), back
 
 
-def _values(work: SketchSegment, errors: dict[str, list[OperatorError]]) -> dict[tuple[str, int], Tensor]:
-    values: dict[tuple[str, int], Tensor] = {}
-    for target in work.targets:
-        members = [errors[op.path] for op in target.operators if op.path in errors]
-        for index in range(len(members[0]) if members else 0):
-            seen = [member[index] for member in members]
-            values[target.name, index] = _target_value(work.variant, seen)
-    return values
-
-
-def _target_value(variant: str, seen: Sequence[OperatorError]) -> Tensor:
+def _products(work: SketchSegment, errors: dict[str, list[OperatorError]]) -> list[SegmentProducts]:
     """Operators quantized together add their products before anything is squared."""
-    if variant == "element":
-        return torch.stack([torch.stack(error.element).sum(-1) for error in seen]).sum(0)[:, None]
+    members = [[errors[op.path] for op in target.operators if op.path in errors] for target in work.targets]
+    element = work.variant == "element"
+    return [
+        SegmentProducts(
+            None if element else _stacked(members, index, "weight_products"),
+            None if element else _stacked(members, index, "activation_products"),
+            _stacked(members, index, "element") if element else None,
+        )
+        for index in range(max((len(schemes) for target in members for schemes in target), default=0))
+    ]
 
-    def total(name: str) -> Tensor | None:
-        parts = [torch.stack(getattr(error, name)) for error in seen if getattr(error, name)]
-        return torch.stack(parts).sum(0) if parts else None
 
-    return combine(variant, total("weight_products"), total("activation_products"))
+def _stacked(members: list[list[list[OperatorError]]], index: int, name: str) -> Products | None:
+    """Products of one scheme, (target, probe, token); None where its operators have no error of that kind."""
+    found = []
+    for target in members:
+        parts = [torch.stack(getattr(schemes[index], name)) for schemes in target if getattr(schemes[index], name)]
+        if not parts:
+            return None
+        found.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
+    return torch.stack(found)

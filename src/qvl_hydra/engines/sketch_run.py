@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qvl_hydra.engines.batches import Batch, halved, make_batches, put_together
 from qvl_hydra.engines.metrics import next_token_labels
 from qvl_hydra.engines.probes import Signs, fisher_probe, leading_directions, loss_gradient, sign_probe
 from qvl_hydra.engines.protocol import SweepJob
 from qvl_hydra.engines.ranges import walk
 from qvl_hydra.engines.sketch import MakeProbes, OperatorChange, SketchSegment, step_back
-from qvl_hydra.engines.walker import Context, Segment, State, Walker
+from qvl_hydra.engines.targets import Target
+from qvl_hydra.engines.walker import Context, State, Walker
 from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.quantizers.qdq import weight_change
@@ -55,8 +58,21 @@ def group_size(job: SweepJob, folder: RunFolder, walker: Walker, starts: Sequenc
     return int(kept)
 
 
-def _measure_group(bench: Bench, first: int, group: slice) -> None:
-    segments, contexts = bench.walker.segments, bench.contexts[group]
+@dataclass
+class Group:
+    """Samples whose states fit in memory together.
+
+    Attributes:
+        contexts: of each sample.
+        batches: which of them walk back together; halved where the device's memory runs out.
+    """
+
+    contexts: list[Context]
+    batches: list[Batch]
+
+
+def _measure_group(bench: Bench, first: int, members: slice) -> None:
+    segments, contexts = bench.walker.segments, bench.contexts[members]
     units = [f"sketch-{first:05d}-{index:04d}" for index in range(len(segments))]
     left = [index for index, unit in enumerate(units) if not bench.folder.done(unit)]
     step = len(contexts) * cost(bench.job.strategy.probes) / len(segments)
@@ -65,15 +81,16 @@ def _measure_group(bench: Bench, first: int, group: slice) -> None:
         return
     states, bench.states = bench.states, None  # each segment's state is let go once it was used
     if states is None:
-        _, states = walk(bench.walker, contexts, bench.starts[group], (), (), lambda: None, keep=len(contexts))
+        _, states = walk(bench.walker, contexts, bench.starts[members], (), (), lambda: None, keep=len(contexts))
     gradients = _load(bench, first, left[-1], len(contexts))
     if gradients is None:
         left = list(range(len(segments)))
     for kept in states:
         del kept[left[-1] + 1 :]
+    group = Group(contexts, make_batches(bench.walker, contexts))
     for index in reversed(left):
         inputs = [kept.pop() for kept in states]
-        scores, gradients = _measure_segment(bench, segments[index], contexts, inputs, gradients)
+        scores, gradients = _measure_segment(bench, group, index, inputs, gradients)
         _save(bench, first, index - 1, gradients)
         bench.folder.write_finite(units[index], scores)
         _gradient_path(bench, first, index).unlink(missing_ok=True)
@@ -87,6 +104,97 @@ def _change(bench: Bench, op: Operator, scheme: Scheme) -> OperatorChange:
     return OperatorChange(scheme, change, *bench.ranges[scheme.name].get(op.path, (None, None)))
 
 
+def _measure_segment(
+    bench: Bench, group: Group, index: int, states: list[State], gradients: list[list[State]] | None
+) -> tuple[list[SampleScore], list[list[State]]]:
+    """One segment of the reverse walk for all samples of a group; weights are quantized once.
+
+    Args:
+        states: the segment's input, by sample.
+        gradients: at the segment's output, by sample and probe; None at the last segment, where the probes are made.
+
+    Returns:
+        Scores; and the gradients at the segment's input.
+    """
+    job, segment = bench.job, bench.walker.segments[index]
+    targets = [target for target in bench.targets if any(segment.holds(op) for op in target.operators)]
+    operators = [op for target in targets for op in target.operators]
+    scores: list[SampleScore] = []
+    after: dict[int, list[State]] = {}
+    with bench.walker.weights(segment):
+        changes = {op.path: [_change(bench, op, scheme) for scheme in job.schemes] for op in operators}
+        work = SketchSegment(bench.walker, segment, targets, changes, job.strategy.variant)
+        directions = leading_directions(_last_weight(bench)) if gradients is None else None
+
+        def entering(batch: Batch) -> list[State] | MakeProbes:
+            packed = bench.walker.packed(index + 1)
+            if gradients is None:
+                assert directions is not None
+                return partial(_probes, bench, batch, directions, packed)
+            probes = zip(*(gradients[place] for place in batch.places), strict=True)
+            return [put_together(probe, packed) for probe in probes]
+
+        for batch in list(group.batches):
+            if segment.vision and not batch.has_images:
+                assert gradients is not None, "no sample passes over the last segment"
+                nothing = [torch.zeros(len(targets), len(gradients[batch.places[0]]), 1)] * len(job.schemes)
+                found = [(place, nothing, gradients[place]) for place in batch.places]
+            else:
+                found = _walk_back(bench, group, batch, work, states, entering)
+            for place, values, gradient in found:
+                after[place] = gradient
+                if targets:
+                    scores += _scores(bench, group.contexts[place], targets, values)
+    return scores, [after[place] for place in range(len(states))]
+
+
+def _walk_back(
+    bench: Bench,
+    group: Group,
+    batch: Batch,
+    work: SketchSegment,
+    states: list[State],
+    entering: Callable[[Batch], list[State] | MakeProbes],
+) -> list[tuple[int, list[Tensor], list[State]]]:
+    """One batch through one segment; in halves, and so from then on, when CUDA runs out of memory.
+
+    Returns:
+        For each sample its place in the group, its values (target, probe, part) of each scheme, and its gradients.
+    """
+    packed = work.segment.vision
+    state = put_together([states[place] for place in batch.places], packed)
+    try:
+        products, back = step_back(work, batch.context, state, entering(batch))
+    except torch.cuda.OutOfMemoryError:
+        if len(batch.places) == 1:
+            raise
+        torch.cuda.empty_cache()
+        halves = halved(bench.walker, group.contexts, batch)
+        at = group.batches.index(batch)
+        group.batches[at : at + 1] = halves
+        return [part for half in halves for part in _walk_back(bench, group, half, work, states, entering)]
+    by_sample = zip(*(batch.take_apart(gradient, packed) for gradient in back), strict=True)
+    found = []
+    for row, (place, gradients) in enumerate(zip(batch.places, by_sample, strict=True)):
+
+        def own(products: Tensor, row: int = row) -> Tensor:
+            return products[..., batch.slices(products.shape[-1], packed)[row]]
+
+        found.append((place, [part.values(work.variant, own) for part in products], list(gradients)))
+    return found
+
+
+def _scores(
+    bench: Bench, context: Context, targets: Sequence[Target], values: Sequence[Tensor]
+) -> Iterator[SampleScore]:
+    metric, sample = bench.job.strategy.metric, context.sample
+    scale = 0.5 / sample.input_ids.numel() if metric == "kl" else 1.0
+    for scheme, by_target in zip(bench.job.schemes, values, strict=True):
+        for target, probes in zip(targets, (by_target.double() * scale).tolist(), strict=True):
+            for k, parts in enumerate(probes):
+                yield SampleScore(target.name, sample.id, k, parts[0], metric, "sketch", scheme.name, *parts[1:])
+
+
 def _last_weight(bench: Bench) -> Tensor:
     """Weight of the operator that makes the component's output; its segment's weights are in memory."""
     last = find_operators(bench.walker.module, bench.walker.component)[-1]
@@ -94,59 +202,22 @@ def _last_weight(bench: Bench) -> Tensor:
     return weight
 
 
-def _probes(bench: Bench, directions: Tensor, context: Context, outputs: State) -> list[State]:
-    """Gradients of `<r_k, F>` at the output: the probes themselves, one row each."""
-    strategy, output = bench.job.strategy, outputs[0]
-    if strategy.variant == "element":  # what other tools use: the gradient of the loss, and no probes
-        return [loss_gradient(output, next_token_labels(context.sample.labels).to(output.device))[None]]
-    found = []
-    for k in range(strategy.probes):
-        signs = Signs(output.device, bench.job.seed, context.sample.id, probe=k, probes=strategy.probes)
-        kl = strategy.metric == "kl"
-        found.append((fisher_probe(output, signs) if kl else sign_probe(output, directions, signs))[None])
-    return found
-
-
-def _measure_segment(
-    bench: Bench, segment: Segment, contexts: list[Context], states: list[State], gradients: list[list[State]] | None
-) -> tuple[list[SampleScore], list[list[State]]]:
-    """One segment of the reverse walk for all samples of a group; weights are quantized once.
-
-    Args:
-        gradients: at the segment's output, by sample and probe; None at the last segment, where the probes are made.
-    """
-    job = bench.job
-    targets = [target for target in bench.targets if any(segment.holds(op) for op in target.operators)]
-    operators = [op for target in targets for op in target.operators]
-    scores: list[SampleScore] = []
-    after: list[list[State]] = []
-    with bench.walker.weights(segment):
-        changes = {op.path: [_change(bench, op, scheme) for scheme in job.schemes] for op in operators}
-        work = SketchSegment(bench.walker, segment, targets, changes, job.strategy.variant)
-        entering: Sequence[list[State] | MakeProbes]
-        if gradients is None:
-            directions = leading_directions(_last_weight(bench))
-            entering = [partial(_probes, bench, directions, context) for context in contexts]
-        else:
-            entering = gradients
-        for context, state, gradient in zip(contexts, states, entering, strict=True):
-            if bench.walker.skips(segment, context.sample):
-                assert not callable(gradient), "no sample passes over the last segment"
-                after.append(gradient)
-                values = {(t.name, i): torch.zeros(len(gradient), 1) for t in targets for i in range(len(job.schemes))}
-            else:
-                values, back = step_back(work, context, state, gradient)
-                after.append(back)
-            metric = job.strategy.metric
-            scale = 0.5 / context.sample.input_ids.numel() if metric == "kl" else 1.0
-            sample = context.sample.id
-            for (name, index), probes in values.items():
-                scheme = job.schemes[index].name
-                scores += [
-                    SampleScore(name, sample, k, parts[0], metric, "sketch", scheme, *parts[1:])
-                    for k, parts in enumerate((probes.double() * scale).tolist())
-                ]
-    return scores, after
+def _probes(bench: Bench, batch: Batch, directions: Tensor, packed: bool, outputs: State) -> list[State]:
+    """Gradients of `<r_k, F>` at the outputs of a batch: the probes themselves."""
+    strategy = bench.job.strategy
+    found: list[list[State]] = []
+    for sample, states in zip(batch.context.samples, batch.take_apart(outputs, packed), strict=True):
+        output = states[0]
+        if strategy.variant == "element":  # what other tools use: the gradient of the loss, and no probes
+            found.append([loss_gradient(output, next_token_labels(sample.labels).to(output.device))[None]])
+            continue
+        of_sample = []
+        for k in range(strategy.probes):
+            signs = Signs(output.device, bench.job.seed, sample.id, probe=k, probes=strategy.probes)
+            kl = strategy.metric == "kl"
+            of_sample.append((fisher_probe(output, signs) if kl else sign_probe(output, directions, signs))[None])
+        found.append(of_sample)
+    return [put_together(probe, packed) for probe in zip(*found, strict=True)]
 
 
 def _gradient_path(bench: Bench, first: int, index: int) -> Path:

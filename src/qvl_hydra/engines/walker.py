@@ -1,10 +1,13 @@
 """The block walker: a Qwen-VL model as one straight row of segments that states of many rows walk through.
 
 Segments are the patch embedding, the vision blocks, the merger, the join (image features into the token sequence), the
-decoder blocks, and the head (final norm and `lm_head`). A state has a row for each copy of a sample that is under way:
-`(row, token, width)`. Every block is the Hugging Face module itself; what it needs beside the hidden state (rotary
+decoder blocks, and the head (final norm and `lm_head`). A state `(row, token, width)` has a row for each copy of a
+sample that is under way. Every block is the Hugging Face module itself; what it needs beside the hidden state (rotary
 embeddings, windows, masks) is recorded from the model's own forward with all blocks passed over, so nothing of the
 model's logic is written again here, and both families and all image sizes are served alike.
+
+Several samples can also walk together: packed in one row, one behind the other, up to the join, and after it with a row
+each, padded at the end, where a causal model lets no other token see it.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.calibration.sample import Sample, collate
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator
 
@@ -28,22 +32,28 @@ VISUAL, LANGUAGE, HEAD = "model.visual", "model.language_model", "lm_head"
 
 @dataclass(frozen=True)
 class Context:
-    """What the segments need to know of one sample.
+    """What the segments need to know of the samples that walk together: one mostly.
 
     Attributes:
         block_inputs: keyword arguments of each block, by module path.
-        order: for each patch in walking order its place in the image (windows are walked one by one).
+        order: for each patch in walking order its place in the images (windows are walked one by one).
         back: for each merged feature in image order its place in walking order.
-        text: token embeddings, zero where image features go.
+        text: token embeddings, zero where image features go and where a shorter sample is padded.
         places: which tokens take image features.
     """
 
-    sample: Sample
+    samples: tuple[Sample, ...]
     block_inputs: dict[str, dict[str, Any]]
     order: Int64[Tensor, "patch"] | None
     back: Int64[Tensor, "feature"] | None
-    text: Float[Tensor, "token width"]
-    places: Bool[Tensor, "token"]
+    text: Float[Tensor, "sample token width"]
+    places: Bool[Tensor, "sample token"]
+
+    @property
+    def sample(self) -> Sample:
+        """The sample of a context of one."""
+        (only,) = self.samples
+        return only
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class Segment:
 
     Attributes:
         name: module path, or `join`.
-        vision: passed over by samples without images.
+        vision: passed over by samples without images; samples that walk together arrive packed, not padded.
         roots: module paths whose weights it needs; its operators lie below them.
         run: from the state before and the sample's context to the state after.
     """
@@ -112,7 +122,17 @@ class Walker:
         with self.model.weights([table]):
             embedding = self.module.get_submodule(table)
             texts = [embedding(sample.input_ids.to(self.model.device)).to(self.dtype) for sample in samples]
-        return [self._context(sample, text) for sample, text in zip(samples, texts, strict=True)]
+        return [self._context([sample], text[None]) for sample, text in zip(samples, texts, strict=True)]
+
+    def packed(self, border: int) -> bool:
+        """Whether samples that walk together are packed before segment `border` (after the last one, for its index)."""
+        return self.segments[min(border, len(self.segments) - 1)].vision
+
+    @torch.no_grad()
+    def together(self, contexts: Sequence[Context]) -> Context:
+        """One context for samples that are to walk together: either all have images, or none has."""
+        samples = [context.sample for context in contexts]
+        return self._context(samples, pad_sequence([context.text[0] for context in contexts], batch_first=True))
 
     @torch.no_grad()
     def starts(self, contexts: Sequence[Context]) -> list[State]:
@@ -131,24 +151,24 @@ class Walker:
 
     def _first_state(self, context: Context) -> State:
         if context.sample.pixel_values is None:
-            return context.text[None]
+            return context.text
         return context.sample.pixel_values.to(device=self.model.device, dtype=self.dtype)[None]
 
-    def _context(self, sample: Sample, text: Tensor) -> Context:
-        places = (sample.input_ids == self.model.config.image_token_id).to(self.model.device)
+    def _context(self, samples: Sequence[Sample], text: Tensor) -> Context:
+        batch = collate(samples)
+        places = (batch["input_ids"] == self.model.config.image_token_id).to(self.model.device)
         inputs: dict[str, dict[str, Any]] = {}
         order = back = None
-        if sample.pixel_values is not None:
-            order, back = self._record_vision(sample, inputs)
+        if "image_grid_thw" in batch:
+            order, back = self._record_vision(batch["image_grid_thw"], inputs)
         if self.component != "vision":
-            self._record_language(sample, text, inputs)
-        return Context(sample, inputs, order, back, text.masked_fill(places[:, None], 0), places)
+            self._record_language(batch["position_ids"], text, inputs)
+        return Context(tuple(samples), inputs, order, back, text.masked_fill(places[..., None], 0), places)
 
-    def _record_vision(self, sample: Sample, inputs: dict[str, dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    def _record_vision(self, grid: Tensor, inputs: dict[str, dict[str, Any]]) -> tuple[Tensor, Tensor]:
         """Run the vision tower with numbered patches and every computing part passed over."""
-        assert sample.image_grid_thw is not None
         visual: Any = self.module.get_submodule(VISUAL)
-        grid = sample.image_grid_thw.to(self.model.device)
+        grid = grid.to(self.model.device)
         patches = int(grid.prod(-1).sum())
         merged = patches // visual.spatial_merge_size**2
         seen: list[Tensor] = []
@@ -165,11 +185,10 @@ class Walker:
             result = visual(numbers[:, None].repeat(1, 2), grid_thw=grid)
         return seen[0], result.pooler_output[:, 0].long()
 
-    def _record_language(self, sample: Sample, text: Tensor, inputs: dict[str, dict[str, Any]]) -> None:
+    def _record_language(self, positions: Tensor, text: Tensor, inputs: dict[str, dict[str, Any]]) -> None:
         language: Any = self.module.get_submodule(LANGUAGE)
         with _recording(language.layers, f"{LANGUAGE}.layers", inputs), _replaced(language.norm, lambda x: x):
-            positions = sample.position_ids.to(self.model.device)[:, None]
-            language(inputs_embeds=text[None], position_ids=positions, use_cache=False)
+            language(inputs_embeds=text, position_ids=positions.to(self.model.device), use_cache=False)
 
     def _vision_segments(self) -> list[Segment]:
         visual: Any = self.module.get_submodule(VISUAL)
@@ -228,9 +247,10 @@ class Walker:
 
 def _join(features: State, context: Context) -> State:
     rows = features.shape[0]
-    tokens = context.text[None].expand(rows, -1, -1)
-    index = context.places.nonzero()[:, 0]
-    return tokens.index_copy(1, index, features.to(tokens.dtype))
+    tokens = context.text.flatten(0, 1).expand(rows, -1, -1)
+    index = context.places.flatten().nonzero()[:, 0]
+    joined = tokens.index_copy(1, index, features.to(tokens.dtype))
+    return joined.view(rows * len(context.samples), *context.text.shape[1:])
 
 
 def _repeat_rows(inputs: dict[str, Any], rows: int, patches: int) -> dict[str, Any]:

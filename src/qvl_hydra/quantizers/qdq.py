@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
 
-CHANGE_VALUES = 1 << 24  # values that `weight_change` works on at a time
+CHANGE_VALUES = 1 << 20  # values that `weight_change` works on at a time, about what stays in a cache
 SMALLEST_SCALE = torch.finfo(torch.float32).eps  # as PyTorch's observers: a constant zero tensor keeps a scale
 
 
@@ -53,10 +53,21 @@ def affine_params(
 
 def qdq_static(x: Float[Tensor, "*shape"], params: QuantParams) -> Float[Tensor, "*shape"]:
     """QDQ with one scale and zero point for the whole tensor; dtype is kept."""
-    rounded = torch.fake_quantize_per_tensor_affine(
-        x.float(), params.scale, params.zero_point, params.qmin, params.qmax
-    )
-    return rounded.to(x.dtype)
+    limits = (params.qmin, params.qmax)
+    if x.is_cuda:
+        return torch.fake_quantize_per_tensor_affine(x.float(), params.scale, params.zero_point, *limits).to(x.dtype)
+    inverse = 1 / torch.tensor(params.scale)  # as the operator has it, in float32
+    return _fake_quantize(x.float(), inverse.item(), params.scale, params.zero_point, limits).to(x.dtype)
+
+
+def _fake_quantize(
+    x: Tensor, inverse: float | Tensor, scale: float | Tensor, zero_point: int | Tensor, limits: tuple[int, int]
+) -> Tensor:
+    """Bit for bit PyTorch's `fake_quantize` operators, which take three times as long on a CPU."""
+    rounded = (x * inverse).round_()
+    if isinstance(zero_point, int) and zero_point == 0:
+        return rounded.clamp_(*limits).mul_(scale)
+    return rounded.add_(zero_point).clamp_(*limits).sub_(zero_point).mul_(scale)
 
 
 def qdq_rows(
@@ -66,7 +77,10 @@ def qdq_rows(
     values = x.float()
     low, high = torch.aminmax(values, dim=1)
     scale, zero_point = affine_params(low, high, limits, symmetric)
-    return torch.fake_quantize_per_channel_affine(values, scale, zero_point, 0, *limits).to(x.dtype)
+    if x.is_cuda:
+        return torch.fake_quantize_per_channel_affine(values, scale, zero_point, 0, *limits).to(x.dtype)
+    zero = 0 if symmetric else zero_point[:, None]
+    return _fake_quantize(values, (1 / scale)[:, None], scale[:, None], zero, limits).to(x.dtype)
 
 
 def qdq_weight(weight: Float[Tensor, "out *rest"], form: WeightFormat) -> Float[Tensor, "out *rest"]:

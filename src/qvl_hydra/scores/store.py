@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from qvl_hydra.errors import RunFolderError
 from qvl_hydra.scores.shrink import CROSS, shrunk
@@ -58,7 +60,12 @@ class SampleScore:
 
 PART_COLUMNS = tuple(item.name for item in fields(SampleScore))
 COLUMNS = tuple(name for name in PART_COLUMNS if name not in CROSS)  # of `RunFolder.frame`
-PART_TYPES = {"probe": "Int64", "value": "float64", **dict.fromkeys(CROSS, "float64")}
+PART_SCHEMA = pa.schema(
+    [
+        (name, {"probe": pa.int64(), **dict.fromkeys(("value", *CROSS), pa.float64())}.get(name, pa.string()))
+        for name in PART_COLUMNS
+    ]
+)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -104,8 +111,12 @@ class RunFolder:
 
     def write(self, unit: str, scores: Iterable[SampleScore]) -> None:
         """Put the scores of one unit of work on disk, whole."""
-        rows = [[getattr(score, name) for name in PART_COLUMNS] for score in scores]
-        write_parquet(self.parts / f"{unit}.parquet", pd.DataFrame(rows, columns=list(PART_COLUMNS)).astype(PART_TYPES))
+        rows = list(scores)
+        columns = {name: [getattr(score, name) for score in rows] for name in PART_COLUMNS}
+        path = self.parts / f"{unit}.parquet"
+        beside = path.with_name(path.name + ".tmp")
+        pq.write_table(pa.table(columns, PART_SCHEMA), beside)
+        os.replace(beside, path)
         self.after_write()
 
     def write_finite(self, unit: str, scores: Sequence[SampleScore]) -> None:
@@ -143,11 +154,9 @@ class RunFolder:
 
     def frame(self) -> pd.DataFrame:
         """All scores on disk so far, one row a score, in the order of their units' names; sketches are combined."""
-        frames = [pd.read_parquet(path) for path in sorted(self.parts.glob("*.parquet"))]
-        frames = [frame for frame in frames if len(frame)]
-        if not frames:
-            frames = [pd.DataFrame(columns=list(PART_COLUMNS)).astype(PART_TYPES)]
-        return shrunk(pd.concat(frames, ignore_index=True))
+        tables = [pq.read_table(path, schema=PART_SCHEMA) for path in sorted(self.parts.glob("*.parquet"))]
+        kept = pa.concat_tables([PART_SCHEMA.empty_table(), *tables])
+        return shrunk(kept.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get))
 
     def _note(self, status: str, op: str, reason: str) -> None:
         self.remember(status, {**self.recall(status, {}), op: reason})
