@@ -218,6 +218,7 @@ def test_limits(key: str, outside: object, inside: object) -> None:
         ({"backend__name": "inc_fx", "model__dtype": "bfloat16"}, "quantizes float32 models"),
         ({"strategy__metric": "kl", "component__name": "vision"}, "which component=vision has not"),
         ({"strategy__metric": "loss_change"}, "needs strategy.estimator=exact"),
+        ({"strategy__variant": "element", "component__name": "vision"}, "gradient of the task loss"),
         ({"model__placement": "streamed", "model__weights": "random"}, "model.weights=random has none"),
         ({"model__placement": "streamed", "task__name": "profile"}, "is for task=sweep"),
     ],

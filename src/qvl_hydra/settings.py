@@ -386,6 +386,8 @@ class Settings:
         metric, estimator = self.strategy.metric, self.strategy.estimator
         if metric != "squared_error" and self.component.name == "vision":
             found.append(f"strategy.metric={metric} compares distributions over tokens, which component=vision has not")
+        if self.strategy.variant == "element" and self.component.name == "vision":
+            found.append("strategy.variant=element takes the gradient of the task loss, which component=vision has not")
         if metric == "loss_change" and estimator != "exact" and self.strategy.direction == "requantize" and not hawq:
             found.append(f"strategy.metric=loss_change needs strategy.estimator=exact, not {estimator}")
         if self.model.placement == "streamed" and self.model.weights == "random":
