@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.engines.probes import Signs, fisher_probe, leading_directions, loss_gradient, sign_probe
+from qvl_hydra.engines.probes import Signs, fisher_probes, leading_directions, loss_gradient, sign_probes
 from qvl_hydra.engines.sketch import OperatorChange, SketchSegment, combine, step_back
 from qvl_hydra.engines.targets import Target
 from qvl_hydra.engines.walker import Segment
@@ -102,7 +102,7 @@ def drawn_signs(count: int, *names: object) -> list[Signs]:
 @pytest.mark.parametrize("scheme", [SCHEME, SCHEME.only("weight"), SCHEME.only("activation")])
 def test_sequence_sum_is_unbiased_with_relative_variance_two(model: MixedLinear, x: Tensor, scheme: Scheme) -> None:
     count, axes = 4000, torch.zeros(OUT, 0)
-    probes = [sign_probe(model(x), axes, signs) for signs in drawn_signs(count, "unbiased")]
+    probes = list(sign_probes(model(x), axes, drawn_signs(count, "unbiased")))
     values = sketched(model, x, scheme, "sequence", probes)
     for path, expected in squared_errors(model, x, scheme).items():
         mean, error = values[path].mean().item(), values[path].std().item() / count**0.5
@@ -117,7 +117,7 @@ def test_directions_of_the_last_weight_keep_the_mean_and_cut_the_noise(model: Mi
     directions = leading_directions(model.second.weight)
     noise = {}
     for name, along in (("axes", torch.zeros(OUT, 0)), ("directions", directions)):
-        probes = [sign_probe(output, along, signs) for signs in drawn_signs(count, name)]
+        probes = list(sign_probes(output, along, drawn_signs(count, name)))
         values = sketched(model, x, SCHEME, "sequence", probes)["first"]
         expected = squared_errors(model, x, SCHEME)["first"]
         assert abs(values.mean().item() - expected) < 4 * values.std().item() / count**0.5 + 0.02 * expected
@@ -140,7 +140,7 @@ def test_values_that_are_not_finite_stay_in_the_probe() -> None:
     weight, logits = torch.ones(3, 2), torch.randn(4, 5)
     weight[0, 0], logits[1, 2] = torch.inf, torch.nan
     assert leading_directions(weight).isfinite().all()
-    assert fisher_probe(logits, drawn_signs(1)[0])[[0, 2, 3]].isfinite().all()
+    assert next(fisher_probes(logits, drawn_signs(1)))[[0, 2, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("probes", [1, 2, 3, 4, 8])
@@ -149,8 +149,11 @@ def test_every_probe_of_a_sample_is_as_random_as_another(probes: int) -> None:
     for probe in range(probes):
         drawn = torch.stack(
             [
-                sign_probe(output, torch.eye(4)[:, :2], Signs(output.device, index, probe=probe, probes=probes))
+                drawn
                 for index in range(count)
+                for drawn in sign_probes(
+                    output, torch.eye(4)[:, :2], [Signs(output.device, index, probe=probe, probes=probes)]
+                )
             ]
         ).flatten(1)
         torch.testing.assert_close(drawn.T @ drawn / count, torch.eye(12), atol=0.08, rtol=0)
@@ -165,7 +168,7 @@ def test_probes_of_a_block_are_orthogonal_over_neighbouring_tokens() -> None:
 def test_fisher_probes_give_twice_the_divergence(model: MixedLinear, x: Tensor) -> None:
     scheme = Scheme("w8", WeightFormat(8), None)  # a small error, for which the divergence is quadratic
     logits = model(x)
-    probes = [fisher_probe(logits, signs) for signs in drawn_signs(6000, "fisher")]
+    probes = list(fisher_probes(logits, drawn_signs(6000, "fisher")))
     values = sketched(model, x, scheme, "sequence", probes)
     found = quantizers(model, x, scheme)
     for path in ("first", "second"):
@@ -183,7 +186,7 @@ def test_fisher_probes_give_twice_the_divergence(model: MixedLinear, x: Tensor) 
 def test_fisher_probe_has_the_fisher_covariance(vocab: int) -> None:
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(0)) * 2
     p = logits.softmax(-1)[0]
-    drawn = torch.cat([fisher_probe(logits, signs) for signs in drawn_signs(20000, "covariance")])
+    drawn = torch.cat(list(fisher_probes(logits, drawn_signs(20000, "covariance"))))
     expected = torch.diag(p) - p[:, None] * p[None]
     torch.testing.assert_close(drawn.T @ drawn / len(drawn), expected, atol=0.01, rtol=0)
 
@@ -194,8 +197,8 @@ def test_fisher_probe_of_two_tokens_has_no_noise() -> None:
     p = logits.softmax(-1)[0]
     change = torch.tensor([0.3, -0.2])
     expected = float((p * change.square()).sum() - (p * change).sum() ** 2)
-    for signs in drawn_signs(20, "two"):
-        assert float((fisher_probe(logits, signs)[0] @ change) ** 2) == pytest.approx(expected, rel=1e-4)
+    for probe in fisher_probes(logits, drawn_signs(20, "two")):
+        assert float((probe[0] @ change) ** 2) == pytest.approx(expected, rel=1e-4)
 
 
 def test_loss_gradient_is_autograds() -> None:
@@ -217,7 +220,7 @@ def test_combine_by_hand() -> None:
 
 def test_probes_depend_on_their_names_alone() -> None:
     def probe(index: int) -> Tensor:
-        return sign_probe(torch.zeros(3, 4), torch.zeros(4, 0), Signs(torch.device("cpu"), 0, "a", index))
+        return next(sign_probes(torch.zeros(3, 4), torch.zeros(4, 0), [Signs(torch.device("cpu"), 0, "a", index)]))
 
     assert torch.equal(probe(1), probe(1))
     assert not torch.equal(probe(1), probe(2))

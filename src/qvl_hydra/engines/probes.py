@@ -15,6 +15,7 @@ arranged by a Hadamard matrix, so that together they also cancel products betwee
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Float, Int64
@@ -50,8 +51,14 @@ class Signs:
 
     def draw(self, tokens: int, width: int) -> Float[Tensor, "token width"]:
         """The next signs, float32."""
-        bits = torch.randint(0, 2, (tokens, width), generator=self.generator, device=self.row.device, dtype=torch.int8)
-        signs = bits.mul_(2).sub_(1).float()
+        limits = torch.iinfo(torch.int64)
+        words = torch.randint(
+            limits.min, limits.max, (-(-tokens * width // 64),), generator=self.generator, device=self.row.device
+        )
+        bits = (words.view(torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8, device=words.device)) & 1
+        signs = bits.flatten()[: tokens * width].view(tokens, width).float().mul_(2).sub_(1)
+        if len(self.row) == 1:
+            return signs
         around = self.row.repeat((tokens + width) // len(self.row) + 1)
         return signs.mul_(around.unfold(0, width, 1)[:tokens])
 
@@ -71,27 +78,31 @@ def leading_directions(weight: Float[Tensor, "out *rest"]) -> Float[Tensor, "out
     return torch.linalg.svd(applied(found), full_matrices=False).U
 
 
-def sign_probe(
-    output: Float[Tensor, "token value"], directions: Float[Tensor, "value direction"], signs: Signs
-) -> Float[Tensor, "token value"]:
-    """A probe for the squared error, float32: signs along the directions, and along the axes beside them."""
-    along_axes = signs.draw(*output.shape)
-    along = signs.draw(len(output), directions.shape[1])
-    return along_axes.addmm_(along - along_axes @ directions, directions.T)
+def sign_probes(
+    output: Float[Tensor, "token value"], directions: Float[Tensor, "value direction"], signs: Iterable[Signs]
+) -> Iterator[Float[Tensor, "token value"]]:
+    """Probes for the squared error, float32: signs along the directions, and along the axes beside them."""
+    for drawn in signs:
+        along_axes = drawn.draw(*output.shape)
+        along = drawn.draw(len(output), directions.shape[1])
+        yield along_axes.addmm_(along - along_axes @ directions, directions.T)
 
 
-def fisher_probe(logits: Float[Tensor, "token vocab"], signs: Signs) -> Float[Tensor, "token vocab"]:
-    """A probe for KL: `B s` with `B = (diag(sqrt p) - p sqrt p') Q`, float32.
+def fisher_probes(
+    logits: Float[Tensor, "token vocab"], signs: Iterable[Signs]
+) -> Iterator[Float[Tensor, "token vocab"]]:
+    """Probes for KL: `B s` with `B = (diag(sqrt p) - p sqrt p') Q`, float32.
 
     `Q` turns the signs of each token's most likely successors to the eigenvectors of `B' B` among them.
     """
     p = logits.float().softmax(-1)
     root = p.sqrt()
     top, places = root.topk(min(LEADING, p.shape[-1]), dim=-1)
-    along = signs.draw(len(p), top.shape[-1])
-    turned = torch.einsum("tij,tj->ti", _eigenvectors(top, p.square().sum(-1)), along.flip(1))
-    mixed = root * signs.draw(*p.shape).scatter_(1, places, turned)
-    return mixed - p * mixed.sum(-1, keepdim=True)
+    vectors = _eigenvectors(top, p.square().sum(-1))
+    for drawn in signs:
+        turned = torch.einsum("tij,tj->ti", vectors, drawn.draw(*top.shape).flip(1))
+        mixed = drawn.draw(*p.shape).scatter_(1, places, turned).mul_(root)
+        yield mixed.addcmul_(p, mixed.sum(-1, keepdim=True), value=-1)
 
 
 def _eigenvectors(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qvl_hydra.engines.batches import Batch, halved, make_batches, put_together
 from qvl_hydra.engines.metrics import next_token_labels
-from qvl_hydra.engines.probes import Signs, fisher_probe, leading_directions, loss_gradient, sign_probe
+from qvl_hydra.engines.probes import Signs, fisher_probes, leading_directions, loss_gradient, sign_probes
 from qvl_hydra.engines.protocol import SweepJob
 from qvl_hydra.engines.ranges import walk
 from qvl_hydra.engines.sketch import MakeProbes, OperatorChange, SketchSegment, step_back
@@ -211,12 +211,11 @@ def _probes(bench: Bench, batch: Batch, directions: Tensor, packed: bool, output
         if strategy.variant == "element":  # what other tools use: the gradient of the loss, and no probes
             found.append([loss_gradient(output, next_token_labels(sample.labels).to(output.device))[None]])
             continue
-        of_sample = []
-        for k in range(strategy.probes):
-            signs = Signs(output.device, bench.job.seed, sample.id, probe=k, probes=strategy.probes)
-            kl = strategy.metric == "kl"
-            of_sample.append((fisher_probe(output, signs) if kl else sign_probe(output, directions, signs))[None])
-        found.append(of_sample)
+        names, count = (bench.job.seed, sample.id), strategy.probes
+        signs = [Signs(output.device, *names, probe=k, probes=count) for k in range(count)]
+        kl = strategy.metric == "kl"
+        made = fisher_probes(output, signs) if kl else sign_probes(output, directions, signs)
+        found.append([probe[None] for probe in made])
     return [put_together(probe, packed) for probe in zip(*found, strict=True)]
 
 

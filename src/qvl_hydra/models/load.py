@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from qvl_hydra.errors import ModelError
-from qvl_hydra.models.memory import GIB, free_memory_bytes, return_large_allocations
+from qvl_hydra.models.memory import GIB, free_memory_bytes
 from qvl_hydra.models.stream import Checkpoint, parameters_on_meta, weights_of
 from qvl_hydra.settings import ModelSettings
 
@@ -221,7 +221,6 @@ def load_model(description: ModelDescription, device: torch.device, seed: int) -
     Raises:
         ModelError: the checkpoint is incomplete or its shapes do not fit the config.
     """
-    return_large_allocations()
     settings = description.settings
     streamed = settings.placement == "streamed"
     if settings.weights == "random":

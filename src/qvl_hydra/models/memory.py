@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import resource
 import sys
 from pathlib import Path
 
 GIB = 1024**3
-M_MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 22  # of glibc's malloc.h
-
-
-def return_large_allocations() -> None:
-    """Have glibc give tensors of some size back to the system when they are freed.
-
-    It raises the size for which it does so while it runs, up to 32 MiB, and then what a block needs for a moment leaves
-    holes between the states that are kept: a walk through 36 blocks took 2 GiB for 0.3 GiB of states. Other C
-    libraries are left as they are.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def free_memory_bytes() -> int:

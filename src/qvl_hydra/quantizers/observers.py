@@ -40,12 +40,11 @@ class RangeObserver:
         """Take in one tensor of any shape; an empty one changes nothing."""
         if x.numel() == 0:
             return
-        values = x.detach().float()
-        low, high = (limit.cpu() for limit in torch.aminmax(values))
+        low, high = (limit.float().cpu() for limit in torch.aminmax(x.detach()))
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         # PyTorch's histogram passes over tensors with an infinity in silence; `params` must still see it.
         if self.histogram is not None and torch.isfinite(low) and torch.isfinite(high):
-            self.histogram(values.cpu())
+            self.histogram(x.detach().float().cpu())
 
     def params(self) -> QuantParams:
         """Scale and zero point from all that was observed.

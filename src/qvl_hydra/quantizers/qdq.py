@@ -75,7 +75,7 @@ def qdq_rows(
 ) -> Float[Tensor, "row value"]:
     """QDQ with a scale and zero point for each row, taken from the row itself; dtype is kept."""
     values = x.float()
-    low, high = torch.aminmax(values, dim=1)
+    low, high = values.amin(1), values.amax(1)  # `aminmax` of rows takes twenty times as long on a CPU
     scale, zero_point = affine_params(low, high, limits, symmetric)
     if x.is_cuda:
         return torch.fake_quantize_per_channel_affine(values, scale, zero_point, 0, *limits).to(x.dtype)
