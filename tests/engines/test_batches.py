@@ -11,8 +11,7 @@ import torch
 
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.engines import batches, sketch_run
-from qvl_hydra.engines.batches import make_batches
-from qvl_hydra.engines.ranges import walk
+from qvl_hydra.engines.batches import make_batches, put_together
 from qvl_hydra.engines.walker import Walker
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
@@ -33,13 +32,18 @@ def test_a_batch_walks_as_its_samples_do_alone(name: str, component: str, monkey
     contexts = walker.contexts(samples)
     made = make_batches(walker, contexts)
     assert len(made) == (1 if component == "vision" else 2), "those with images, and those without"
-    _, states = walk(walker, contexts, walker.starts(contexts), (), (), lambda: None, keep=len(samples))
-    last = walker.segments[-1]
+    states = list(walker.starts(contexts))
     with torch.no_grad():
-        for sample, context, kept in zip(samples, contexts, states, strict=True):
-            output = last.run(kept[-1], context)[0]
+        for index, segment in enumerate(walker.segments):
+            for batch in made:
+                if batch.has_images or not segment.vision:
+                    together = put_together([states[place] for place in batch.places], segment.vision)
+                    apart = batch.take_apart(segment.run(together, batch.context), walker.packed(index + 1))
+                    for place, state in zip(batch.places, apart, strict=True):
+                        states[place] = state
+        for sample, state in zip(samples, states, strict=True):
             expected = reference_output(model.module, sample, component)
-            torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(state[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_batches_hold_every_sample_once_and_keep_to_their_tokens(

@@ -55,7 +55,10 @@ def walk(
     ranges = Ranges(schemes)
     static = [scheme for scheme in schemes if scheme.needs_ranges]
     states = list(starts)
-    batches = make_batches(walker, contexts)
+    # On a CPU one by one: ranges are then bit for bit those of the model's own forward. A last bit can turn a rounding,
+    # and in `fallback`, where everything is rounded, a score.
+    one_by_one = [Batch((place,), context) for place, context in enumerate(contexts)]
+    batches = one_by_one if walker.model.device.type == "cpu" else make_batches(walker, contexts)
     kept: list[list[State]] = [[] for _ in states[:keep]]
     for segment in walker.segments:
         for index, inputs in enumerate(kept):
