@@ -163,16 +163,19 @@ def _walk_back(
     """
     packed = work.segment.vision
     state = put_together([states[place] for place in batch.places], packed)
+    done = None
     try:
-        products, back = step_back(work, batch.context, state, entering(batch))
+        done = step_back(work, batch.context, state, entering(batch))
     except torch.cuda.OutOfMemoryError:
         if len(batch.places) == 1:
             raise
+    if done is None:  # out of the handler, whose exception holds on to the memory
         torch.cuda.empty_cache()
         halves = halved(bench.walker, group.contexts, batch)
         at = group.batches.index(batch)
         group.batches[at : at + 1] = halves
         return [part for half in halves for part in _walk_back(bench, group, half, work, states, entering)]
+    products, back = done
     by_sample = zip(*(batch.take_apart(gradient, packed) for gradient in back), strict=True)
     found = []
     for row, (place, gradients) in enumerate(zip(batch.places, by_sample, strict=True)):
