@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.engines.probes import Signs, fisher_probes, leading_directions, loss_gradient, sign_probes
-from qvl_hydra.engines.sketch import OperatorChange, SketchSegment, combine, step_back
+from qvl_hydra.engines.sketch import OperatorChange, SketchSegment, _dot, combine, step_back
 from qvl_hydra.engines.targets import Target
 from qvl_hydra.engines.walker import Segment
 from qvl_hydra.models.load import LoadedModel
@@ -225,6 +225,12 @@ def test_probes_depend_on_their_names_alone() -> None:
     assert torch.equal(probe(1), probe(1))
     assert not torch.equal(probe(1), probe(2))
     assert set(probe(1).unique().tolist()) == {-1.0, 1.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_do_not_overflow(dtype: torch.dtype) -> None:
+    large = torch.full((2, 8), 400.0, dtype=dtype)
+    assert _dot(large, large).tolist() == pytest.approx([8 * 400.0**2] * 2, rel=1e-2)
 
 
 def test_elementwise_score_is_the_label_gradients(model: MixedLinear, x: Tensor) -> None:

@@ -66,10 +66,11 @@ def test_sweep_report_is_read_sorted_searched_and_hovered(tmp_path: Path) -> Non
 def hover(window: Any, element: Any) -> str:
     """The text that appears over an element."""
     from selenium.webdriver import ActionChains
+    from selenium.webdriver.support.wait import WebDriverWait
 
     window.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
     ActionChains(window).move_to_element(element).perform()
-    return str(window.find_element("id", "tip").text)
+    return str(WebDriverWait(window, 5).until(lambda page: page.find_element("id", "tip").text))
 
 
 @pytest.mark.parametrize("report", ["sweep", "comparison"])

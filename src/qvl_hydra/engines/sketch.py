@@ -83,11 +83,16 @@ def _take_products(error: OperatorError, g: Tensor, to_input: Tensor) -> None:
     if activation:
         error.activation_products.append(activation[0] if len(activation) == 1 else activation[0] + activation[1])
     if error.whole is not None:
-        error.element.append((g * error.whole).square().sum(-1, dtype=torch.float32))
+        error.element.append((g.float() * error.whole).square().sum(-1))
 
 
 def _dot(first: Float[Tensor, "token value"], second: Float[Tensor, "token value"]) -> Float[Tensor, "token"]:
-    """Sums are float32; the products of a model in bfloat16 are its own, which costs a fifth of the time."""
+    """Sums are float32; the products of a model in bfloat16 are its own, which costs a fifth of the time.
+
+    Those of float16 could overflow.
+    """
+    if first.dtype == torch.float16:
+        first = first.float()
     return (first * second).sum(-1, dtype=torch.float32)
 
 
