@@ -68,7 +68,7 @@ def sketched(model: MixedLinear, x: Tensor, scheme: Scheme, variant: str, probes
     work = SketchSegment(SimpleNamespace(module=model), segment, targets, found, variant)  # type: ignore[arg-type]
     context: Any = None
     products, _ = step_back(work, context, x[None], [probe[None] for probe in probes])
-    values = products[0].values(variant, lambda tokens: tokens)
+    values = products[0].values(variant, slice(None))
     return {target.name: value[:, 0] for target, value in zip(targets, values, strict=True)}
 
 

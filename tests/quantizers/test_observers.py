@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -24,25 +26,13 @@ def batches() -> list[Tensor]:
     return [torch.randn(4, 50, 16, generator=generator).exp() * scale - 1 for scale in (1.0, 0.5, 3.0)]
 
 
+@pytest.mark.parametrize(("kind", "peers"), [("minmax", MinMaxObserver), ("histogram", HistogramObserver)])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_minmax_is_pytorchs(form: ActivationFormat) -> None:
+def test_parameters_are_pytorchs(form: ActivationFormat, kind: str, peers: Any) -> None:
     qscheme, dtype = (
         (torch.per_tensor_symmetric, torch.qint8) if form.symmetric else (torch.per_tensor_affine, torch.quint8)
     )
-    peer, own = MinMaxObserver(dtype=dtype, qscheme=qscheme), observer("minmax", form)
-    for batch in batches():
-        peer(batch)
-        own.observe(batch)
-    scale, zero = peer.calculate_qparams()
-    assert (own.params().scale, own.params().zero_point) == (float(scale), int(zero))
-
-
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_histogram_is_pytorchs(form: ActivationFormat) -> None:
-    qscheme, dtype = (
-        (torch.per_tensor_symmetric, torch.qint8) if form.symmetric else (torch.per_tensor_affine, torch.quint8)
-    )
-    peer, own = HistogramObserver(dtype=dtype, qscheme=qscheme), observer("histogram", form)
+    peer, own = peers(dtype=dtype, qscheme=qscheme), observer(kind, form)
     for batch in batches():
         peer(batch)
         own.observe(batch)

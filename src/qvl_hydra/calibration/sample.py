@@ -34,6 +34,16 @@ class Sample:
     image_grid_thw: Int64[Tensor, "image 3"] | None
 
     @property
+    def patches(self) -> int:
+        """Patches of all its images; 0 without one."""
+        return 0 if self.pixel_values is None else len(self.pixel_values)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest state: patches in the vision tower, or text tokens."""
+        return max(self.patches, self.input_ids.numel())
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
         names = ("input_ids", "position_ids", "labels", "pixel_values", "image_grid_thw")

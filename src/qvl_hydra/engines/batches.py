@@ -9,7 +9,6 @@ from itertools import accumulate
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.engines.walker import Context, State, Walker
 
 # Tokens of a batch: beyond them products no longer get faster, and the logits of a batch take memory.
@@ -43,7 +42,7 @@ class Batch:
         if not packed:
             longest = tokens // len(samples)
             return [slice(row * longest, row * longest + s.input_ids.numel()) for row, s in enumerate(samples)]
-        ends = list(accumulate(_patches(sample) for sample in samples))
+        ends = list(accumulate(sample.patches for sample in samples))
         ends = [end * tokens // ends[-1] for end in ends]
         return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -86,8 +85,4 @@ def _batch(walker: Walker, contexts: Sequence[Context], places: Sequence[int]) -
 
 
 def _kind(context: Context) -> tuple[bool, int]:
-    return context.order is not None, max(_patches(context.sample), context.sample.input_ids.numel())
-
-
-def _patches(sample: Sample) -> int:
-    return 0 if sample.image_grid_thw is None else int(sample.image_grid_thw.prod(-1).sum())
+    return context.order is not None, context.sample.longest

@@ -138,7 +138,7 @@ def wrapper_input(module: Any, sample: Sample, component: str) -> WrapperInput:
     """What the wrapper takes for a sample, computed by the model itself in float."""
     if component == "vision":
         assert sample.image_grid_thw is not None
-        merged = int(sample.image_grid_thw.prod(-1).sum()) // module.model.visual.spatial_merge_size**2
+        merged = sample.patches // module.model.visual.spatial_merge_size**2
         return WrapperInput(sample, merged, None, None)
     tokens = len(sample.input_ids)
     if component == "lm":

@@ -303,7 +303,7 @@ def _row_chunk(job: SweepJob, folder: RunFolder, contexts: Sequence[Context]) ->
     kept = folder.recall("row_chunk")
     if kept is None:
         config = job.model.config
-        tokens = max(max(context.sample.input_ids.numel(), _patches(context)) for context in contexts)
+        tokens = max(context.sample.longest for context in contexts)
         widest = max(config.text_config.intermediate_size, config.text_config.hidden_size)
         per_row = tokens * widest * 4 * 8  # about eight tensors of that width live inside a block
         if job.device.type == "cuda":
@@ -314,10 +314,6 @@ def _row_chunk(job: SweepJob, folder: RunFolder, contexts: Sequence[Context]) ->
         kept = job.backend.row_chunk or max(1, min(fitting, 256))
         folder.remember("row_chunk", kept)
     return int(kept)
-
-
-def _patches(context: Context) -> int:
-    return 0 if context.order is None else context.order.numel()
 
 
 @contextlib.contextmanager

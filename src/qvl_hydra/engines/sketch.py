@@ -196,16 +196,17 @@ class SegmentProducts:
     activation: Products | None
     element: Products | None
 
-    def values(self, variant: str, of: Callable[[Tensor], Tensor]) -> Float[Tensor, "target probe part"]:
-        """Values of one sample.
+    @property
+    def tokens(self) -> int:
+        """Tokens that products were taken at, of all samples together."""
+        return next(part.shape[-1] for part in (self.weight, self.activation, self.element) if part is not None)
 
-        Args:
-            of: takes the sample's tokens out of products.
-        """
+    def values(self, variant: str, tokens: slice) -> Float[Tensor, "target probe part"]:
+        """Values of the sample whose tokens are those."""
         if self.element is not None:
-            return of(self.element).sum(-1)[..., None]
-        weight, activation = (None if part is None else of(part) for part in (self.weight, self.activation))
-        return combine(variant, weight, activation)
+            return self.element[..., tokens].sum(-1)[..., None]
+        parts = (self.weight, self.activation)
+        return combine(variant, *(None if part is None else part[..., tokens] for part in parts))
 
 
 def step_back(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.engines.batches import Batch, halved, make_batches, put_together
 from qvl_hydra.engines.metrics import next_token_labels
 from qvl_hydra.engines.probes import Signs, fisher_probes, leading_directions, loss_gradient, sign_probes
@@ -24,11 +25,12 @@ from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.quantizers.qdq import weight_change
 from qvl_hydra.quantizers.scheme import Scheme
-from qvl_hydra.scores.store import RunFolder, SampleScore
+from qvl_hydra.scores.store import RunFolder, SampleScore, written_whole
 
 if TYPE_CHECKING:
     from qvl_hydra.engines.native import Bench
 
+MakeSampleProbes = Callable[[Sample, Tensor], Iterable[Tensor]]  # from a sample's output, (token, value)
 STREAMED_STATE_BYTES = 1 << 30  # states between segments that a streamed run keeps in memory
 FORWARDS = 3  # forward walk, recomputation, products of the weights' errors
 
@@ -124,13 +126,13 @@ def _measure_segment(
     with bench.walker.weights(segment):
         changes = {op.path: [_change(bench, op, scheme) for scheme in job.schemes] for op in operators}
         work = SketchSegment(bench.walker, segment, targets, changes, job.strategy.variant)
-        directions = leading_directions(_last_weight(bench)) if gradients is None else None
+        make = _probe_maker(bench) if gradients is None else None
 
         def entering(batch: Batch) -> list[State] | MakeProbes:
             packed = bench.walker.packed(index + 1)
             if gradients is None:
-                assert directions is not None
-                return partial(_probes, bench, batch, directions, packed)
+                assert make is not None
+                return partial(_probes, batch, make, packed)
             probes = zip(*(gradients[place] for place in batch.places), strict=True)
             return [put_together(probe, packed) for probe in probes]
 
@@ -176,15 +178,14 @@ def _walk_back(
         group.batches[at : at + 1] = halves
         return [part for half in halves for part in _walk_back(bench, group, half, work, states, entering)]
     products, back = done
-    by_sample = zip(*(batch.take_apart(gradient, packed) for gradient in back), strict=True)
-    found = []
-    for row, (place, gradients) in enumerate(zip(batch.places, by_sample, strict=True)):
-
-        def own(products: Tensor, row: int = row) -> Tensor:
-            return products[..., batch.slices(products.shape[-1], packed)[row]]
-
-        found.append((place, [part.values(work.variant, own) for part in products], list(gradients)))
-    return found
+    gradients = zip(*(batch.take_apart(gradient, packed) for gradient in back), strict=True)
+    values = [
+        [part.values(work.variant, tokens) for tokens in batch.slices(part.tokens, packed)] for part in products
+    ]
+    return [
+        (place, [scheme[row] for scheme in values], list(own))
+        for row, (place, own) in enumerate(zip(batch.places, gradients, strict=True))
+    ]
 
 
 def _scores(
@@ -205,20 +206,26 @@ def _last_weight(bench: Bench) -> Tensor:
     return weight
 
 
-def _probes(bench: Bench, batch: Batch, directions: Tensor, packed: bool, outputs: State) -> list[State]:
-    """Gradients of `<r_k, F>` at the outputs of a batch: the probes themselves."""
+def _probe_maker(bench: Bench) -> MakeSampleProbes:
+    """What makes a sample's probes from its output; the last segment's weights are in memory."""
     strategy = bench.job.strategy
-    found: list[list[State]] = []
-    for sample, states in zip(batch.context.samples, batch.take_apart(outputs, packed), strict=True):
-        output = states[0]
-        if strategy.variant == "element":  # what other tools use: the gradient of the loss, and no probes
-            found.append([loss_gradient(output, next_token_labels(sample.labels).to(output.device))[None]])
-            continue
+
+    def signs(sample: Sample, device: torch.device) -> list[Signs]:
         names, count = (bench.job.seed, sample.id), strategy.probes
-        signs = [Signs(output.device, *names, probe=k, probes=count) for k in range(count)]
-        kl = strategy.metric == "kl"
-        made = fisher_probes(output, signs) if kl else sign_probes(output, directions, signs)
-        found.append([probe[None] for probe in made])
+        return [Signs(device, *names, probe=k, probes=count) for k in range(count)]
+
+    if strategy.variant == "element":  # what other tools use: the gradient of the loss, and no probes
+        return lambda sample, output: [loss_gradient(output, next_token_labels(sample.labels).to(output.device))]
+    if strategy.metric == "kl":
+        return lambda sample, output: fisher_probes(output, signs(sample, output.device))
+    directions = leading_directions(_last_weight(bench))
+    return lambda sample, output: sign_probes(output, directions, signs(sample, output.device))
+
+
+def _probes(batch: Batch, make: MakeSampleProbes, packed: bool, outputs: State) -> list[State]:
+    """Gradients of `<r_k, F>` at the outputs of a batch: the probes themselves."""
+    apart = zip(batch.context.samples, batch.take_apart(outputs, packed), strict=True)
+    found = [[probe[None] for probe in make(sample, states[0])] for sample, states in apart]
     return [put_together(probe, packed) for probe in zip(*found, strict=True)]
 
 
@@ -229,9 +236,9 @@ def _gradient_path(bench: Bench, first: int, index: int) -> Path:
 
 def _save(bench: Bench, first: int, index: int, gradients: list[list[State]]) -> None:
     path = _gradient_path(bench, first, index)
-    beside = path.with_suffix(".tmp")
-    save_file({f"{i}.{k}": g.contiguous() for i, row in enumerate(gradients) for k, g in enumerate(row)}, beside)
-    beside.replace(path)
+    tensors = {f"{i}.{k}": g.contiguous() for i, row in enumerate(gradients) for k, g in enumerate(row)}
+    with written_whole(path) as beside:
+        save_file(tensors, beside)
 
 
 def _load(bench: Bench, first: int, index: int, samples: int) -> list[list[State]] | None:

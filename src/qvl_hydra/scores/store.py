@@ -68,14 +68,20 @@ PART_SCHEMA = pa.schema(
 )
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole: it appears with all its content or not at all."""
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write so that the file appears with all its content or not at all."""
     beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as stream:
+    yield beside
+    os.replace(beside, path)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole, and on the disk before it appears."""
+    with written_whole(path) as beside, beside.open("wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(beside, path)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -85,9 +91,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_parquet(path: Path, frame: pd.DataFrame) -> None:
     """Write a table as parquet, atomically."""
-    beside = path.with_name(path.name + ".tmp")
-    frame.to_parquet(beside, index=False)
-    os.replace(beside, path)
+    with written_whole(path) as beside:
+        frame.to_parquet(beside, index=False)
 
 
 class RunFolder:
@@ -113,10 +118,8 @@ class RunFolder:
         """Put the scores of one unit of work on disk, whole."""
         rows = list(scores)
         columns = {name: [getattr(score, name) for score in rows] for name in PART_COLUMNS}
-        path = self.parts / f"{unit}.parquet"
-        beside = path.with_name(path.name + ".tmp")
-        pq.write_table(pa.table(columns, PART_SCHEMA), beside)
-        os.replace(beside, path)
+        with written_whole(self.parts / f"{unit}.parquet") as beside:
+            pq.write_table(pa.table(columns, PART_SCHEMA), beside)
         self.after_write()
 
     def write_finite(self, unit: str, scores: Sequence[SampleScore]) -> None:
