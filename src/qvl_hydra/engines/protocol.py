@@ -42,7 +42,7 @@ class SweepJob:
         scored: the samples that scores are measured on: the first `confidence_batches` batches.
         batch_size: samples a batch.
         schemes: the scheme to score, then further ones that share its passes.
-        workdir: folder for the engine's own artifacts; everything in it goes to the tracker.
+        workdir: folder for the engine's own artifacts, made by the first; everything in it goes to the tracker.
     """
 
     model: LoadedModel

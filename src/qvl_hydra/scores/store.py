@@ -70,7 +70,8 @@ PART_SCHEMA = pa.schema(
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Where to write so that the file appears with all its content or not at all."""
+    """Where to write so that the file appears with all its content or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     yield beside
     os.replace(beside, path)

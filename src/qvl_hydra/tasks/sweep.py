@@ -58,8 +58,6 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further_schemes: 
 
 
 def _job(settings: Settings, folder: RunFolder, prepared: Prepared) -> SweepJob:
-    workdir = folder.path / settings.backend.name
-    workdir.mkdir(exist_ok=True)
     return SweepJob(
         model=prepared.model,
         component=settings.component.name,
@@ -72,7 +70,7 @@ def _job(settings: Settings, folder: RunFolder, prepared: Prepared) -> SweepJob:
         backend=settings.backend,
         fuse=settings.operators.fuse,
         seed=settings.seed,
-        workdir=workdir,
+        workdir=folder.path / settings.backend.name,
     )
 
 
