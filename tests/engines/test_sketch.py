@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,16 +12,27 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from benchmarks.jobs import SCHEMES, Silent, make_job
 from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.engines import native
 from qvl_hydra.engines.probes import Signs, fisher_probes, leading_directions, loss_gradient, sign_probes
 from qvl_hydra.engines.sketch import OperatorChange, SketchSegment, _dot, combine, step_back
 from qvl_hydra.engines.targets import Target
-from qvl_hydra.engines.walker import Segment
+from qvl_hydra.engines.walker import Segment, Walker
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator
-from qvl_hydra.quantizers.apply import make_quantizer
-from qvl_hydra.quantizers.qdq import OperatorQuantizer, QuantParams, affine_params, quantized_operator
+from qvl_hydra.quantizers.apply import make_quantizer, replaced_forwards
+from qvl_hydra.quantizers.qdq import (
+    OperatorQuantizer,
+    QuantParams,
+    affine_params,
+    as_tokens,
+    quantized_operator,
+    weight_change,
+)
 from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
+from qvl_hydra.scores.store import RunFolder
+from tests.conftest import load_tiny
 
 TOKENS, WIDTH, OUT = 6, 16, 10
 SCHEME = Scheme("w4a8", WeightFormat(4), ActivationFormat(8), ActivationFormat(8))
@@ -257,3 +270,45 @@ def test_sketch_ranks_like_exact_on_the_bundled_model(
     sketch, _ = measure(job)
     exact, _ = measure(make_job(tiny_model, tiny_samples, scheme, component, metric=metric, estimator="exact"))
     assert spearmanr([exact[op] for op in exact], [sketch[op] for op in exact]).statistic > 0.95
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("component", ["full", "vision"])
+@pytest.mark.parametrize("name", ["tiny_qwen2_5_vl", "tiny_qwen2_vl"])
+def test_sketch_of_a_model_is_what_autograd_gives(
+    name: str, component: str, dtype: str, tiny_samples: tuple[Sample, ...], tmp_path: Path
+) -> None:
+    """The whole engine against one plain backward pass through all of the model at once."""
+    model, sample = load_tiny(name, dtype=dtype), tiny_samples[0]
+    job = make_job(
+        model, (sample,), SCHEMES["w8a16"], component, estimator="sketch", variant="sequence", probes=1
+    )
+    native.run(job, RunFolder(tmp_path), Silent())
+    found = RunFolder(tmp_path).frame().set_index("op")["value"]
+
+    walker, seen = Walker(model, component), {}
+
+    def forward(module: nn.Module, x: Tensor, path: str) -> Tensor:
+        y = type(module).forward(module, x)
+        seen[path] = (as_tokens(module, x.detach()), y)
+        return y
+
+    taps = {op.path: partial(forward, path=op.path) for op in job.operators}
+    (context,) = walker.contexts([sample])
+    state = walker.starts([context])[0].requires_grad_()
+    with replaced_forwards(model.module, taps):
+        for segment in walker.segments:
+            state = segment.run(state, context)
+    directions = leading_directions(model.module.get_submodule(job.operators[-1].path).weight)
+    probe = next(sign_probes(state[0].detach(), directions, [Signs(model.device, job.seed, sample.id)]))
+    gradients = torch.autograd.grad(state, [y for _, y in seen.values()], probe[None])
+    expected = []
+    for (path, (x, _)), gradient in zip(seen.items(), gradients, strict=True):
+        change = weight_change(model.module.get_submodule(path).weight, WeightFormat(8)).float()
+        products = (x.float().flatten(0, -2) @ change.T) * gradient.float().reshape(-1, len(change))
+        expected.append(float(products.sum()) ** 2)
+    values = [found[path] for path in seen]
+    if dtype == "float32":
+        assert values == pytest.approx(expected, rel=2e-3, abs=1e-6 * max(expected))
+    else:
+        assert spearmanr(values, expected).statistic > 0.97

@@ -23,6 +23,8 @@ from scipy.linalg import hadamard
 from torch import Tensor
 from torch.nn import functional
 
+from qvl_hydra.models.memory import row_parts
+
 LEADING = 32  # directions of the last weight, and likely tokens, that probes are turned to
 STEPS = 8  # of subspace iteration
 
@@ -49,17 +51,21 @@ class Signs:
         self.generator = seeded(device, *names, probe // block)
         self.row = torch.tensor(hadamard(block)[probe % block], dtype=torch.float32, device=device)
 
-    def draw(self, tokens: int, width: int) -> Float[Tensor, "token width"]:
-        """The next signs, float32."""
+    def draw(self, tokens: int, width: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "token width"]:
+        """The next signs."""
         limits = torch.iinfo(torch.int64)
         words = torch.randint(
             limits.min, limits.max, (-(-tokens * width // 64),), generator=self.generator, device=self.row.device
         )
-        bits = (words.view(torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8, device=words.device)) & 1
-        signs = bits.flatten()[: tokens * width].view(tokens, width).float().mul_(2).sub_(1)
+        packed, place = words.view(torch.uint8), torch.arange(8, dtype=torch.uint8, device=words.device)
+        signs = torch.empty(len(packed) * 8, dtype=dtype, device=words.device)
+        for rows in row_parts(len(packed), 8):
+            bits = (packed[rows, None] >> place) & 1
+            signs[rows.start * 8 : rows.stop * 8] = bits.flatten()
+        signs = signs[: tokens * width].view(tokens, width).mul_(2).sub_(1)
         if len(self.row) == 1:
             return signs
-        around = self.row.repeat((tokens + width) // len(self.row) + 1)
+        around = self.row.to(dtype).repeat((tokens + width) // len(self.row) + 1)
         return signs.mul_(around.unfold(0, width, 1)[:tokens])
 
 
@@ -81,10 +87,11 @@ def leading_directions(weight: Float[Tensor, "out *rest"]) -> Float[Tensor, "out
 def sign_probes(
     output: Float[Tensor, "token value"], directions: Float[Tensor, "value direction"], signs: Iterable[Signs]
 ) -> Iterator[Float[Tensor, "token value"]]:
-    """Probes for the squared error, float32: signs along the directions, and along the axes beside them."""
+    """Probes for the squared error, of the output's dtype: signs along the directions, and the axes beside them."""
+    (tokens, width), directions = output.shape, directions.to(output.dtype)
     for drawn in signs:
-        along_axes = drawn.draw(*output.shape)
-        along = drawn.draw(len(output), directions.shape[1])
+        along_axes = drawn.draw(tokens, width, output.dtype)
+        along = drawn.draw(tokens, directions.shape[1], output.dtype)
         yield along_axes.addmm_(along - along_axes @ directions, directions.T)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qvl_hydra.engines.batches import Batch, make_batches, put_together
 from qvl_hydra.engines.walker import Context, Segment, State, Walker
 from qvl_hydra.operators.discover import Operator
-from qvl_hydra.quantizers.apply import OperatorObserver, replaced_forwards
+from qvl_hydra.quantizers.apply import OperatorObserver, replaced_forwards, unread_output
 from qvl_hydra.quantizers.qdq import QuantParams
 from qvl_hydra.quantizers.scheme import Scheme
 
@@ -68,12 +68,15 @@ def walk(
         states[: len(kept)] = [inputs[-1] for inputs in kept]
         if segment is walker.segments[-1] and not static:
             break  # nobody needs the outputs
+        # Nor what the last operator makes of its input, where only that is observed.
+        last = segment is walker.segments[-1] and all(scheme.output is None for scheme in static)
+        unread = walker.operators[-1].path if last else None
         inside = [op for op in operators if segment.holds(op)] if static else []
         observers = {op.path: [OperatorObserver(scheme) for scheme in static] for op in inside}
         with walker.weights(segment):
             walking = [batch for batch in batches if batch.has_images or not segment.vision]
             for batch in walking:
-                _advance(walker, segment, batch, states, observers)
+                _advance(walker, segment, batch, states, observers, unread)
         for path, seen in observers.items() if walking else ():
             for scheme, observer in zip(static, seen, strict=True):
                 try:
@@ -85,13 +88,18 @@ def walk(
 
 
 def _advance(
-    walker: Walker, segment: Segment, batch: Batch, states: list[State], observers: dict[str, list[OperatorObserver]]
+    walker: Walker,
+    segment: Segment,
+    batch: Batch,
+    states: list[State],
+    observers: dict[str, list[OperatorObserver]],
+    unread: str | None,
 ) -> None:
     """Take a batch's states through a segment, in place; every sample is observed by itself."""
 
-    def forward_of(seen: list[OperatorObserver]) -> Callable[[nn.Module, Tensor], Tensor]:
+    def forward_of(path: str, seen: list[OperatorObserver]) -> Callable[[nn.Module, Tensor], Tensor]:
         def forward(target: nn.Module, x: Tensor) -> Tensor:
-            y: Tensor = type(target).forward(target, x)
+            y: Tensor = unread_output(target, x) if path == unread else type(target).forward(target, x)
             before, after = (z.flatten(0, 1) if z.dim() == 3 else z for z in (x, y))
             for tokens in batch.slices(len(before), segment.vision):
                 for observer in seen:
@@ -100,7 +108,7 @@ def _advance(
 
         return forward
 
-    taps = {path: forward_of(seen) for path, seen in observers.items()}
+    taps = {path: forward_of(path, seen) for path, seen in observers.items()}
     with replaced_forwards(walker.module, taps):
         output = segment.run(put_together([states[place] for place in batch.places], segment.vision), batch.context)
     index = walker.segments.index(segment)

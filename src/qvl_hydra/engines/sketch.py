@@ -26,9 +26,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qvl_hydra.engines.attention import attention_for_backward
 from qvl_hydra.engines.targets import Target
 from qvl_hydra.engines.walker import Context, Segment, State, Walker
-from qvl_hydra.quantizers.apply import replaced_forwards
+from qvl_hydra.models.memory import row_parts
+from qvl_hydra.quantizers.apply import replaced_forwards, unread_output
 from qvl_hydra.quantizers.qdq import QuantParams, apply_operator, as_tokens, qdq_activation
 from qvl_hydra.quantizers.scheme import Scheme
 
@@ -58,21 +60,24 @@ class OperatorError:
 
 
 class _Tap(torch.autograd.Function):
-    """An operator's forward in float whose backward also takes the products with its errors."""
+    """An operator's forward in float whose backward also takes the products with its errors.
+
+    Where nobody reads its output, that is zeros.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: nn.Module, errors: list[OperatorError]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, module: nn.Module, errors: list[OperatorError], read: bool) -> Tensor:
         ctx.module, ctx.errors, ctx.shape = module, errors, x.shape
-        return apply_operator(module, x, module.weight)  # type: ignore[arg-type]
+        return apply_operator(module, x, module.weight) if read else unread_output(module, x)  # type: ignore[arg-type]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         weight: Tensor = ctx.module.weight.flatten(1)
         flat = g.reshape(-1, weight.shape[0])
         to_input = flat @ weight
         for error in ctx.errors:
             _take_products(error, flat, to_input)
-        return to_input.view(ctx.shape), None, None
+        return to_input.view(ctx.shape), None, None, None
 
 
 def _take_products(error: OperatorError, g: Tensor, to_input: Tensor) -> None:
@@ -87,13 +92,11 @@ def _take_products(error: OperatorError, g: Tensor, to_input: Tensor) -> None:
 
 
 def _dot(first: Float[Tensor, "token value"], second: Float[Tensor, "token value"]) -> Float[Tensor, "token"]:
-    """Sums are float32; the products of a model in bfloat16 are its own, which costs a fifth of the time.
-
-    Those of float16 could overflow.
-    """
+    """Products and sums of a model in bfloat16 are its own, in a fifth of the time; float16 could overflow."""
     if first.dtype == torch.float16:
         first = first.float()
-    return (first * second).sum(-1, dtype=torch.float32)
+    parts = [(first[rows] * second[rows]).sum(-1) for rows in row_parts(*first.shape)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).float()
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ class SketchSegment:
         targets: those with operators in the segment.
         changes: by operator path, one a scheme.
         variant: how products of tokens are summed; `element` is the elementwise score of other tools.
+        unread: a linear operator whose output only goes into the segment's, which nobody reads a second time.
     """
 
     walker: Walker
@@ -181,6 +185,7 @@ class SketchSegment:
     targets: Sequence[Target]
     changes: dict[str, list[OperatorChange]]
     variant: str
+    unread: str | None = None
 
 
 @dataclass(frozen=True)
@@ -229,7 +234,7 @@ def step_back(
                 tokens = x.detach().flatten(0, 1) if x.dim() == 3 else x.detach()
                 element = work.variant == "element"
                 errors[path] = [operator_error(module, tokens, change, element) for change in work.changes[path]]
-            result: Tensor = _Tap.apply(x, module, errors[path])
+            result: Tensor = _Tap.apply(x, module, errors[path], path != work.unread)
             return result
 
         return forward
@@ -237,7 +242,8 @@ def step_back(
     taps = {path: forward_of(path) for path in work.changes}
     with torch.enable_grad(), replaced_forwards(work.walker.module, taps):
         start = state.detach().requires_grad_()
-        end = work.segment.run(start, context)
+        with attention_for_backward(start):
+            end = work.segment.run(start, context)
         if callable(gradients):
             gradients = gradients(end.detach())
         back = [

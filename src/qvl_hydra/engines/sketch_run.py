@@ -20,9 +20,9 @@ from qvl_hydra.engines.protocol import SweepJob
 from qvl_hydra.engines.ranges import walk
 from qvl_hydra.engines.sketch import MakeProbes, OperatorChange, SketchSegment, step_back
 from qvl_hydra.engines.targets import Target
-from qvl_hydra.engines.walker import Context, State, Walker
+from qvl_hydra.engines.walker import Context, Segment, State, Walker
 from qvl_hydra.models.memory import free_memory_bytes
-from qvl_hydra.operators.discover import Operator, find_operators
+from qvl_hydra.operators.discover import Operator
 from qvl_hydra.quantizers.qdq import weight_change
 from qvl_hydra.quantizers.scheme import Scheme
 from qvl_hydra.scores.store import RunFolder, SampleScore, written_whole
@@ -125,7 +125,8 @@ def _measure_segment(
     after: dict[int, list[State]] = {}
     with bench.walker.weights(segment):
         changes = {op.path: [_change(bench, op, scheme) for scheme in job.schemes] for op in operators}
-        work = SketchSegment(bench.walker, segment, targets, changes, job.strategy.variant)
+        unread = None if gradients is None else _last_linear(bench, segment)  # probes are made from the output
+        work = SketchSegment(bench.walker, segment, targets, changes, job.strategy.variant, unread)
         make = _probe_maker(bench) if gradients is None else None
 
         def entering(batch: Batch) -> list[State] | MakeProbes:
@@ -148,6 +149,12 @@ def _measure_segment(
                 if targets:
                     scores += _scores(bench, group.contexts[place], targets, values)
     return scores, [after[place] for place in range(len(states))]
+
+
+def _last_linear(bench: Bench, segment: Segment) -> str | None:
+    """The operator that a segment ends with: its output is the segment's, or is added to it."""
+    inside = [op for op in bench.walker.operators if segment.holds(op)]
+    return inside[-1].path if inside and inside[-1].kind == "Linear" else None
 
 
 def _walk_back(
@@ -201,8 +208,7 @@ def _scores(
 
 def _last_weight(bench: Bench) -> Tensor:
     """Weight of the operator that makes the component's output; its segment's weights are in memory."""
-    last = find_operators(bench.walker.module, bench.walker.component)[-1]
-    weight: Tensor = bench.walker.module.get_submodule(last.path).weight
+    weight: Tensor = bench.walker.module.get_submodule(bench.walker.operators[-1].path).weight
     return weight
 
 

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qvl_hydra.calibration.sample import Sample, collate
 from qvl_hydra.models.load import LoadedModel
-from qvl_hydra.operators.discover import Operator
+from qvl_hydra.operators.discover import Operator, find_operators
 
 State = Float[Tensor, "row token width"]
 VISUAL, LANGUAGE, HEAD = "model.visual", "model.language_model", "lm_head"
@@ -87,6 +87,7 @@ class Walker:
     Attributes:
         prefix: walked in float to make the input of the component (vision tower and join, for `lm`).
         segments: the component's own.
+        operators: all of the component's, in the order in which data meets them.
     """
 
     def __init__(self, model: LoadedModel, component: str, dtype: torch.dtype | None = None) -> None:
@@ -102,6 +103,7 @@ class Walker:
             "lm": language,
             "full": [*vision, *join, *language],
         }[component]
+        self.operators = find_operators(self.module, component)
 
     def weights(self, segment: Segment) -> AbstractContextManager[None]:
         """Have the segment's weights in memory for a while."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 GIB = 1024**3
+PART_VALUES = 1 << 20  # of a large matrix at a time, in `row_parts`
 
 
 def free_memory_bytes() -> int:
@@ -21,6 +23,16 @@ def free_memory_bytes() -> int:
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
         available = min(available, int(limit.read_text()) - int(used.read_text()))
     return available
+
+
+def row_parts(rows: int, width: int) -> Iterator[slice]:
+    """Some rows of a large matrix at a time.
+
+    What is computed of each in turn takes memory that the heap has at hand: fresh pages for the whole of a large matrix
+    cost several times the computation.
+    """
+    step = max(1, PART_VALUES // width)
+    return (slice(first, first + step) for first in range(0, rows, step))
 
 
 def peak_memory_bytes() -> int:

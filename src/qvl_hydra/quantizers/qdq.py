@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qvl_hydra.models.memory import row_parts
 from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
 
-CHANGE_VALUES = 1 << 20  # values that `weight_change` works on at a time, about what stays in a cache
 SMALLEST_SCALE = torch.finfo(torch.float32).eps  # as PyTorch's observers: a constant zero tensor keeps a scale
 
 
@@ -107,10 +107,9 @@ def weight_change(weight: Float[Tensor, "out *rest"], form: WeightFormat) -> Flo
     """
     flat = weight.detach().flatten(1)
     change = torch.empty_like(flat)
-    step = max(1, CHANGE_VALUES // flat.shape[1])
-    for first in range(0, flat.shape[0], step):
-        part = flat[first : first + step].float()
-        change[first : first + step] = qdq_weight(part, form) - part
+    for rows in row_parts(*flat.shape):
+        part = flat[rows].float()
+        change[rows] = qdq_weight(part, form) - part
     return change
 
 
