@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,8 @@ def main() -> None:
         print(json.dumps(run_one(arguments)))
         return
     if not (arguments.folder / "config.json").exists():  # in a process of its own, whose memory goes with it
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            pool.apply(write_checkpoint, (arguments.folder, arguments.dtype))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            process.submit(write_checkpoint, arguments.folder, arguments.dtype).result()
     rows = []
     for placement in [arguments.placement] if arguments.placement else ["resident", "streamed"]:
         command = [sys.executable, "-m", "benchmarks.full_size", *sys.argv[1:], "--placement", placement, "--alone"]

@@ -225,4 +225,5 @@ def test_a_tracker_that_is_away_costs_no_result(here: Here, tmp_path: Path) -> N
     assert status == 0, text
     assert "not tracked" in text
     assert f"python -m qvl_hydra.tracking.send {tmp_path / 'run'}" in text
+    assert "compare runs" not in text
     assert record(tmp_path / "run")["status"] == "complete"

@@ -94,6 +94,7 @@ class Entry:
             tags, name = self._tags(settings), _run_name(settings)
             open_run(settings.tracking, folder.path, name=name, tags=tags, sweep=self._sweep())
         status: RunStatus = "FAILED"
+        tracked = False
         try:
             self._run_task(settings, folder)
             status = "FINISHED"
@@ -105,9 +106,9 @@ class Entry:
             raise
         finally:
             if settings.tracking.enabled:
-                self._send(settings, folder, status)
+                tracked = self._send(settings, folder, status)
         self.screen.say(f"files: {folder.path}")
-        if settings.tracking.enabled:
+        if tracked:
             self.screen.say(f"compare runs: {ui_command(settings.tracking)}")
 
     def _run_task(self, settings: Settings, folder: RunFolder) -> None:
@@ -117,7 +118,8 @@ class Entry:
         else:
             task.run(settings, folder, self.screen)
 
-    def _send(self, settings: Settings, folder: RunFolder, status: RunStatus) -> None:
+    def _send(self, settings: Settings, folder: RunFolder, status: RunStatus) -> bool:
+        """Whether the run is with MLflow; where it is not, its files are, and the screen says how to send them."""
         try:
             run_id = send_run(folder.path, settings.tracking, status)
             if (folder.path / RESUMED_FROM).exists():
@@ -126,6 +128,8 @@ class Entry:
         except TrackingError as error:
             command = f"python -m qvl_hydra.tracking.send {folder.path}"
             self.screen.say(f"not tracked: {error}\nsend it later with: {command}")
+            return False
+        return True
 
     def _tags(self, settings: Settings) -> dict[str, str]:
         tags = {

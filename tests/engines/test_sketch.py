@@ -19,6 +19,7 @@ from qvl_hydra.engines.probes import Signs, fisher_probes, leading_directions, l
 from qvl_hydra.engines.sketch import OperatorChange, SketchSegment, _dot, combine, step_back
 from qvl_hydra.engines.targets import Target
 from qvl_hydra.engines.walker import Segment, Walker
+from qvl_hydra.models import memory
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.quantizers.apply import make_quantizer, replaced_forwards
@@ -145,6 +146,7 @@ def test_leading_directions_are_the_singular_vectors() -> None:
     expected = torch.linalg.svd(weight, full_matrices=False).U[:, : found.shape[1]]
     torch.testing.assert_close(found.T @ found, torch.eye(found.shape[1]), atol=1e-5, rtol=0)
     torch.testing.assert_close((found.T @ expected)[:8, :8].abs(), torch.eye(8), atol=1e-2, rtol=0)
+    assert (found.amax(0) > -found.amin(0)).all()
     assert leading_directions(torch.ones(3, 2)).shape == (3, 2)
     assert leading_directions(weight.bfloat16()).dtype == torch.float32
 
@@ -238,6 +240,18 @@ def test_probes_depend_on_their_names_alone() -> None:
     assert torch.equal(probe(1), probe(1))
     assert not torch.equal(probe(1), probe(2))
     assert set(probe(1).unique().tolist()) == {-1.0, 1.0}
+
+
+def test_large_matrices_in_parts_come_out_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def results() -> tuple[Tensor, ...]:
+        drawn = Signs(torch.device("cpu"), "a", probe=1, probes=2).draw(50, 37)
+        gradient = torch.randn(50, 37, generator=torch.Generator().manual_seed(0))
+        return drawn, _dot(drawn, gradient), weight_change(gradient, WeightFormat(8))
+
+    whole = results()
+    monkeypatch.setitem(memory.PART_VALUES, "cpu", 100)  # two rows
+    for mine, expected in zip(results(), whole, strict=True):
+        assert torch.equal(mine, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -58,11 +58,10 @@ class Signs:
             limits.min, limits.max, (-(-tokens * width // 64),), generator=self.generator, device=self.row.device
         )
         packed, place = words.view(torch.uint8), torch.arange(8, dtype=torch.uint8, device=words.device)
-        signs = torch.empty(len(packed) * 8, dtype=dtype, device=words.device)
-        for rows in row_parts(len(packed), 8):
-            bits = (packed[rows, None] >> place) & 1
-            signs[rows.start * 8 : rows.stop * 8] = bits.flatten()
-        signs = signs[: tokens * width].view(tokens, width).mul_(2).sub_(1)
+        unpacked = torch.empty(len(packed), 8, dtype=dtype, device=words.device)
+        for rows in row_parts(unpacked):
+            unpacked[rows] = (packed[rows, None] >> place) & 1
+        signs = unpacked.flatten()[: tokens * width].view(tokens, width).mul_(2).sub_(1)
         if len(self.row) == 1:
             return signs
         around = self.row.to(dtype).repeat((tokens + width) // len(self.row) + 1)
@@ -71,7 +70,10 @@ class Signs:
 
 @torch.no_grad()
 def leading_directions(weight: Float[Tensor, "out *rest"]) -> Float[Tensor, "out direction"]:
-    """Leading left singular vectors of a weight by subspace iteration, orthonormal in float32."""
+    """Leading left singular vectors of a weight by subspace iteration, orthonormal in float32.
+
+    The largest component of each is positive: else the number of threads would decide, and probes with it.
+    """
     flat = weight.detach().flatten(1)
     count = min(LEADING, *flat.shape)
 
@@ -81,7 +83,8 @@ def leading_directions(weight: Float[Tensor, "out *rest"]) -> Float[Tensor, "out
     found = torch.randn(flat.shape[1], count, generator=torch.Generator().manual_seed(0)).to(flat.device)
     for _ in range(STEPS):
         found = torch.linalg.qr((flat.T @ applied(found).to(flat.dtype)).float().nan_to_num()).Q
-    return torch.linalg.svd(applied(found), full_matrices=False).U
+    vectors = torch.linalg.svd(applied(found), full_matrices=False).U
+    return vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
 
 
 def sign_probes(

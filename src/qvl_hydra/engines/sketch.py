@@ -95,7 +95,7 @@ def _dot(first: Float[Tensor, "token value"], second: Float[Tensor, "token value
     """Products and sums of a model in bfloat16 are its own, in a fifth of the time; float16 could overflow."""
     if first.dtype == torch.float16:
         first = first.float()
-    parts = [(first[rows] * second[rows]).sum(-1) for rows in row_parts(*first.shape)]
+    parts = [(first[rows] * second[rows]).sum(-1) for rows in row_parts(first)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).float()
 
 

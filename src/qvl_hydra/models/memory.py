@@ -7,8 +7,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import Tensor
+
 GIB = 1024**3
-PART_VALUES = 1 << 20  # of a large matrix at a time, in `row_parts`
+PART_VALUES = {"cpu": 1 << 20, "cuda": 1 << 26}  # of a large matrix at a time, in `row_parts`
 
 
 def free_memory_bytes() -> int:
@@ -25,14 +27,14 @@ def free_memory_bytes() -> int:
     return available
 
 
-def row_parts(rows: int, width: int) -> Iterator[slice]:
+def row_parts(matrix: Tensor) -> Iterator[slice]:
     """Some rows of a large matrix at a time.
 
     What is computed of each in turn takes memory that the heap has at hand: fresh pages for the whole of a large matrix
-    cost several times the computation.
+    cost several times the computation on a CPU.
     """
-    step = max(1, PART_VALUES // width)
-    return (slice(first, first + step) for first in range(0, rows, step))
+    step = max(1, PART_VALUES[matrix.device.type] // matrix.shape[1])
+    return (slice(first, first + step) for first in range(0, len(matrix), step))
 
 
 def peak_memory_bytes() -> int:

@@ -107,7 +107,7 @@ def weight_change(weight: Float[Tensor, "out *rest"], form: WeightFormat) -> Flo
     """
     flat = weight.detach().flatten(1)
     change = torch.empty_like(flat)
-    for rows in row_parts(*flat.shape):
+    for rows in row_parts(flat):
         part = flat[rows].float()
         change[rows] = qdq_weight(part, form) - part
     return change
