@@ -13,6 +13,8 @@ from qvl_hydra.settings import CalibrationSettings, ModelSettings
 
 torch.set_num_threads(1)
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+
 
 def load_tiny(name: str = "tiny_qwen2_5_vl", **changes: object) -> LoadedModel:
     """A bundled model, with settings changed."""

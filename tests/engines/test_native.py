@@ -22,9 +22,7 @@ from qvl_hydra.models.load import LoadedModel, describe_model, load_model
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.quantizers.qdq import OperatorQuantizer
 from qvl_hydra.scores.store import RunFolder, SampleScore
-from tests.conftest import load_tiny
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+from tests.conftest import DEVICES, load_tiny
 
 
 def scores(job: SweepJob, path: Path) -> tuple[pd.DataFrame, EngineReport, RunFolder]:
@@ -176,15 +174,16 @@ def test_text_alone_does_not_reach_the_vision_tower(tiny_model: LoadedModel, tmp
     assert all(status == "skipped" and op.startswith("model.visual.") for op, (status, _) in endings.items())
 
 
+@pytest.mark.parametrize("estimator", ["exact", "sketch"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_runs_on_each_device_and_ranks_alike(
-    job: SweepJob, tiny_samples: tuple[Sample, ...], tmp_path: Path, device: str
+    job: SweepJob, tiny_samples: tuple[Sample, ...], tmp_path: Path, device: str, estimator: str
 ) -> None:
     settings = job.model.description.settings
     other = load_model(describe_model(settings), torch.device(device), 0)
     found = []
     for model in (job.model, other):
-        made = make_job(model, tiny_samples[:3], SCHEMES["w8a8_static"], "full", estimator="exact")
+        made = make_job(model, tiny_samples[:3], SCHEMES["w8a8_static"], "full", estimator=estimator)
         frame, _, _ = scores(made, tmp_path / f"{model.device}-{id(model)}")
         found.append(frame[frame["metric"] == "squared_error"].groupby("op")["value"].mean())
     assert spearmanr(found[0], found[1][found[0].index]).statistic > 0.99

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from benchmarks.jobs import SCHEMES, Silent, make_job
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.engines import native
-from qvl_hydra.engines.probes import Signs, fisher_probes, leading_directions, loss_gradient, sign_probes
+from qvl_hydra.engines.probes import (
+    Signs,
+    _eigenvectors,
+    fisher_probes,
+    leading_directions,
+    loss_gradient,
+    sign_probes,
+)
 from qvl_hydra.engines.sketch import OperatorChange, SketchSegment, _dot, combine, step_back
 from qvl_hydra.engines.targets import Target
 from qvl_hydra.engines.walker import Segment, Walker
@@ -33,7 +40,7 @@ from qvl_hydra.quantizers.qdq import (
 )
 from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
 from qvl_hydra.scores.store import RunFolder
-from tests.conftest import load_tiny
+from tests.conftest import DEVICES, load_tiny
 
 TOKENS, WIDTH, OUT = 6, 16, 10
 SCHEME = Scheme("w4a8", WeightFormat(4), ActivationFormat(8), ActivationFormat(8))
@@ -151,6 +158,16 @@ def test_leading_directions_are_the_singular_vectors() -> None:
     assert leading_directions(weight.bfloat16()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_directions_have_their_signs_from_themselves(device: str) -> None:
+    """What a solver makes of them differs between devices and numbers of threads."""
+    for vectors in (
+        leading_directions(torch.randn(9, 5, generator=torch.Generator().manual_seed(0)).to(device)),
+        _eigenvectors(torch.tensor([[0.8, 0.5, 0.2], [0.6, 0.4, 0.3]]).to(device), torch.tensor([0.5, 0.4]).to(device)),
+    ):
+        assert (vectors.amax(-2) == vectors.abs().amax(-2)).all()
+
+
 def test_values_that_are_not_finite_stay_in_the_probe() -> None:
     weight, logits = torch.ones(3, 2), torch.randn(4, 5)
     weight[0, 0], logits[1, 2] = torch.inf, torch.nan
@@ -233,11 +250,13 @@ def test_combine_by_hand() -> None:
     assert combine("shrunk", weight, None).tolist() == [[5.0, 4.0, 0.0]]
 
 
-def test_probes_depend_on_their_names_alone() -> None:
-    def probe(index: int) -> Tensor:
-        return next(sign_probes(torch.zeros(3, 4), torch.zeros(4, 0), [Signs(torch.device("cpu"), 0, "a", index)]))
+@pytest.mark.parametrize("device", DEVICES)
+def test_probes_depend_on_their_names_alone(device: str) -> None:
+    def probe(index: int, device: str = "cpu") -> Tensor:
+        output, directions = torch.zeros(3, 4, device=device), torch.zeros(4, 0, device=device)
+        return next(sign_probes(output, directions, [Signs(output.device, 0, "a", index)])).cpu()
 
-    assert torch.equal(probe(1), probe(1))
+    assert torch.equal(probe(1), probe(1, device))
     assert not torch.equal(probe(1), probe(2))
     assert set(probe(1).unique().tolist()) == {-1.0, 1.0}
 

@@ -18,25 +18,39 @@ def frame(rows: list[tuple[str, str, float, float | None, float | None]]) -> pd.
 
 def test_no_noise_keeps_every_ratio() -> None:
     ratios = np.array([0.1, -0.2, 0.6])
-    np.testing.assert_allclose(shrink_ratios(ratios, np.zeros(3)), ratios)
+    np.testing.assert_allclose(shrink_ratios(ratios, np.zeros(3), 8), ratios)
 
 
 def test_nothing_but_noise_keeps_the_mean_only() -> None:
     ratios = np.array([0.1, -0.1, 0.3])
-    np.testing.assert_allclose(shrink_ratios(ratios, np.full(3, 10.0)), np.full(3, 0.1))
+    np.testing.assert_allclose(shrink_ratios(ratios, np.full(3, 10.0), 8), np.full(3, 0.1))
 
 
 def test_half_noise_keeps_half() -> None:
     ratios = np.array([-1.0, 1.0])  # variance 1, of which the errors explain half
-    np.testing.assert_allclose(shrink_ratios(ratios, np.full(2, 0.5**0.5)), [-0.5, 0.5])
+    np.testing.assert_allclose(shrink_ratios(ratios, np.full(2, 0.5**0.5), 8), [-0.5, 0.5])
+
+
+def test_a_ratio_unlike_the_others_is_moved_no_further_than_noise_reaches() -> None:
+    ratios = np.array([0.0] * 40 + [10.0])
+    found = shrink_ratios(ratios, np.full(41, 1.5), 9)
+    kept = 1 - 1.5**2 / ratios.var()
+    assert found[0] == pytest.approx((1 - kept) * ratios.mean())
+    assert found[-1] == pytest.approx(10 - 1.5 * 1.8595, rel=1e-4)  # t quantile of eight degrees of freedom
+    assert found[-1] > ratios.mean() + kept * (10 - ratios.mean())
+
+
+def test_one_value_an_operator_tells_nothing_of_its_noise() -> None:
+    rows = [("a", "s0", 1.0, 0.5, 0.0), ("b", "s0", 2.0, -0.5, 0.0)]  # ratios 0.5 and -0.25
+    assert shrunk(frame(rows))["value"].tolist() == pytest.approx([1.125, 2.25])
 
 
 def test_values_are_multiplied_by_their_operators_factor() -> None:
     first = [("a", "s0", 1.0, 0.5, 0.0), ("a", "s1", 3.0, 1.5, 0.0)]
     given = frame([*first, ("b", "s0", 2.0, 0.5, -0.1), ("b", "s1", 2.0, 0.5, 0.1)])
     found = shrunk(given)
-    weight = shrink_ratios(np.array([0.5, 0.25]), np.array([0.5 / 2, 0.0]))
-    other = shrink_ratios(np.array([0.0, 0.0]), np.array([0.0, 0.1 / 2]))
+    weight = shrink_ratios(np.array([0.5, 0.25]), np.array([0.5 / 2, 0.0]), 2)
+    other = shrink_ratios(np.array([0.0, 0.0]), np.array([0.0, 0.1 / 2]), 2)
     expected = given["value"] * np.repeat(1 + weight + other, 2)
     np.testing.assert_allclose(found["value"], expected)
     assert tuple(found.columns) == COLUMNS

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.engines.metrics import UNITS
-from qvl_hydra.engines.probes import seeded
+from qvl_hydra.engines.probes import random_signs, seeded
 from qvl_hydra.engines.protocol import EngineReport, Progress, SweepJob
 from qvl_hydra.engines.targets import Target, make_targets
 from qvl_hydra.errors import EngineError
@@ -125,9 +125,8 @@ def trace_products(
 
 
 def _signs(job: SweepJob, op: Operator, sample: Sample, index: int, weight: Tensor) -> Tensor:
-    generator = seeded(weight.device, job.seed, op.path, sample.id, index)
-    bits = torch.randint(0, 2, weight.shape, generator=generator, device=weight.device, dtype=torch.int8)
-    return bits.mul_(2).sub_(1).to(weight.dtype)
+    generator = seeded(job.seed, op.path, sample.id, index)
+    return random_signs(weight.numel(), generator, weight.device, weight.dtype).view(weight.shape)
 
 
 @contextmanager

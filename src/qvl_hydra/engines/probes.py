@@ -29,10 +29,27 @@ LEADING = 32  # directions of the last weight, and likely tokens, that probes ar
 STEPS = 8  # of subspace iteration
 
 
-def seeded(device: torch.device, *names: object) -> torch.Generator:
-    """A generator that depends on the names alone, so that any part of the work can be done again by itself."""
+def seeded(*names: object) -> torch.Generator:
+    """A generator that depends on the names alone, so that any part of the work can be done again by itself.
+
+    It draws on the CPU, so that every device gets the same.
+    """
     digest = hashlib.sha256(repr(names).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def random_signs(
+    count: int, generator: torch.Generator, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "value"]:
+    """As many random signs, drawn as bits and unpacked where they are needed."""
+    limits = torch.iinfo(torch.int64)
+    words = torch.randint(limits.min, limits.max, (-(-count // 64),), generator=generator)
+    packed = words.view(torch.uint8).to(device)
+    place = torch.arange(8, dtype=torch.uint8, device=device)
+    unpacked = torch.empty(len(packed), 8, dtype=dtype, device=device)
+    for rows in row_parts(unpacked):
+        unpacked[rows] = (packed[rows, None] >> place) & 1
+    return unpacked.flatten()[:count].mul_(2).sub_(1)
 
 
 class Signs:
@@ -48,20 +65,12 @@ class Signs:
 
     def __init__(self, device: torch.device, *names: object, probe: int = 0, probes: int = 1) -> None:
         block = probes & -probes
-        self.generator = seeded(device, *names, probe // block)
+        self.generator = seeded(*names, probe // block)
         self.row = torch.tensor(hadamard(block)[probe % block], dtype=torch.float32, device=device)
 
     def draw(self, tokens: int, width: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "token width"]:
         """The next signs."""
-        limits = torch.iinfo(torch.int64)
-        words = torch.randint(
-            limits.min, limits.max, (-(-tokens * width // 64),), generator=self.generator, device=self.row.device
-        )
-        packed, place = words.view(torch.uint8), torch.arange(8, dtype=torch.uint8, device=words.device)
-        unpacked = torch.empty(len(packed), 8, dtype=dtype, device=words.device)
-        for rows in row_parts(unpacked):
-            unpacked[rows] = (packed[rows, None] >> place) & 1
-        signs = unpacked.flatten()[: tokens * width].view(tokens, width).mul_(2).sub_(1)
+        signs = random_signs(tokens * width, self.generator, self.row.device, dtype).view(tokens, width)
         if len(self.row) == 1:
             return signs
         around = self.row.to(dtype).repeat((tokens + width) // len(self.row) + 1)
@@ -70,10 +79,7 @@ class Signs:
 
 @torch.no_grad()
 def leading_directions(weight: Float[Tensor, "out *rest"]) -> Float[Tensor, "out direction"]:
-    """Leading left singular vectors of a weight by subspace iteration, orthonormal in float32.
-
-    The largest component of each is positive: else the number of threads would decide, and probes with it.
-    """
+    """Leading left singular vectors of a weight by subspace iteration, orthonormal in float32."""
     flat = weight.detach().flatten(1)
     count = min(LEADING, *flat.shape)
 
@@ -83,8 +89,12 @@ def leading_directions(weight: Float[Tensor, "out *rest"]) -> Float[Tensor, "out
     found = torch.randn(flat.shape[1], count, generator=torch.Generator().manual_seed(0)).to(flat.device)
     for _ in range(STEPS):
         found = torch.linalg.qr((flat.T @ applied(found).to(flat.dtype)).float().nan_to_num()).Q
-    vectors = torch.linalg.svd(applied(found), full_matrices=False).U
-    return vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    return _signed(torch.linalg.svd(applied(found), full_matrices=False).U)
+
+
+def _signed(vectors: Float[Tensor, "*token value direction"]) -> Float[Tensor, "*token value direction"]:
+    """The same with each largest component positive: else threads and devices would decide, and probes with them."""
+    return vectors * vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)).sign()
 
 
 def sign_probes(
@@ -124,7 +134,7 @@ def _eigenvectors(
     outer = u[:, :, None] * u[:, None, :]
     gram = torch.diag_embed(u.square()) - cubed[:, :, None] * u[:, None, :] - u[:, :, None] * cubed[:, None, :]
     gram += sum_of_squares.double()[:, None, None] * outer
-    return torch.linalg.eigh(gram.nan_to_num()).eigenvectors.to(root.dtype)
+    return _signed(torch.linalg.eigh(gram.nan_to_num()).eigenvectors).to(root.dtype)
 
 
 def loss_gradient(logits: Float[Tensor, "token vocab"], labels: Int64[Tensor, "token"]) -> Float[Tensor, "token vocab"]:

@@ -4,8 +4,10 @@ The sum over tokens of squares leaves the products between different tokens out.
 by, and they are what makes the square of the sum noisy. So their ratio to the sum of squares is shrunk: operators share
 a mean ratio, and an operator's own ratio departs from it by the share of the spread between operators that sampling
 noise does not explain (empirical Bayes; Morris 1983, Parametric Empirical Bayes Inference). With few probes that is
-the sum of squares times a common factor, with many it is the unbiased square of the sum. Products of the weights' error
-and those of the activations' are shrunk apart, since only the first is the same error at every token.
+the sum of squares times a common factor, with many it is the unbiased square of the sum. No ratio is moved further than
+noise reaches, so that an operator unlike all others keeps what is its own (Efron and Morris 1972, Limiting the Risk of
+Bayes and Empirical Bayes Estimators). Products of the weights' error and those of the activations' are shrunk apart,
+since only the first is the same error at every token.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import stats
 
 CROSS = ("weight_cross", "activation_cross")
+REACH = 0.95  # one-sided confidence with which noise does not reach further than a ratio may be moved
 SMALLEST_FACTOR = 0.05  # the squared length of a sum is not negative, whatever noise makes of its products
 
 
@@ -41,13 +45,21 @@ def _factors(part: pd.DataFrame) -> pd.Series:
     for name in CROSS:
         ratio = (by_op[name].mean() / squares).replace([np.inf, -np.inf], np.nan).fillna(0.0)
         error = (by_op[name].std(ddof=1) / by_op[name].count() ** 0.5 / squares).fillna(0.0)
-        factor += shrink_ratios(ratio.to_numpy(), error.to_numpy())
+        factor += shrink_ratios(ratio.to_numpy(), error.to_numpy(), int(by_op.size().max()))
     return factor.clip(lower=SMALLEST_FACTOR)
 
 
-def shrink_ratios(ratios: NDArray[np.float64], errors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ratios drawn towards their mean by the share of their variance that their standard errors explain."""
+def shrink_ratios(ratios: NDArray[np.float64], errors: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """Ratios drawn towards their mean by the share of their variance that their standard errors explain.
+
+    Args:
+        count: values that each standard error is from; from one it is not known, and all ratios become their mean.
+    """
+    mean = ratios.mean()
+    if count < 2:
+        return np.full_like(ratios, mean)
     noise = float(np.mean(errors**2))
     spread = max(0.0, float(ratios.var()) - noise)
     kept = spread / (spread + noise) if spread + noise > 0 else 0.0
-    return ratios.mean() + kept * (ratios - ratios.mean())
+    reach = stats.t.ppf(REACH, count - 1) * noise**0.5
+    return np.clip(mean + kept * (ratios - mean), ratios - reach, ratios + reach)
