@@ -67,7 +67,7 @@ class LoadedModel:
 
     Attributes:
         module: the Hugging Face module; with `streamed` placement its blocks are on the meta device between uses.
-        sha: hash over the config and the weight files (or over the config and the seed when weights are random).
+        sha: hash over the config and the weight files (when weights are random: config, seed and the kind of device).
     """
 
     module: nn.Module
@@ -230,7 +230,7 @@ def load_model(description: ModelDescription, device: torch.device, seed: int) -
         checkpoint.require(description.skeleton)
         module = _streamed_model(description, device) if streamed else _pretrained_model(description).to(device)
     module.requires_grad_(False).eval()
-    sha = model_sha(description, seed)
+    sha = model_sha(description, device, seed)
     return LoadedModel(module, description, device, sha, checkpoint if streamed else None)
 
 
@@ -273,13 +273,13 @@ def _random_model(description: ModelDescription, device: torch.device, seed: int
     return model
 
 
-def model_sha(description: ModelDescription, seed: int) -> str:
-    """Hash that names the model: config and weight files, or config and seed for random weights."""
+def model_sha(description: ModelDescription, device: torch.device, seed: int) -> str:
+    """Hash that names the model: config and weight files, or for random weights config, seed and what drew them."""
     digest = hashlib.sha256()
     config = {key: value for key, value in description.config.to_dict().items() if key not in _UNHASHED}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     if description.settings.weights == "random":
-        digest.update(f"random:{seed}".encode())
+        digest.update(f"random:{seed}:{device.type}".encode())
     else:
         for path in sorted(description.folder.glob("*.safetensors")):
             _digest_file(digest, path)
