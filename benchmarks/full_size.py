@@ -1,7 +1,7 @@
 """Qwen2.5-VL-3B's shape on this machine: wall time and peak memory of a whole sketch, resident and streamed.
 
     python -m benchmarks.full_size [--component lm|full] [--samples 8] [--tokens 256] [--dtype bfloat16]
-                                   [--placement resident|streamed] [--estimator sketch|exact] [--device cpu|cuda]
+                                   [--placement resident|streamed] [--estimator sketch|auto|exact] [--device cpu|cuda]
 
 Random weights, written once as a sharded checkpoint (about 7 GB in --folder), so that streamed placement reads what a
 downloaded model would be. Each placement runs in a process of its own, whose peak memory is the operating system's.
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--scheme", default="w8a8_static", choices=list(SCHEMES))
-    parser.add_argument("--estimator", default="sketch", choices=["sketch", "exact"])
+    parser.add_argument("--estimator", default="sketch", choices=["sketch", "auto", "exact"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--placement", choices=["resident", "streamed"], help="default: both, one after the other")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "qwen2_5_vl_3b_random")

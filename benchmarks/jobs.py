@@ -19,6 +19,7 @@ from qvl_hydra.models.load import LoadedModel, describe_model, load_model
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
 from qvl_hydra.scores.store import RunFolder
+from qvl_hydra.scores.table import Scored, score_table
 from qvl_hydra.settings import BackendSettings, CalibrationSettings, ModelSettings, StrategySettings
 
 RESULTS = Path(__file__).parent / "results"
@@ -136,13 +137,16 @@ def make_job(
 
 
 def measure(job: SweepJob) -> tuple[dict[str, float], EngineReport]:
-    """Scores of a job (mean over samples and probes) and its report."""
+    """Scores of a job, as a run's table has them, and its report."""
     with tempfile.TemporaryDirectory() as folder:
         kept = RunFolder(Path(folder))
         report = run(job, kept, Silent())
-        frame = kept.frame()
-    frame = frame[frame["metric"] == report.metric]
-    return {str(op): float(value) for op, value in frame.groupby("op", sort=False)["value"].mean().items()}, report
+        scored = Scored(
+            job.operators, kept.frame(), kept.endings(), report.metric, report.unit, job.scheme.name, job.fuse
+        )
+    table, _ = score_table(scored)
+    table = table[table["status"] == "scored"]
+    return dict(zip(table["op"], table["score"].astype(float), strict=True)), report
 
 
 def with_strategy(job: SweepJob, **changes: Any) -> SweepJob:

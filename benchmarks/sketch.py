@@ -3,8 +3,9 @@
     python -m benchmarks.sketch
 
 On the bundled model and on a 36-block shape with injected outlier channels; 8 samples; each variant and number of
-probes over several seeds, the mean and the worst shown. `element` is the elementwise label-gradient score that other
-tools use (one backward pass of the task loss); `other samples` is the exact score on 8 others, which shows how much the
+probes over several seeds, the mean and the worst shown. `auto` is the default estimator, which measures the most
+sensitive operators of the `shrunk` sketch exactly; `element` is the elementwise label-gradient score that other tools
+use (one backward pass of the task loss); `other samples` is the exact score on 8 others, which shows how much the
 choice of samples moves a ranking. Writes the figure of docs/estimators.md.
 """
 
@@ -75,11 +76,14 @@ def study(model: str, metric: str, job: SweepJob, other: SweepJob) -> list[dict[
     rows: list[dict[str, Any]] = [
         {**same, "variant": "other samples", "rank_correlation": rank, f"same_of_top_{TOP}": top}
     ]
-    settings = [(variant, probes) for variant in VARIANTS for probes in PROBES] + [("element", 1)]
+    settings = [(variant, probes) for variant in VARIANTS for probes in PROBES] + [("auto", 4), ("element", 1)]
     for variant, probes in settings:
         found = []
         for seed in range(1 if variant == "element" else SEEDS[model][probes]):
-            made = with_strategy(job, estimator="sketch", variant=variant, probes=probes)
+            if variant == "auto":
+                made = with_strategy(job, estimator="auto", probes=probes)
+            else:
+                made = with_strategy(job, estimator="sketch", variant=variant, probes=probes)
             sketch, report = measure(dataclasses.replace(made, seed=seed))
             ratios = [sketch[op] / exact[op] for op in exact if exact[op] > 0 and sketch[op] > 0]
             bias = float(np.median(np.log(ratios)))

@@ -174,6 +174,28 @@ def test_text_alone_does_not_reach_the_vision_tower(tiny_model: LoadedModel, tmp
     assert all(status == "skipped" and op.startswith("model.visual.") for op, (status, _) in endings.items())
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"estimator": "exact"}, {"estimator": "sketch"}, {"estimator": "auto"}, {"direction": "fallback"},
+        {"name": "hawq_v2"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_where_nothing_is_finite_every_operator_fails_and_the_run_ends(
+    tiny_samples: tuple[Sample, ...], tmp_path: Path, strategy: dict[str, Any]
+) -> None:
+    model = load_tiny()
+    model.module.get_submodule("model.language_model.embed_tokens").weight.fill_(torch.nan)
+    job = make_job(model, tiny_samples[:2], SCHEMES["w8a8_static"])
+    job = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, **strategy))
+    frame, report, folder = scores(job, tmp_path)
+    assert frame.empty
+    assert {status for status, _ in folder.endings().values()} == {"failed"}
+    assert len(folder.endings()) == len(job.operators)
+    assert not report.notes
+
+
 @pytest.mark.parametrize("estimator", ["exact", "sketch"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_runs_on_each_device_and_ranks_alike(

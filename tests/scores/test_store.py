@@ -86,7 +86,7 @@ def test_operators_that_are_not_scored(tmp_path: Path) -> None:
     folder.fail("b", "not finite again")
     folder.fail("c", "broken")
     assert RunFolder(tmp_path).endings() == {
-        "a": ("skipped", "no image"), "b": ("failed", "not finite again"), "c": ("failed", "broken"),
+        "a": ("skipped", "no image"), "b": ("failed", "not finite"), "c": ("failed", "broken"),
     }  # fmt: skip
 
 

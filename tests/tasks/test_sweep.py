@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
 
 from qvl_hydra.command_line import config_folder, scheme_settings, settings_from_config
 from qvl_hydra.engines import native
-from qvl_hydra.errors import RunFolderError
+from qvl_hydra.errors import EngineError, RunFolderError
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.scores.store import RunFolder
@@ -143,6 +145,25 @@ def test_a_stop_leaves_what_was_measured(
     assert len(seen) == 5  # two samples were there, the third was begun twice
     assert record["status"] == "complete"
     assert set(whole["n_samples"]) == {4}
+
+
+def test_a_model_whose_weights_are_not_finite(
+    tmp_path: Path, tiny_model: LoadedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model.description.folder, broken)
+    (weights,) = broken.glob("*.safetensors")
+    tensors = load_file(weights)
+    next(tensor for key, tensor in tensors.items() if key.endswith("embed_tokens.weight")).fill_(float("nan"))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(EngineError, match="no operator could be scored"):
+        run(tmp_path / "run", f"model.path={broken}")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["status"], record["n_scored"], record["n_failed"]) == ("failed", 0, 5)
+    printed = capsys.readouterr().out
+    assert printed.count("activation range is not finite") == 3
+    assert "failed: 2 more" in printed
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_another_folder_by_name_is_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from qvl_hydra.quantizers.apply import replaced_forwards
 from qvl_hydra.quantizers.qdq import OperatorQuantizer, apply_operator, quantized_operator
 
 QuantizerOf = Callable[[Operator], OperatorQuantizer]
-OUTPUT_BYTES = 1 << 27  # outputs compared at a time
+OUTPUT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # outputs of all rows of a chunk together
 
 
 @dataclass(frozen=True)
@@ -186,9 +186,9 @@ def _compare(
     """
     is_text = wave.walker.component != "vision"
     labels = next_token_labels(context.sample.labels).to(rows.device) if is_text else None
-    width = wave.walker.module.lm_head.out_features
+    a_token = wave.walker.module.lm_head.out_features * 4 * min(wave.chunk.size, rows.shape[0])
     sums: list[Tensor] = []
-    for tokens in token_chunks(rows.shape[1], width * 4, OUTPUT_BYTES) if is_text else [slice(None)]:
+    for tokens in token_chunks(rows.shape[1], a_token, OUTPUT_BYTES[rows.device.type]) if is_text else [slice(None)]:
         part = rows[:, tokens]
         reference = _run(wave, segment, context, places, part[:1], 0)[0]
         here = None if labels is None else labels[tokens]

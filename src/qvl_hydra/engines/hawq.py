@@ -66,10 +66,12 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
                 progress.step(until - done)
         done = until
         errors = _standard_errors(folder)
-        error = sorted(errors.values())[len(errors) // 2] if errors else math.inf
+        if not errors:  # all failed
+            break
+        error = sorted(errors.values())[len(errors) // 2]
     report.engine_s = time.perf_counter() - began
     report.details = {"probes": done, "median_relative_standard_error": error, "relative_standard_error": errors}
-    if error > strategy.tolerance:
+    if errors and error > strategy.tolerance:
         report.notes.append(
             f"stopped at strategy.max_probes={done} with a median relative standard error of {error:.3f}, above "
             f"strategy.tolerance={strategy.tolerance}"

@@ -9,6 +9,8 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.nn import functional
 
+from qvl_hydra.models.memory import row_parts
+
 UNITS = {
     "squared_error": "squared output difference a sample",
     "kl": "nats a token",
@@ -41,13 +43,23 @@ def error_sums(
     Returns:
         One row a copy; columns squared error, and for logits KL(reference || perturbed) and change of the loss.
     """
-    reference, outputs = reference.float(), outputs.float()
+    reference = reference.float()
+    p = None if labels is None else reference.softmax(-1)
+    parts = row_parts(outputs.flatten(1))
+    return torch.cat([_sums_of_some(reference, p, outputs[rows].float(), labels) for rows in parts])
+
+
+def _sums_of_some(
+    reference: Float[Tensor, "token value"],
+    p: Float[Tensor, "token value"] | None,
+    outputs: Float[Tensor, "row token value"],
+    labels: Int64[Tensor, "token"] | None,
+) -> Float64[Tensor, "row metric"]:
     change = outputs - reference
     squared = change.square().sum((1, 2), dtype=torch.float64)
-    if labels is None:
+    if labels is None or p is None:
         return squared[:, None]
     chosen = labels >= 0
-    p = reference.softmax(-1)
     mean = (change * p).sum(-1, keepdim=True)
     of_answer = change[:, chosen].gather(2, labels[chosen][None, :, None].expand(len(change), -1, -1))[..., 0]
     kl = _divergence(p, change.sub_(mean))

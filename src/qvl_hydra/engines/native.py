@@ -30,7 +30,7 @@ from qvl_hydra.scores.store import RunFolder, SampleScore
 
 FORWARD_REPEATS, FORWARD_S = 7, 1.0  # a plain forward is timed so often, or for so long
 CPU_CHUNK_TOKENS = 4096  # more tokens at a time than this no longer make CPU products faster, and cost memory
-FEWEST_EXACT = 20  # auto: so many of the most sensitive are measured exactly at least
+FEWEST_EXACT = 30  # auto: at least so many of the most sensitive are measured exactly; the first 20 shall be right
 FEWEST_CONTROL = 5  # below this many operators a rank agreement says nothing
 
 
@@ -118,6 +118,8 @@ def _measure(bench: Bench) -> EngineReport:
 def measure_exact(bench: Bench, targets: Sequence[Target]) -> None:
     """Score targets one by one by the wavefront; a sample is a unit of work."""
     job = bench.job
+    if not targets:  # all failed
+        return
     walker, contexts, starts = _in_float32(bench)
     base = [op for target in targets for op in target.operators] if job.strategy.direction == "fallback" else []
     for scheme in job.schemes:

@@ -7,7 +7,6 @@ own exports, and those of others.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -246,12 +245,12 @@ def _call(bench: _Bench, feeds: Arrays, rows: Any) -> Tensor:
 
 
 def _write(folder: RunFolder, unit: str, sample: Sample, scheme: Scheme, found: dict[str, dict[str, float]]) -> None:
-    """Put a sample's scores on disk; an operator with a value that is not finite fails and leaves the others alone."""
-    scores = []
-    for op, values in found.items():
-        for metric, value in values.items():
-            if math.isfinite(value):
-                scores.append(SampleScore(op, sample.id, None, value, metric, ESTIMATOR, scheme.name))
-            else:
-                folder.fail(op, f"{metric} is {value} on sample {sample.id}")
-    folder.write(unit, scores)
+    """Put a sample's scores on disk."""
+    folder.write_finite(
+        unit,
+        [
+            SampleScore(op, sample.id, None, value, metric, ESTIMATOR, scheme.name)
+            for op, values in found.items()
+            for metric, value in values.items()
+        ],
+    )

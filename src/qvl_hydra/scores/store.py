@@ -126,18 +126,18 @@ class RunFolder:
     def write_finite(self, unit: str, scores: Sequence[SampleScore]) -> None:
         """As `write`; an operator with a value that is not finite fails, and leaves the others alone."""
         finite = [score for score in scores if math.isfinite(score.value)]
-        for score in scores:
-            if not math.isfinite(score.value):
-                self.fail(score.op, f"{score.metric} is {score.value} on sample {score.sample}")
+        if len(finite) < len(scores):
+            broken = [score for score in scores if not math.isfinite(score.value)]
+            self._note("failed", {s.op: f"{s.metric} is {s.value} on sample {s.sample}" for s in reversed(broken)})
         self.write(unit, finite)
 
     def skip(self, op: str, reason: str) -> None:
         """Note that an operator will not be scored, and why."""
-        self._note("skipped", op, reason)
+        self._note("skipped", {op: reason})
 
     def fail(self, op: str, error: str) -> None:
         """Note that an operator's measurement failed, and how."""
-        self._note("failed", op, error)
+        self._note("failed", {op: error})
 
     def endings(self) -> dict[str, tuple[str, str]]:
         """For each operator that was skipped or failed: which of both, and the reason."""
@@ -162,8 +162,11 @@ class RunFolder:
         kept = pa.concat_tables([PART_SCHEMA.empty_table(), *tables])
         return shrunk(kept.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get))
 
-    def _note(self, status: str, op: str, reason: str) -> None:
-        self.remember(status, {**self.recall(status, {}), op: reason})
+    def _note(self, status: str, reasons: dict[str, str]) -> None:
+        """Keep why operators ended; of several reasons the first."""
+        known = self.recall(status, {})
+        if not reasons.keys() <= known.keys():
+            self.remember(status, {**reasons, **known})
 
     @contextmanager
     def locked(self) -> Iterator[None]:

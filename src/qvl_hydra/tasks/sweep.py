@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import torch
 from qvl_hydra import __version__
 from qvl_hydra.engines.metrics import UNITS
 from qvl_hydra.engines.protocol import EngineReport, SweepJob, load_engine
+from qvl_hydra.errors import EngineError
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.scores.store import RunFolder, write_json, write_parquet
@@ -26,7 +26,8 @@ from qvl_hydra.tasks.resume import fingerprint_of, take_up
 from qvl_hydra.versions import installed_versions
 
 REFRESH_S = 10.0  # how old scores.parquet may get while the run goes on
-SHOWN = 10
+SHOWN, SHOWN_FAILED = 10, 3
+NOTHING_SCORED = "no operator could be scored; are the model's weights whole, and do the samples reach its operators?"
 PACKAGES = (
     "torch", "transformers", "numpy", "pandas", "hydra-core", "mlflow", "neural-compressor", "onnx", "onnxruntime-gpu",
     "nvidia-modelopt",
@@ -37,7 +38,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further_schemes: 
     """Score, write, show.
 
     Raises:
-        QvlHydraError: see `prepare`; and what the engine cannot do.
+        QvlHydraError: see `prepare`; what the engine cannot do; no operator could be scored.
         KeyboardInterrupt: after what there is was written, marked partial.
     """
     began = time.perf_counter()
@@ -53,8 +54,10 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further_schemes: 
         report = load_engine(settings.backend.name)(job, folder, screen)
     finally:  # Ctrl-C, an error or the end: what there is is written
         screen.finish()
-        _write_results(settings, folder, prepared, report, note)
-    _show(settings, folder, report, screen)
+        record = _write_results(settings, folder, prepared, report, note)
+    _show(settings, folder, report, record, screen)
+    if not record["n_scored"]:
+        raise EngineError(NOTHING_SCORED)
 
 
 def _job(settings: Settings, folder: RunFolder, prepared: Prepared) -> SweepJob:
@@ -134,15 +137,17 @@ def _refresher(settings: Settings, folder: RunFolder, prepared: Prepared) -> Cal
 
 def _write_results(
     settings: Settings, folder: RunFolder, prepared: Prepared, report: EngineReport | None, note: dict[str, Any]
-) -> None:
+) -> dict[str, Any]:
     tables = _tables(settings, folder, prepared, report)
     main = next(iter(tables))
     for scheme, (table, _) in tables.items():
         name = "scores.parquet" if scheme == main else f"scores_{scheme}.parquet"
         write_parquet(folder.path / name, table)
     write_parquet(folder.path / "sample_scores.parquet", folder.frame())
-    write_json(folder.path / "run.json", _run_record(settings, prepared, report, tables[main], main, note))
+    record = _run_record(settings, prepared, report, tables[main], main, note)
+    write_json(folder.path / "run.json", record)
     write_sweep_report(folder.path)
+    return record
 
 
 def _run_record(
@@ -161,9 +166,11 @@ def _run_record(
         details["sketch_factor"] = factor
     if prepared.model.device.type == "cuda":
         details["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(prepared.model.device)
+    n_scored = int(status.get("scored", 0))
+    failed = {"error": NOTHING_SCORED} if report and not n_scored else {}
     return {
         "task": "sweep",
-        "status": "complete" if report else "partial",
+        "status": "failed" if failed else "complete" if report else "partial",
         "backend": settings.backend.name,
         "device": str(prepared.model.device),
         "strategy": settings.strategy.name,
@@ -172,7 +179,7 @@ def _run_record(
         "component": settings.component.name,
         "model": settings.model.name,
         "n_ops": len(table),
-        "n_scored": int(status.get("scored", 0)),
+        "n_scored": n_scored,
         "n_skipped": int(status.get("skipped", 0)),
         "n_failed": int(status.get("failed", 0)),
         "n_samples": len(prepared.scored),
@@ -190,6 +197,7 @@ def _run_record(
         "fingerprint": note["fingerprint"],
         "notes": list(report.notes) if report else ["stopped before the end: what is here was measured until then"],
         "details": details,
+        **failed,
     }
 
 
@@ -198,9 +206,10 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "qvl_hydra": __version__, **installed_versions(PACKAGES)}
 
 
-def _show(settings: Settings, folder: RunFolder, report: EngineReport, screen: Screen) -> None:
+def _show(
+    settings: Settings, folder: RunFolder, report: EngineReport, record: dict[str, Any], screen: Screen
+) -> None:
     table = pd.read_parquet(folder.path / "scores.parquet")
-    record = json.loads((folder.path / "run.json").read_text())
     top = table[table["status"] == "scored"].sort_values("rank").head(SHOWN)
     title = f"most sensitive of {settings.model.name} ({record['scheme']}; {report.unit})"
     rows = [
@@ -212,7 +221,8 @@ def _show(settings: Settings, folder: RunFolder, report: EngineReport, screen: S
         ]
         for row in top.to_dict("records")
     ]
-    screen.table(title, ["operator", "score", "95 % interval", "by"], rows)
+    if rows:
+        screen.table(title, ["operator", "score", "95 % interval", "by"], rows)
     for note in report.notes:
         screen.say(note)
     agreement = report.details.get("agreement")
@@ -226,5 +236,10 @@ def _show(settings: Settings, folder: RunFolder, report: EngineReport, screen: S
         f"({record['forward_equivalents'] or 0:.1f} forward-equivalents, peak memory "
         f"{record['peak_memory_bytes'] / GIB:.1f} GiB)"
     )
+    failed = table[table["status"] == "failed"].to_dict("records")
+    for row in failed[:SHOWN_FAILED]:
+        screen.say(f"failed: {row['op']}: {row['reason']}")
+    if len(failed) > SHOWN_FAILED:
+        screen.say(f"failed: {len(failed) - SHOWN_FAILED} more; {folder.path / 'report.html'} names them all")
     if record["calibration_bad"]:
         screen.say(f"{record['calibration_bad']} bad calibration samples were left out; calibration.json names them")
