@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 from collections.abc import Callable
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from pandas.testing import assert_frame_equal
+from safetensors import SafetensorError
 
+from qvl_hydra.engines import native
 from tests.program import SMALL, finish, run_here, start, wait_for
 
 # Long enough to be stopped in its exact part, with sketched parts before.
@@ -186,6 +190,33 @@ def test_a_failing_job_does_not_stop_the_others(here: Here, tmp_path: Path) -> N
     assert record(sweep / "1")["status"] == "complete"
     ended = {name: run.info.status for name, run in tracked(tmp_path).items()}
     assert ended == {sweep.name: "FAILED", "0": "FAILED", "1": "FINISHED"}
+
+
+@pytest.mark.parametrize(
+    ("lack", "advice"),
+    [
+        (OSError(errno.ENOSPC, "full"), "no space is left on the disk: make some"),
+        (SafetensorError("I/O error: No space left on device"), "no space is left on the disk: make some"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory ran out: take model.placement"),
+        (torch.OutOfMemoryError("made up"), "memory ran out: take model.placement=streamed"),
+    ],
+    ids=str,
+)
+def test_a_machine_that_lacks_something_is_told_apart_from_a_fault(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lack: Exception, advice: str
+) -> None:
+    def measure(*_: object) -> None:
+        raise lack
+
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "score_sample", measure)
+        status, text = here(f"{SMALL} tracking.enabled=false hydra.run.dir=run")
+    assert status == 2
+    assert f"error: {advice}" in text
+    assert "fault of the program" not in text
+    assert record(tmp_path / "run")["status"] == "partial"
+    status, _ = here(f"{SMALL} tracking.enabled=false hydra.run.dir=run")
+    assert (status, record(tmp_path / "run")["status"]) == (0, "complete")
 
 
 @pytest.mark.slow

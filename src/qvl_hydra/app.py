@@ -1,11 +1,12 @@
 """The entry: composes settings, runs the task, tracks it, and turns errors into one message and an exit status.
 
-Exit status: 0 done, 1 an error that is not the user's (HYDRA_FULL_ERROR=1 shows where), 2 wrong settings or input,
-130 stopped by Ctrl-C or a polite kill.
+Exit status: 0 done, 1 an error that is not the user's (HYDRA_FULL_ERROR=1 shows where), 2 wrong settings or input, or
+too little memory or disk, 130 stopped by Ctrl-C or a polite kill.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
@@ -18,6 +19,7 @@ import types
 from pathlib import Path
 
 import hydra
+import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -157,10 +159,14 @@ class Entry:
     def _fail(self, error: Exception, folder: RunFolder) -> None:
         self.screen.finish()
         self.ends.append("FAILED")
-        wrong = isinstance(error, QvlHydraError)
+        lack = _what_the_machine_lacks(error)
+        wrong = isinstance(error, QvlHydraError) or lack is not None
         self.status = max(self.status, WRONG_INPUT if wrong else BROKEN)
         log.error("%s\n%s", _text(error), traceback.format_exc())
-        self.screen.say(f"error: {_text(error)}")
+        if lack is None:
+            self.screen.say(f"error: {_text(error)}")
+        else:
+            self.screen.say(f"error: {lack} ({folder.path}); then the same command goes on from what was measured")
         _show_traceback()
         if not wrong:
             self.screen.say(f"this is a fault of the program; {folder.path / 'run.log'} has the details")
@@ -201,6 +207,16 @@ def _text(error: Exception) -> str:
     return str(error) if isinstance(error, QvlHydraError) else f"{type(error).__name__}: {error}"
 
 
+def _what_the_machine_lacks(error: Exception) -> str | None:
+    """What to do about a full disk or memory; None for any other error."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        return "no space is left on the disk: make some, or take a hydra.run.dir elsewhere"
+    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if no_memory:
+        return "memory ran out: take model.placement=streamed, model.dtype=bfloat16 or a smaller backend.row_chunk"
+    return None
+
+
 def _note_failure(settings: Settings, folder: RunFolder, error: Exception) -> None:
     """Leave a `run.json` that says how the run ended, unless the task left one with what it had."""
     result = folder.path / "run.json"
@@ -229,6 +245,7 @@ def _stop_politely(signum: int, frame: types.FrameType | None) -> None:
 
 def main() -> None:
     """Run the command line, and exit."""
+    logging.raiseExceptions = False  # a full disk is told once, and not again for each line that run.log lacks
     screen = Screen()
     transformers.utils.logging.disable_progress_bar()  # one bar is enough
     try:
