@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.engines import exact
 from qvl_hydra.engines.exact import RowChunk, Wavefront, score_sample
 from qvl_hydra.engines.ranges import walk
 from qvl_hydra.engines.targets import make_targets
@@ -93,6 +94,25 @@ def test_fused_groups_are_quantized_together(tiny_model: LoadedModel, tiny_sampl
     assert {len(target.operators) for target in targets} == {1, 2, 3}
     expected = loop_scores(tiny_model, targets, samples, "lm", scheme)
     assert_equal_scores(wavefront_scores(tiny_model, samples, "lm", scheme, fuse=True), expected)
+
+
+def test_outputs_of_a_chunk_are_bounded_together(
+    tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, scheme = tiny_samples[:1], SCHEMES["w8a8_static"]
+    whole = wavefront_scores(tiny_model, samples, "lm", scheme)
+    limit = 1 << 15
+    monkeypatch.setattr(exact, "OUTPUT_BYTES", {"cpu": limit})
+    seen: list[int] = []
+    measure = exact.error_sums
+
+    def look(reference: torch.Tensor, outputs: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        seen.append(outputs.numel() * outputs.itemsize)
+        return measure(reference, outputs, labels)
+
+    monkeypatch.setattr(exact, "error_sums", look)
+    assert_equal_scores(wavefront_scores(tiny_model, samples, "lm", scheme), whole)
+    assert limit // 2 < max(seen) <= limit
 
 
 def test_chunk_halves_when_cuda_memory_runs_out(tiny_model: LoadedModel) -> None:
