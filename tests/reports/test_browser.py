@@ -69,8 +69,12 @@ def hover(window: Any, element: Any) -> str:
     from selenium.webdriver.support.wait import WebDriverWait
 
     window.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
-    ActionChains(window).move_to_element(element).perform()
-    return str(WebDriverWait(window, 5).until(lambda page: page.find_element("id", "tip").text))
+
+    def point(page: Any) -> str:  # again and again: on a busy machine the page can move under the pointer
+        ActionChains(page).move_by_offset(1, 1).move_to_element(element).perform()
+        return str(page.find_element("id", "tip").text)
+
+    return str(WebDriverWait(window, 60).until(point))
 
 
 @pytest.mark.parametrize("report", ["sweep", "comparison"])
