@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.engines import native, sketch_run
 from qvl_hydra.engines.protocol import EngineReport, SweepJob
 from qvl_hydra.engines.sketch import OperatorChange
+from qvl_hydra.engines.walker import Walker
 from qvl_hydra.errors import EngineError
 from qvl_hydra.models.load import LoadedModel, describe_model, load_model
 from qvl_hydra.operators.discover import Operator
@@ -161,6 +163,22 @@ def test_samples_in_several_groups_score_alike(
     pd.testing.assert_frame_equal(
         apart.sort_values(keys, ignore_index=True), together.sort_values(keys, ignore_index=True), rtol=1e-4
     )
+
+
+def test_the_timed_forward_keeps_no_logits(job: SweepJob) -> None:
+    walker = Walker(job.model, "lm")
+    contexts = walker.contexts(job.scored)
+    logits: list[weakref.ref[torch.Tensor]] = []
+    kept: list[int] = []
+
+    def look(_: object, __: object, output: torch.Tensor) -> None:
+        kept.append(sum(found() is not None for found in logits))
+        logits.append(weakref.ref(output))
+
+    with job.model.module.get_submodule("lm_head").register_forward_hook(look):
+        native.plain_forward_s(walker, contexts, walker.starts(contexts))
+    assert len(kept) > len(job.scored)
+    assert max(kept) <= 1
 
 
 def test_text_alone_does_not_reach_the_vision_tower(tiny_model: LoadedModel, tmp_path: Path) -> None:

@@ -225,8 +225,12 @@ def plain_forward_s(walker: Walker, contexts: Sequence[Context], starts: Sequenc
     @torch.no_grad()
     def forward(count: int) -> None:
         states = list(starts[:count])
-        for segment in walker.segments:
+        *inner, last = walker.segments
+        for segment in inner:
             walker.advance(segment, contexts[:count], states)
+        with walker.weights(last):
+            for context, state in zip(contexts, states, strict=False):
+                last.run(state, context)  # logits of all samples would take more memory than the model
 
     if not walker.model.streamed:
         forward(1)
