@@ -11,8 +11,6 @@ observers, in both directions: `python -m benchmarks.neural_compressor agreement
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,35 +21,22 @@ from qvl_hydra.engines import inc_fx  # before torch's quantization is touched b
 
 # isort: split
 from benchmarks.jobs import (
-    NARROW_36_BLOCKS,
     SCHEMES,
-    Silent,
     bundled_model,
     bundled_samples,
-    inject_outliers,
     make_job,
     measure,
+    outlier_model,
     save_results,
-    shaped_model,
     text_samples,
     with_strategy,
 )
 from qvl_hydra.engines.inc_quantizers import inc_quantizers
-from qvl_hydra.engines.protocol import EngineReport, SweepJob
+from qvl_hydra.engines.protocol import SweepJob
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.quantizers.apply import quantized
-from qvl_hydra.scores.store import RunFolder
 
 CAPPED = 6  # operators that Neural Compressor is timed on
-
-
-def by_inc(job: SweepJob) -> tuple[dict[str, float], EngineReport]:
-    with tempfile.TemporaryDirectory() as folder:
-        kept = RunFolder(Path(folder))
-        report = inc_fx.run(job, kept, Silent())
-        frame = kept.frame()
-    frame = frame[frame["metric"] == report.metric]
-    return {str(op): float(value) for op, value in frame.groupby("op", sort=False)["value"].mean().items()}, report
 
 
 def few(job: SweepJob, count: int) -> SweepJob:
@@ -60,12 +45,11 @@ def few(job: SweepJob, count: int) -> SweepJob:
 
 
 def times() -> dict[str, Any]:
-    model = shaped_model(NARROW_36_BLOCKS)
-    inject_outliers(model)
+    model = outlier_model()
     job = make_job(model, text_samples(model, 2, 96), SCHEMES["inc_static"], estimator="exact")
     job = dataclasses.replace(job, schemes=(dataclasses.replace(job.scheme, observer="minmax"),))
     capped = few(job, CAPPED)
-    scores, inc = by_inc(capped)
+    scores, inc = measure(capped, inc_fx.run)
     _, exact_few = measure(capped)
     every, exact = measure(job)
     _, sketch = measure(with_strategy(job, estimator="sketch", probes=1))
@@ -86,7 +70,7 @@ def times() -> dict[str, Any]:
 @torch.no_grad()
 def own_scales(job: SweepJob) -> dict[str, float]:
     """Largest relative difference of values when we take Neural Compressor's scales, zero points and weights."""
-    scores, _ = by_inc(job)
+    scores, _ = measure(job, inc_fx.run)
     found = inc_quantizers(job)
     model = job.model.module
     differences = []

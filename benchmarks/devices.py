@@ -18,15 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.jobs import (
-    NARROW_36_BLOCKS,
+    COMPARED,
     SCHEMES,
     bundled_model,
     bundled_samples,
-    inject_outliers,
     make_job,
     measure,
+    outlier_model,
     save_results,
-    shaped_model,
     text_samples,
 )
 from benchmarks.sketch import TOP, compare
@@ -40,8 +39,7 @@ ESTIMATORS = (("exact", 1), ("sketch", 1), ("sketch", 4))
 def models() -> Iterator[tuple[str, LoadedModel, tuple[Sample, ...]]]:
     bundled = bundled_model()
     yield "bundled", bundled, bundled_samples(bundled, SAMPLES)
-    wide = shaped_model(NARROW_36_BLOCKS)
-    inject_outliers(wide)
+    wide = outlier_model()
     yield "36 blocks", wide, text_samples(wide, SAMPLES, 64)
 
 
@@ -60,7 +58,7 @@ def main() -> None:
     table = Table("model", "scheme", "estimator", "K", "rank corr.", f"top {TOP}", *(f"{n} s" for n in names), "faster")
     for name, model, samples in models():
         placed = [moved(model, device) for device in names]
-        for scheme in ("w8a8_static", "w8a8_dynamic", "w4a16"):
+        for scheme in COMPARED:
             for estimator, probes in ESTIMATORS:
                 scores, seconds = [], []
                 for there in placed:

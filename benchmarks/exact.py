@@ -15,13 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.jobs import (
-    NARROW_36_BLOCKS,
+    COMPARED,
     SCHEMES,
-    inject_outliers,
     make_job,
     measure,
+    outlier_model,
     save_results,
-    shaped_model,
     text_samples,
 )
 from qvl_hydra.engines.protocol import SweepJob
@@ -47,11 +46,10 @@ def loop_s(job: SweepJob) -> float:
 
 
 def main() -> None:
-    model = shaped_model(NARROW_36_BLOCKS)
-    inject_outliers(model)
+    model = outlier_model()
     samples = text_samples(model, SAMPLES, TOKENS)
     rows = []
-    for name in ("w8a8_static", "w8a8_dynamic", "w4a16"):
+    for name in COMPARED:
         job = make_job(model, samples, SCHEMES[name], estimator="exact")
         scores, report = measure(job)
         equivalents = report.engine_s / report.forward_s

@@ -14,7 +14,7 @@ from qvl_hydra.calibration.encode import load_processor
 from qvl_hydra.calibration.sample import CalibrationSet, Sample, samples_sha
 from qvl_hydra.calibration.sources import load_calibration
 from qvl_hydra.engines.native import run
-from qvl_hydra.engines.protocol import EngineReport, SweepJob
+from qvl_hydra.engines.protocol import Engine, EngineReport, SweepJob
 from qvl_hydra.models.load import LoadedModel, describe_model, load_model
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
@@ -32,6 +32,7 @@ SCHEMES = {
     "w8a16": Scheme("w8a16", WeightFormat(8), None),
     "w4a16": Scheme("w4a16", WeightFormat(4, group_size=128), None),
 }
+COMPARED = ("w8a8_static", "w8a8_dynamic", "w4a16")  # schemes that every study of an estimator shows
 
 
 class Silent:
@@ -97,6 +98,13 @@ def inject_outliers(model: LoadedModel, seed: int = 0, strongest: float = 48.0) 
         mlp.down_proj.weight[:, channels] /= factor
 
 
+def outlier_model() -> LoadedModel:
+    """36 narrow blocks of random weights with injected outlier channels."""
+    model = shaped_model(NARROW_36_BLOCKS)
+    inject_outliers(model)
+    return model
+
+
 def _draw(width: int, strongest: float, draw: torch.Generator) -> tuple[torch.Tensor, float]:
     channels = torch.randperm(width, generator=draw)[:3]
     exponent = torch.rand((), generator=draw).item() * torch.log2(torch.tensor(strongest)).item()
@@ -136,11 +144,11 @@ def make_job(
     )
 
 
-def measure(job: SweepJob) -> tuple[dict[str, float], EngineReport]:
+def measure(job: SweepJob, engine: Engine = run) -> tuple[dict[str, float], EngineReport]:
     """Scores of a job, as a run's table has them, and its report."""
     with tempfile.TemporaryDirectory() as folder:
         kept = RunFolder(Path(folder))
-        report = run(job, kept, Silent())
+        report = engine(job, kept, Silent())
         scored = Scored(
             job.operators, kept.frame(), kept.endings(), report.metric, report.unit, job.scheme.name, job.fuse
         )

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from benchmarks.jobs import SCHEMES, bundled_model, bundled_samples, make_job, measure, save_results
+from benchmarks.jobs import COMPARED, SCHEMES, bundled_model, bundled_samples, make_job, measure, save_results
 from qvl_hydra.models.load import describe_model, load_model
 from qvl_hydra.settings import ModelSettings
 
@@ -26,7 +26,7 @@ def main() -> None:
     half = load_model(describe_model(settings), torch.device("cpu"), 0)
     samples = bundled_samples(whole, SAMPLES)
     rows: list[dict[str, Any]] = []
-    for scheme in ("w8a8_static", "w8a8_dynamic", "w4a16"):
+    for scheme in COMPARED:
         exact, _ = measure(make_job(whole, samples, SCHEMES[scheme], estimator="exact"))
         for estimator in ("exact", "sketch"):
             found, _ = measure(make_job(half, samples, SCHEMES[scheme], estimator=estimator, probes=16))

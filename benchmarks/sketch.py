@@ -23,15 +23,14 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from benchmarks.jobs import (
-    NARROW_36_BLOCKS,
+    COMPARED,
     SCHEMES,
     bundled_model,
     bundled_samples,
-    inject_outliers,
     make_job,
     measure,
+    outlier_model,
     save_results,
-    shaped_model,
     text_samples,
     with_strategy,
 )
@@ -47,11 +46,10 @@ FIGURE = Path(__file__).parents[1] / "docs" / "images" / "sketch_rank_correlatio
 def jobs() -> Iterator[tuple[str, str, SweepJob, SweepJob]]:
     """Model name, metric, a job for each scheme, and the same job on other samples."""
     bundled = bundled_model()
-    wide = shaped_model(NARROW_36_BLOCKS)
-    inject_outliers(wide)
+    wide = outlier_model()
     scenes = bundled_samples(bundled, 2 * SAMPLES)
     texts = text_samples(wide, 2 * SAMPLES, 64)
-    for scheme in (SCHEMES[name] for name in ("w8a8_static", "w8a8_dynamic", "w4a16")):
+    for scheme in (SCHEMES[name] for name in COMPARED):
         for metric in ("squared_error", "kl"):
             halves = (scenes[:SAMPLES], scenes[SAMPLES:])
             first, other = (make_job(bundled, samples, scheme, metric=metric) for samples in halves)

@@ -86,7 +86,7 @@ class Entry:
             if self.sweep_folder is not None:
                 raise
         except Exception as error:  # the jobs of a multirun go on; the exit status tells
-            self._fail(error, folder)
+            self._fail(_explained(error, folder.path), folder)
 
     def _tracked(self, settings: Settings, folder: RunFolder, config: DictConfig) -> None:
         """Run the task between opening and sending its MLflow run."""
@@ -159,14 +159,10 @@ class Entry:
     def _fail(self, error: Exception, folder: RunFolder) -> None:
         self.screen.finish()
         self.ends.append("FAILED")
-        lack = _what_the_machine_lacks(error)
-        wrong = isinstance(error, QvlHydraError) or lack is not None
+        wrong = isinstance(error, QvlHydraError)
         self.status = max(self.status, WRONG_INPUT if wrong else BROKEN)
         log.error("%s\n%s", _text(error), traceback.format_exc())
-        if lack is None:
-            self.screen.say(f"error: {_text(error)}")
-        else:
-            self.screen.say(f"error: {lack} ({folder.path}); then the same command goes on from what was measured")
+        self.screen.say(f"error: {_text(error)}")
         _show_traceback()
         if not wrong:
             self.screen.say(f"this is a fault of the program; {folder.path / 'run.log'} has the details")
@@ -207,14 +203,15 @@ def _text(error: Exception) -> str:
     return str(error) if isinstance(error, QvlHydraError) else f"{type(error).__name__}: {error}"
 
 
-def _what_the_machine_lacks(error: Exception) -> str | None:
-    """What to do about a full disk or memory; None for any other error."""
+def _explained(error: Exception, folder: Path) -> Exception:
+    """A full disk or memory with what to do about it; any other error as it is."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-        return "no space is left on the disk: make some, or take a hydra.run.dir elsewhere"
-    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    if no_memory:
-        return "memory ran out: take model.placement=streamed, model.dtype=bfloat16 or a smaller backend.row_chunk"
-    return None
+        lack = "no space is left on the disk: make some, or take a hydra.run.dir elsewhere"
+    elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        lack = "memory ran out: take model.placement=streamed, model.dtype=bfloat16 or a smaller backend.row_chunk"
+    else:
+        return error
+    return QvlHydraError(f"{lack} ({folder}); then the same command goes on from what was measured")
 
 
 def _note_failure(settings: Settings, folder: RunFolder, error: Exception) -> None:

@@ -39,7 +39,7 @@ def seeded(*names: object) -> torch.Generator:
 
 
 def random_signs(
-    count: int, generator: torch.Generator, device: torch.device, dtype: torch.dtype = torch.float32
+    count: int, generator: torch.Generator, device: torch.device, dtype: torch.dtype
 ) -> Float[Tensor, "value"]:
     """As many random signs, drawn as bits and unpacked where they are needed."""
     limits = torch.iinfo(torch.int64)
