@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-
 from qvl_hydra.engines import inc_fx  # before torch's quantization is touched by others
+from rich.console import Console
 
 # isort: split
 from benchmarks.jobs import (
@@ -31,10 +30,10 @@ from benchmarks.jobs import (
     text_samples,
     with_strategy,
 )
-from qvl_hydra.engines.inc_quantizers import inc_quantizers
-from qvl_hydra.engines.protocol import SweepJob
+from qvl_hydra.backends.neural_compressor.quantizers import inc_quantizers
+from qvl_hydra.backends.protocol import SweepJob
 from qvl_hydra.models.forward import reference_output
-from qvl_hydra.quantizers.apply import quantized
+from qvl_hydra.quantization.apply import quantized
 
 CAPPED = 6  # operators that Neural Compressor is timed on
 

@@ -23,9 +23,9 @@ from benchmarks.jobs import (
     save_results,
     text_samples,
 )
-from qvl_hydra.engines.protocol import SweepJob
+from qvl_hydra.backends.protocol import SweepJob
 from qvl_hydra.models.forward import reference_output
-from qvl_hydra.quantizers.apply import make_quantizer, observe_ranges, quantized
+from qvl_hydra.quantization.apply import make_quantizer, observe_ranges, quantized
 
 SAMPLES, TOKENS, EVERY = 2, 128, 16
 

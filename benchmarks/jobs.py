@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
+from qvl_hydra.backends.protocol import Engine, EngineReport, SweepJob
+from qvl_hydra.backends.torch import run
 from qvl_hydra.calibration.encode import load_processor
 from qvl_hydra.calibration.sample import CalibrationSet, Sample, samples_sha
 from qvl_hydra.calibration.sources import load_calibration
-from qvl_hydra.engines.native import run
-from qvl_hydra.engines.protocol import Engine, EngineReport, SweepJob
 from qvl_hydra.models.load import LoadedModel, describe_model, load_model
 from qvl_hydra.operators.discover import find_operators
-from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
-from qvl_hydra.scores.store import RunFolder
+from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
+from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.scores.table import Scored, score_table
 from qvl_hydra.settings import BackendSettings, CalibrationSettings, ModelSettings, StrategySettings
 

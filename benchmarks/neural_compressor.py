@@ -26,7 +26,8 @@ import pandas as pd
 import torch
 from scipy.stats import spearmanr
 
-from qvl_hydra.engines import inc_fx, native
+from qvl_hydra.backends import torch as native
+from qvl_hydra.backends.neural_compressor import fx as inc_fx
 
 # isort: split
 from benchmarks.jobs import (
@@ -40,12 +41,12 @@ from benchmarks.jobs import (
     text_samples,
     with_strategy,
 )
-from qvl_hydra.engines.inc_adaptor import Batches, open_session
-from qvl_hydra.engines.inc_session import guest
-from qvl_hydra.engines.inc_wrapper import ComponentWrapper, WrapperBatch, wrapper_input
-from qvl_hydra.engines.protocol import Engine, EngineReport, SweepJob
+from qvl_hydra.backends.neural_compressor.adaptor import Batches, open_session
+from qvl_hydra.backends.neural_compressor.session import guest
+from qvl_hydra.backends.neural_compressor.wrapper import ComponentWrapper, WrapperBatch, wrapper_input
+from qvl_hydra.backends.protocol import Engine, EngineReport, SweepJob
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
-from qvl_hydra.scores.store import RunFolder
+from qvl_hydra.runs.folder import RunFolder
 
 TWO_BLOCKS = {
     "text_config.num_hidden_layers": 2,

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.jobs import SCHEMES, Silent, bundled_model, bundled_samples, make_job, save_results
-from qvl_hydra.engines.protocol import EngineReport, SweepJob, load_engine
-from qvl_hydra.exporting.export import export_component
-from qvl_hydra.exporting.session import pick_provider
-from qvl_hydra.scores.store import RunFolder
+from qvl_hydra.backends.protocol import EngineReport, SweepJob, load_engine
+from qvl_hydra.onnx.export.component import export_component
+from qvl_hydra.onnx.scoring.session import pick_provider
+from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.settings import BackendSettings, ExportSettings
 
 REQUIRED_RATIO, REQUIRED_RANK, REQUIRED_TORCH_RANK = 20, 0.9, 0.99

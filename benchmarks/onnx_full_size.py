@@ -18,13 +18,13 @@ import torch
 from rich.console import Console
 
 from benchmarks.jobs import SCHEMES, Silent, make_job, save_results, shaped_model, text_samples
+from qvl_hydra.backends import onnxrt
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.engines import onnxrt
-from qvl_hydra.exporting.export import export_component
-from qvl_hydra.exporting.session import pick_provider
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
-from qvl_hydra.scores.store import RunFolder
+from qvl_hydra.onnx.export.component import export_component
+from qvl_hydra.onnx.scoring.session import pick_provider
+from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.settings import BackendSettings, ExportSettings
 
 SIDE = 224  # pixels of the square image; 16 x 16 patches

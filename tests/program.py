@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from qvl_hydra import app
+from qvl_hydra.entry import app
 
 SMALL = "operators.max_ops=4 calibration.size=4 strategy.confidence_batches=1"  # a run of about a second
 PATIENCE_S = 480  # far beyond what a step takes on a busy machine

@@ -11,7 +11,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from qvl_hydra.command_line import check_command_line, config_folder, scheme_settings, settings_from_config
+from qvl_hydra.entry.command_line import check_command_line, config_folder, scheme_settings, settings_from_config
 from qvl_hydra.settings import Settings
 
 CONF = config_folder()

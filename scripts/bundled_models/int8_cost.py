@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from qvl_hydra.calibration.encode import Processor
 from qvl_hydra.calibration.sample import IGNORED, Sample, collate
 from qvl_hydra.operators.discover import find_operators
-from qvl_hydra.quantizers.apply import make_quantizer, observe_ranges, quantized
-from qvl_hydra.quantizers.qdq import OperatorQuantizer
-from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
+from qvl_hydra.quantization.apply import make_quantizer, observe_ranges, quantized
+from qvl_hydra.quantization.qdq import OperatorQuantizer
+from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 
 W8A8 = Scheme("w8a8_static", WeightFormat(8), ActivationFormat(8))  # symmetric weights, asymmetric min-max inputs
 

@@ -1,6 +1,6 @@
 """`python -m qvl_hydra`."""
 
-from qvl_hydra.app import main
+from qvl_hydra.entry.app import main
 
 if __name__ == "__main__":
     main()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.encode import encode, load_processor
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.calibration.scenes import scene_examples
-from qvl_hydra.engines.walker import Walker
 from qvl_hydra.errors import ModelError
 from qvl_hydra.models.load import LoadedModel, describe_model, load_model
 from qvl_hydra.models.stream import Checkpoint, parameters_on_meta

@@ -10,8 +10,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from qvl_hydra.command_line import config_folder, settings_from_config
-from qvl_hydra.scores.store import RunFolder
+from qvl_hydra.entry.command_line import config_folder, settings_from_config
+from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.tasks import profile
 

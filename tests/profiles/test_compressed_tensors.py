@@ -17,8 +17,8 @@ from qvl_hydra.profiles.apply import applied, make_quantizers
 from qvl_hydra.profiles.checkpoint import weight_scale, write_checkpoint
 from qvl_hydra.profiles.names import rename
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantizers.qdq import OperatorQuantizer
-from qvl_hydra.quantizers.scheme import Scheme
+from qvl_hydra.quantization.qdq import OperatorQuantizer
+from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.tasks.quantize import compare, forward
 from tests.profiles.rounding import W8A8, W8A8_DYNAMIC, W8A8_SYMMETRIC, assert_only_rounding, some_profile
 

@@ -14,7 +14,7 @@ from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.formats.rendered import misaligned
 from qvl_hydra.profiles.formats.table import FORMATS, write_formats
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
+from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 from qvl_hydra.settings import ModelSettings
 from tests.profiles.rounding import W8A8, W8A8_DYNAMIC, some_profile
 

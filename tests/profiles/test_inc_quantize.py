@@ -12,7 +12,7 @@ from qvl_hydra.errors import ProfileError
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantizers.qdq import qdq_static, quantized_operator
+from qvl_hydra.quantization.qdq import qdq_static, quantized_operator
 from tests.profiles.rounding import W8A8, some_profile
 
 pytestmark = pytest.mark.inc
@@ -23,7 +23,7 @@ def test_the_converted_model_is_the_profile(
     request: pytest.FixtureRequest, small_samples: tuple[Sample, ...], which: str, component: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("neural_compressor")
-    from qvl_hydra.engines.inc_wrapper import WrapperBatch, wrapper_input
+    from qvl_hydra.backends.neural_compressor.wrapper import WrapperBatch, wrapper_input
     from qvl_hydra.profiles.inc_quantize import quantize_with_inc
 
     model: LoadedModel = request.getfixturevalue(which)

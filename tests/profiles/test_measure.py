@@ -13,7 +13,7 @@ from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.profiles.apply import applied, make_quantizers
 from qvl_hydra.profiles.measure import Measurement, measure_profiles, steps
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
+from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 
 # Four bits, so that answers change and not only their probabilities.
 COARSE = Scheme("w4a4", WeightFormat(4), ActivationFormat(4))

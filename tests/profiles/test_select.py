@@ -12,7 +12,7 @@ from qvl_hydra.errors import ProfileError
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.select import Budget, select
 from qvl_hydra.profiles.units import Unit, units_from_scores
-from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
+from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 
 W8A8 = Scheme("w8a8_static", WeightFormat(8), ActivationFormat(8))
 HIGH_BITS = 16

@@ -24,7 +24,7 @@ from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.select import Budget, select
 from qvl_hydra.profiles.spectrum import COLUMNS, best_baseline, candidates, measure_curve
 from qvl_hydra.profiles.units import Unit
-from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
+from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 
 COARSE = Scheme("w4a4", WeightFormat(4), ActivationFormat(4))
 

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qvl_hydra.runs.folder import COLUMNS, PART_COLUMNS
 from qvl_hydra.scores.shrink import shrink_ratios, shrunk
-from qvl_hydra.scores.store import COLUMNS, PART_COLUMNS
 
 
 def frame(rows: list[tuple[str, str, float, float | None, float | None]]) -> pd.DataFrame:

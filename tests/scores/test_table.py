@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import norm, t
 
 from qvl_hydra.operators.discover import Operator
-from qvl_hydra.scores.store import COLUMNS as SAMPLE_COLUMNS
+from qvl_hydra.runs.folder import COLUMNS as SAMPLE_COLUMNS
 from qvl_hydra.scores.table import COLUMNS, Scored, bootstrap_interval, score_table
 
 LAYER = "model.language_model.layers.0.self_attn"

@@ -13,11 +13,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
 
-from qvl_hydra.command_line import config_folder, settings_from_config
+from qvl_hydra.entry.command_line import config_folder, settings_from_config
 from qvl_hydra.errors import ComparisonError
 from qvl_hydra.models.forward import reference_output
-from qvl_hydra.quantizers.apply import make_quantizer, observe_ranges, quantized
-from qvl_hydra.scores.store import RunFolder
+from qvl_hydra.quantization.apply import make_quantizer, observe_ranges, quantized
+from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import CompareSettings, Settings, TrackingSettings
 from qvl_hydra.tasks import compare

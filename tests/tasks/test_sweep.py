@@ -12,12 +12,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
-from qvl_hydra.command_line import config_folder, scheme_settings, settings_from_config
-from qvl_hydra.engines import native
+from qvl_hydra.backends import torch as native
+from qvl_hydra.entry.command_line import config_folder, scheme_settings, settings_from_config
 from qvl_hydra.errors import EngineError, RunFolderError
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
-from qvl_hydra.scores.store import RunFolder
+from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks import prepare, sweep

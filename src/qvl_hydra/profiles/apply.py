@@ -11,9 +11,9 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantizers.apply import make_quantizer, observe_ranges, quantized
-from qvl_hydra.quantizers.qdq import OperatorQuantizer
-from qvl_hydra.quantizers.scheme import Scheme
+from qvl_hydra.quantization.apply import make_quantizer, observe_ranges, quantized
+from qvl_hydra.quantization.qdq import OperatorQuantizer
+from qvl_hydra.quantization.scheme import Scheme
 
 
 def make_quantizers(

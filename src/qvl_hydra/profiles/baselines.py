@@ -11,8 +11,8 @@ from torch import nn
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.select import Budget, cost_and_limit, profile_of, select
 from qvl_hydra.profiles.units import Unit, units_with_values
-from qvl_hydra.quantizers.qdq import OperatorQuantizer
-from qvl_hydra.quantizers.scheme import Scheme
+from qvl_hydra.quantization.qdq import OperatorQuantizer
+from qvl_hydra.quantization.scheme import Scheme
 
 RANDOM_SEEDS = (0, 1, 2)
 

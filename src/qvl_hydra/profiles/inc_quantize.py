@@ -16,23 +16,23 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from qvl_hydra.backends.neural_compressor.session import guest  # says what to install when Neural Compressor is missing
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.engines.inc_session import guest  # says what to install when Neural Compressor is missing
 
 # isort: split
 from neural_compressor import quantization
 from neural_compressor.config import PostTrainingQuantConfig
 from neural_compressor.utils.pytorch import load
 
-from qvl_hydra.engines.inc_adaptor import Batches
-from qvl_hydra.engines.inc_wrapper import ComponentWrapper, WrapperBatch, usable, wrapper_input
+from qvl_hydra.backends.neural_compressor.adaptor import Batches
+from qvl_hydra.backends.neural_compressor.wrapper import ComponentWrapper, WrapperBatch, usable, wrapper_input
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.formats.neural_compressor import op_name_dict
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantizers.qdq import OperatorQuantizer, QuantParams
-from qvl_hydra.quantizers.scheme import ActivationFormat, Scheme, WeightFormat
+from qvl_hydra.quantization.qdq import OperatorQuantizer, QuantParams
+from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 
 UNSIGNED = (0, 255)  # of torch.quint8
 INC_STATIC = Scheme("inc_static", WeightFormat(8), ActivationFormat(8), ActivationFormat(8), "histogram")

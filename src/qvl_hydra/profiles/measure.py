@@ -21,7 +21,7 @@ from qvl_hydra.errors import ProfileError
 from qvl_hydra.models.forward import logits, text_inputs, vision_features
 from qvl_hydra.profiles.apply import applied
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantizers.qdq import OperatorQuantizer
+from qvl_hydra.quantization.qdq import OperatorQuantizer
 
 BATCH_LOGITS = 2**26  # numbers in one batch's logits at most: 256 MiB in float32, and a few copies of it
 

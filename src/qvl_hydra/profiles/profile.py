@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qvl_hydra.operators.discover import Operator
-from qvl_hydra.quantizers.scheme import Scheme
+from qvl_hydra.quantization.scheme import Scheme
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.profiles.profile import Profile, low_bits, weight_values
 from qvl_hydra.profiles.units import Unit
-from qvl_hydra.quantizers.scheme import Scheme
+from qvl_hydra.quantization.scheme import Scheme
 
 # HiGHS takes a solution for optimal within 1e-6 and a constraint for kept within 1e-6, absolute: with the largest
 # score at this value both are a billionth of it and less.

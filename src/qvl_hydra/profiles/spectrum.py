@@ -15,7 +15,7 @@ from qvl_hydra.profiles.measure import Measurement, measure_profiles
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.select import Budget, select
 from qvl_hydra.profiles.units import Unit
-from qvl_hydra.quantizers.qdq import OperatorQuantizer
+from qvl_hydra.quantization.qdq import OperatorQuantizer
 
 COLUMNS = (
     "chooser",  # scores, or a baseline

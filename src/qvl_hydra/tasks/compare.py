@@ -21,9 +21,9 @@ from qvl_hydra.errors import ComparisonError, QvlHydraError, TrackingError
 from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.profiles.measure import measure_profiles, steps
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantizers.apply import make_quantizer, observe_ranges
+from qvl_hydra.quantization.apply import make_quantizer, observe_ranges
 from qvl_hydra.reports.comparison import write_comparison_report
-from qvl_hydra.scores.store import RunFolder, write_atomically, write_json
+from qvl_hydra.runs.folder import RunFolder, write_atomically, write_json
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import CompareSettings, Settings, TaskSettings, build_settings
 from qvl_hydra.tasks.prepare import Prepared, prepare

@@ -20,9 +20,9 @@ from qvl_hydra.profiles.apply import make_quantizers
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.select import Budget, select
 from qvl_hydra.profiles.units import Unit, units_from_scores
-from qvl_hydra.quantizers.qdq import OperatorQuantizer
-from qvl_hydra.quantizers.scheme import Scheme
-from qvl_hydra.scores.store import RunFolder
+from qvl_hydra.quantization.qdq import OperatorQuantizer
+from qvl_hydra.quantization.scheme import Scheme
+from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks import sweep

@@ -11,11 +11,11 @@ from qvl_hydra.calibration.record import read_image
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.calibration.sources import SOURCES
 from qvl_hydra.errors import ExportError
-from qvl_hydra.exporting.export import Exported, export_component
-from qvl_hydra.exporting.session import pick_provider
 from qvl_hydra.models.load import BUNDLED, describe_model, require_memory
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
-from qvl_hydra.scores.store import RunFolder, write_json
+from qvl_hydra.onnx.export.component import Exported, export_component
+from qvl_hydra.onnx.scoring.session import pick_provider
+from qvl_hydra.runs.folder import RunFolder, write_json
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks.prepare import Prepared, prepare

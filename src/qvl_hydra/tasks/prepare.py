@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
+from qvl_hydra.backends.neural_compressor.memory import inc_extra_bytes
+from qvl_hydra.backends.protocol import pick_device
 from qvl_hydra.calibration.encode import Processor, load_processor
 from qvl_hydra.calibration.sample import CalibrationSet, Sample
 from qvl_hydra.calibration.sources import check_calibration, load_calibration
-from qvl_hydra.engines.inc_memory import inc_extra_bytes
-from qvl_hydra.engines.protocol import pick_device
 from qvl_hydra.errors import MissingExtraError, QvlHydraError
 from qvl_hydra.models.load import (
     BUNDLED,
@@ -28,8 +28,8 @@ from qvl_hydra.models.load import (
     require_memory,
 )
 from qvl_hydra.operators.discover import Operator, find_operators, select_operators
-from qvl_hydra.quantizers.scheme import Scheme, scheme_from_settings
-from qvl_hydra.scores.store import FINGERPRINT
+from qvl_hydra.quantization.scheme import Scheme, scheme_from_settings
+from qvl_hydra.runs.folder import FINGERPRINT
 from qvl_hydra.settings import QuantSettings, Settings
 
 ONNX_BACKENDS = ("onnxrt", "inc_onnxrt")  # their device is ONNX Runtime's, which the engine checks
@@ -127,7 +127,7 @@ def _foreign_graph(settings: Settings, description: ModelDescription) -> _Foreig
     graph, component = settings.backend.graph, settings.component.name
     if graph is None or settings.backend.name not in ONNX_BACKENDS:
         return None
-    from qvl_hydra.exporting.foreign import graph_model, graph_operators, is_foreign  # needs onnx
+    from qvl_hydra.onnx.scoring.foreign import graph_model, graph_operators, is_foreign  # needs onnx
 
     if not is_foreign(graph, component):
         return None

@@ -19,7 +19,7 @@ from qvl_hydra.profiles.profile import describe
 from qvl_hydra.profiles.spectrum import best_baseline, candidates, measure_curve
 from qvl_hydra.reports.profile import profile_sections
 from qvl_hydra.reports.sweep import write_sweep_report
-from qvl_hydra.scores.store import RunFolder, write_json, write_parquet
+from qvl_hydra.runs.folder import RunFolder, write_json, write_parquet
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks.decide import Decision, decide, held_out

@@ -29,10 +29,10 @@ from qvl_hydra.profiles.apply import applied
 from qvl_hydra.profiles.checkpoint import write_checkpoint
 from qvl_hydra.profiles.formats.table import write_formats
 from qvl_hydra.profiles.profile import Profile, describe
-from qvl_hydra.quantizers.qdq import OperatorQuantizer
+from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.reports.quantize import quantize_sections
 from qvl_hydra.reports.sweep import write_sweep_report
-from qvl_hydra.scores.store import RunFolder, write_json
+from qvl_hydra.runs.folder import RunFolder, write_json
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks.decide import Decision, decide, held_out
@@ -109,7 +109,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen) -> None:
 
 def _with_inc(settings: Settings, decision: Decision, samples: Sequence[Sample], folder: Path) -> Agreement:
     _require_package("inc", "quantizing with Neural Compressor")
-    from qvl_hydra.engines.inc_wrapper import WrapperBatch, wrapper_input
+    from qvl_hydra.backends.neural_compressor.wrapper import WrapperBatch, wrapper_input
     from qvl_hydra.profiles.inc_quantize import quantize_with_inc
 
     model, component = decision.prepared.model, settings.component.name

@@ -12,18 +12,18 @@ import pandas as pd
 import torch
 
 from qvl_hydra import __version__
-from qvl_hydra.engines.metrics import UNITS
-from qvl_hydra.engines.protocol import EngineReport, SweepJob, load_engine
+from qvl_hydra.backends.protocol import EngineReport, SweepJob, load_engine
 from qvl_hydra.errors import EngineError
+from qvl_hydra.estimators.metrics import UNITS
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
 from qvl_hydra.reports.sweep import write_sweep_report
-from qvl_hydra.scores.store import RunFolder, write_json, write_parquet
+from qvl_hydra.runs.folder import RunFolder, write_json, write_parquet
+from qvl_hydra.runs.resume import fingerprint_of, take_up
+from qvl_hydra.runs.versions import installed_versions
 from qvl_hydra.scores.table import Scored, score_table
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks.prepare import Prepared, prepare
-from qvl_hydra.tasks.resume import fingerprint_of, take_up
-from qvl_hydra.versions import installed_versions
 
 REFRESH_S = 10.0  # how old scores.parquet may get while the run goes on
 SHOWN, SHOWN_FAILED = 10, 3

@@ -12,7 +12,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from qvl_hydra.errors import ComparisonError
-from qvl_hydra.scores.store import write_json
+from qvl_hydra.runs.folder import write_json
 from qvl_hydra.settings import TrackingSettings
 from qvl_hydra.tracking.content import config, read_json
 from qvl_hydra.tracking.record import RECORD

@@ -24,7 +24,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 
 from qvl_hydra.errors import TrackingError
-from qvl_hydra.scores.store import write_json
+from qvl_hydra.runs.folder import write_json
 from qvl_hydra.settings import TrackingSettings
 from qvl_hydra.tracking import content
 from qvl_hydra.tracking.store import experiment_id, file_lock, open_client, told, tracking_uri

@@ -15,7 +15,7 @@ from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.formats.rendered import Rendered, refuse, require_linear
 from qvl_hydra.profiles.names import rename
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantizers.scheme import ActivationFormat, WeightFormat
+from qvl_hydra.quantization.scheme import ActivationFormat, WeightFormat
 
 
 def render(profile: Profile, operators: Sequence[Operator]) -> Rendered:

@@ -1,0 +1,1 @@
+"""Backends: who measures. `protocol.py` says what each takes and gives."""

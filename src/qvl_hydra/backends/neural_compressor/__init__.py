@@ -1,0 +1,1 @@
+"""Neural Compressor 3.7: its PyTorch FX and ONNX Runtime adaptors, as backends."""

@@ -1,1 +1,0 @@
-"""Engines: the backends that measure, behind one protocol and in one table."""

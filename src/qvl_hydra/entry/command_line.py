@@ -1,0 +1,250 @@
+"""Checks a whole command line before Hydra runs it: every override and every job, all faults together.
+
+Hydra itself stops at the first wrong override, lets `+key` past the schema, and finds a bad value in the third job of
+a sweep only after two have run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qvl_hydra.errors import SettingsError
+from qvl_hydra.settings import QuantSettings, Settings, build_settings, judge_settings
+from qvl_hydra.tasks.prepare import environment_faults
+
+MOST_JOBS = 64  # of a larger sweep only so many jobs are checked beforehand
+CONFIG = "config"
+SAVED = "saved_settings"  # what a run's own config.yaml is called while it is composed
+_PASSED_ON = ("help", "hydra_help", "cfg", "info", "shell_completion")
+
+
+def config_folder() -> Path:
+    """The absolute folder of the configs: the checkout's `conf`, else the copy inside the installed package."""
+    package = Path(__file__).resolve().parents[1]
+    checkout = package.parents[1] / "conf"
+    return checkout if (checkout / "config.yaml").is_file() else package / "conf"
+
+
+def settings_from_config(config: DictConfig) -> Settings:
+    """The typed settings of a composed config.
+
+    Raises:
+        SettingsError: with every fault.
+    """
+    return build_settings(_plain(config))
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def scheme_settings(name: str) -> QuantSettings:
+    """Settings of a scheme named in `quant.also`.
+
+    Raises:
+        SettingsError: no such scheme.
+    """
+    folder = config_folder() / "quant"
+    if not (folder / f"{name}.yaml").is_file():
+        allowed = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise SettingsError([f"quant.also names {name!r}; allowed: {allowed}"])
+    own = yaml.safe_load((folder / f"{name}.yaml").read_text())
+    content: dict[str, Any] = {}
+    for base in own.pop("defaults", []):
+        if base != "_self_":
+            content |= vars(scheme_settings(base))
+    return QuantSettings(**{**content, **own})
+
+
+def take_saved_settings(arguments: Sequence[str]) -> tuple[list[str], str]:
+    """Let the `config.yaml` that a run left be what is composed: `--config-dir <run folder> --config-name config`.
+
+    It stands over `conf/config.yaml`, which keeps what it does not hold (Hydra's own part); overrides stand over it.
+
+    Args:
+        arguments: without the program's name.
+
+    Returns:
+        The arguments without those two, and the name of the config to compose.
+
+    Raises:
+        SettingsError: there is no such file, or it holds no settings.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--config-name", "-cn")
+    parsed, kept = parser.parse_known_args(list(arguments))
+    if parsed.config_dir is None or parsed.config_name is None:
+        return list(arguments), CONFIG
+    path = Path(parsed.config_dir).expanduser() / f"{parsed.config_name.removesuffix('.yaml')}.yaml"
+    if not path.is_file():
+        raise SettingsError([f"--config-dir and --config-name name {path}, which is not there; give a run's folder"])
+    content = yaml.safe_load(path.read_text())
+    if not isinstance(content, dict):
+        raise SettingsError([f"{path} holds no settings; give a run's folder, whose config.yaml does"])
+    ConfigStore.instance().store(SAVED, {"defaults": [CONFIG, "_self_"], **content})
+    return kept, SAVED
+
+
+def check_command_line(arguments: Sequence[str], name: str = CONFIG) -> None:
+    """Refuse a command line that cannot run.
+
+    Args:
+        arguments: without the program's name.
+        name: of the config to compose.
+
+    Raises:
+        SettingsError: with every fault of every override and every job.
+    """
+    parsed = get_args_parser().parse_args(list(arguments))
+    if any(getattr(parsed, option) for option in (*_PASSED_ON, "config_dir", "config_name", "config_path")):
+        return
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        faults: list[str] = []
+        overrides = _parse(parsed.overrides, faults)
+        if not parsed.multirun:
+            overrides = [item for item in overrides if not _sweep_fault(item, faults)]
+        sound = [item for item in overrides if not _group_fault(item, faults)]
+        sound = [item for item in sound if not _key_fault(item, sound, name, faults)]
+        for job in itertools.islice(_jobs(sound, parsed.multirun, name), MOST_JOBS):
+            faults.extend(fault for fault in _job_faults(job, name) if fault not in faults)
+    if faults:
+        raise SettingsError(faults)
+
+
+def _parse(lines: Sequence[str], faults: list[str]) -> list[Override]:
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    overrides: list[Override] = []
+    for line in lines:
+        try:
+            (item,) = parser.parse_overrides([line])
+        except HydraException:
+            faults.append(f"{line!r} is no override; expected key=value")
+            continue
+        if item.is_sweep_override() and not item.is_discrete_sweep():
+            faults.append(f"{line} has no end of values; a sweep takes a,b,c or range(start,stop,step) or glob(*)")
+        else:
+            overrides.append(item)
+    return overrides
+
+
+def _values(item: Override) -> list[str]:
+    """What an override sets, as it is written: one value, or each of a sweep."""
+    if item.is_sweep_override():
+        return list(item.sweep_string_iterator())
+    return [item.get_value_element_as_str()]
+
+
+def _line(item: Override, value: str | None = None) -> str:
+    """The override as it is written, with one of a sweep's values where that is given."""
+    return item.input_line or "" if value is None else f"{item.get_key_element()}={value}"
+
+
+def _sweep_fault(item: Override, faults: list[str]) -> bool:
+    """Note and tell several values where there is one run."""
+    if item.is_sweep_override():
+        faults.append(f"{item.input_line} names several values, which needs -m (a sweep)")
+        return True
+    return False
+
+
+def _group_fault(item: Override, faults: list[str]) -> bool:
+    """Note and tell a choice that a config group does not have."""
+    group = item.key_or_group
+    if not _is_group(group) or group.startswith("hydra"):
+        return False
+    options = GlobalHydra.instance().config_loader().get_group_options(group)
+    if item.is_delete():
+        faults.append(f"{item.input_line}: {group} cannot be left out; allowed: {', '.join(options)}")
+        return True
+    values = _values(item)
+    wrong = [f"{group}={value}" for value in values if value not in options] if values else [_line(item)]
+    faults.extend(f"{given}; allowed: {', '.join(options)}" for given in wrong)
+    return bool(wrong)
+
+
+def _is_group(name: str) -> bool:
+    return bool(name) and bool(GlobalHydra.instance().config_loader().get_group_options(name))
+
+
+def _key_fault(item: Override, overrides: Sequence[Override], name: str, faults: list[str]) -> bool:
+    """Note and tell a key that the config does not have, also with `+`."""
+    key = item.key_or_group
+    if _is_group(key) or key.split(".")[0] == "hydra":
+        return False
+    if item.is_delete():
+        faults.append(f"{item.input_line}: keys cannot be taken out")
+        return True
+    choices = [_line(other, _values(other)[0]) for other in overrides if _is_group(other.key_or_group)]
+    try:
+        known = list(_keys(OmegaConf.to_container(compose(name, overrides=choices))))
+    except (HydraException, OmegaConfBaseException):
+        return False  # composing the jobs says what is wrong
+    if key in known:
+        return False
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else "python -m qvl_hydra --cfg job shows all keys"
+    faults.append(f"unknown key {key}; {hint}")
+    return True
+
+
+def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield f"{prefix}{key}"
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _jobs(overrides: Sequence[Override], multirun: bool, name: str) -> Iterator[list[str]]:
+    """The overrides of each job, as Hydra's basic sweeper makes them, the experiment's own sweep included."""
+    if not multirun:
+        yield [_line(item) for item in overrides]
+        return
+    fixed = [_line(item) for item in overrides if not item.is_sweep_override()]
+    try:
+        params = compose(name, overrides=fixed, return_hydra_config=True).hydra.sweeper.get("params") or {}
+    except (HydraException, OmegaConfBaseException):
+        params = {}  # composing the jobs says what is wrong
+    given = {item.key_or_group for item in overrides}
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    own = parser.parse_overrides([f"{key}={value}" for key, value in params.items() if key not in given])
+    lists = [
+        [_line(item, value) for value in _values(item)] if item.is_sweep_override() else [_line(item)]
+        for item in [*own, *overrides]
+    ]
+    for combination in itertools.product(*lists):
+        yield list(combination)
+
+
+def _job_faults(overrides: Sequence[str], name: str) -> list[str]:
+    try:
+        settings, faults = judge_settings(_plain(compose(name, overrides=list(overrides))))
+    except (HydraException, OmegaConfBaseException) as error:
+        return [" ".join(line.strip() for line in str(error).splitlines()[:2])]
+    if settings is None:
+        return faults
+    faults += environment_faults(settings)
+    for scheme in settings.quant.also:
+        try:
+            scheme_settings(scheme)
+        except SettingsError as error:
+            faults.extend(error.faults)
+    return faults

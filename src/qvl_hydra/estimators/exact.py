@@ -1,0 +1,201 @@
+"""The exact estimator: a wavefront of perturbed copies.
+
+One walk through the blocks carries the reference state and one perturbed copy for each target already passed, as
+further rows. At each segment all rows advance, and the copies of the segment's own targets start. A copy never computes
+what lies before its target, and each segment's weights are touched once a sample: about N/2 forwards for N operators.
+
+Two directions, both from Neural Compressor's `mse_v2` (`strategy/mse_v2.py`, `adaptor/torch_utils/util.py`):
+`requantize` starts a copy from the float state with the target quantized; `fallback` walks a base state with everything
+quantized and starts a copy from it with the target in float. Results equal the loop over targets one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor, nn
+
+from qvl_hydra.blockwise.walker import Context, Segment, State, Walker
+from qvl_hydra.estimators.metrics import error_counts, error_sums, next_token_labels, output_metrics, token_chunks
+from qvl_hydra.operators.discover import Operator
+from qvl_hydra.operators.targets import Target
+from qvl_hydra.quantization.apply import replaced_forwards
+from qvl_hydra.quantization.qdq import OperatorQuantizer, apply_operator, quantized_operator
+
+QuantizerOf = Callable[[Operator], OperatorQuantizer]
+OUTPUT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # outputs of all rows of a chunk together
+
+
+@dataclass(frozen=True)
+class Wavefront:
+    """What one sample's walk needs.
+
+    Attributes:
+        targets: what is scored, in data order.
+        base: operators that are quantized in the base state (`fallback`); empty for `requantize`.
+        quantizer: makes an operator's quantizer while its weights are in memory.
+        chunk: rows advanced together; halved when CUDA runs out of memory.
+    """
+
+    walker: Walker
+    targets: Sequence[Target]
+    base: Sequence[Operator]
+    quantizer: QuantizerOf
+    chunk: RowChunk
+
+
+class RowChunk:
+    """How many rows advance together. On CUDA it halves when memory runs out, and the work goes on."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def advance(self, rows: State, run: Callable[[State, int], Tensor]) -> Tensor:
+        """Apply `run(chunk, index of its first row)` to all rows, chunk by chunk."""
+        outputs: list[Tensor] = []
+        first = 0
+        while first < rows.shape[0]:
+            size = self.size
+            try:
+                outputs.append(run(rows[first : first + size], first))
+                first += size
+            except torch.cuda.OutOfMemoryError:
+                if size == 1:
+                    raise
+                torch.cuda.empty_cache()
+                self.size = max(1, size // 2)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+@torch.no_grad()
+def score_sample(wave: Wavefront, context: Context, start: State) -> dict[str, dict[str, float]]:
+    """Metrics of every target on one sample.
+
+    Args:
+        start: the component's input, one row.
+
+    Returns:
+        For each target its metrics: what quantizing it does to the output (`requantize`), or what restoring it gains
+        (`fallback`: the metric of everything quantized less that of everything but the target).
+    """
+    walker = wave.walker
+    fallback = bool(wave.base)
+    # Row 0 is the reference; in `fallback` row 1 is the base with everything quantized; then one row a started target.
+    rows = start.repeat(2 if fallback else 1, 1, 1)
+    started: list[Target] = []
+    values: Tensor | None = None
+    for segment in walker.segments:
+        if walker.skips(segment, context.sample):
+            continue
+        own = [t for t in wave.targets if any(segment.holds(op) for op in t.operators)]
+        base_row = rows[1:2] if fallback else rows[:1]
+        rows = torch.cat([rows, base_row.expand(len(own), -1, -1)]) if own else rows
+        started += own
+        with walker.weights(segment):
+            places = _quantized_rows(wave, segment, own, rows.shape[0])
+            if segment is walker.segments[-1]:
+                values = _compare(wave, segment, context, rows, places)
+            else:
+                rows = wave.chunk.advance(rows, partial(_run, wave, segment, context, places))
+    assert values is not None
+    return _by_target(wave, values, started, fallback)
+
+
+def _by_target(
+    wave: Wavefront, values: Float64[Tensor, "row metric"], started: Sequence[Target], fallback: bool
+) -> dict[str, dict[str, float]]:
+    names = output_metrics(wave.walker.component)
+    # A target that the sample passed over (the vision tower without an image) changes nothing in it.
+    scores = {target.name: dict.fromkeys(names, 0.0) for target in wave.targets}
+    gains = values[:1] - values[1:] if fallback else values
+    for target, gain in zip(started, gains.tolist(), strict=True):
+        scores[target.name] = dict(zip(names, gain, strict=True))
+    return scores
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Which rows of a segment's state an operator quantizes: all of them but the float ones, or just the listed."""
+
+    quantizer: OperatorQuantizer
+    rows: Tensor  # bool, one a row
+
+
+def _quantized_rows(wave: Wavefront, segment: Segment, own: Sequence[Target], count: int) -> dict[str, _Places]:
+    """For each operator of the segment that is quantized in some row: its quantizer and those rows."""
+    found: dict[str, _Places] = {}
+    for op in wave.base:
+        if segment.holds(op):
+            mask = torch.ones(count, dtype=torch.bool)
+            mask[0] = False
+            found[op.path] = _Places(wave.quantizer(op), mask)
+    first = count - len(own)
+    for index, target in enumerate(own):
+        for op in target.operators:
+            if op.path in found:
+                found[op.path].rows[first + index] = False
+            else:
+                mask = torch.zeros(count, dtype=torch.bool)
+                mask[first + index] = True
+                found[op.path] = _Places(wave.quantizer(op), mask)
+    return found
+
+
+def _run(
+    wave: Wavefront, segment: Segment, context: Context, places: Mapping[str, _Places], rows: State, first: int
+) -> Tensor:
+    """Advance a chunk of rows through a segment, each operator quantized in its rows."""
+    count = rows.shape[0]
+    forwards: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {}
+    for path, place in places.items():
+        mask = place.rows[first : first + count]
+        if mask.any():
+            forwards[path] = _mixed_forward(place.quantizer, mask, count)
+    with replaced_forwards(wave.walker.module, forwards):
+        return segment.run(rows, context)
+
+
+def _mixed_forward(quantizer: OperatorQuantizer, mask: Tensor, count: int) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The operator's forward with some rows quantized and the others in float."""
+    if bool(mask.all()):
+        return lambda module, x: quantized_operator(module, x, quantizer)
+
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        inputs = x.reshape(count, x.shape[0] // count, *x.shape[1:])  # vision rows arrive packed one behind the other
+        chosen = mask.to(x.device)
+        part = inputs[chosen].flatten(0, 1)
+        y = apply_operator(module, x, module.weight)  # type: ignore[arg-type]
+        outputs = y.view(count, y.shape[0] // count, *y.shape[1:])
+        quantized = quantized_operator(module, part, quantizer)
+        outputs[chosen] = quantized.view(-1, *outputs.shape[1:])
+        return y
+
+    return forward
+
+
+def _compare(
+    wave: Wavefront, segment: Segment, context: Context, rows: State, places: Mapping[str, _Places]
+) -> Float64[Tensor, "row metric"]:
+    """Run the last segment and compare every row with row 0; outputs of all rows are never in memory together.
+
+    The head works on each token by itself, so its tokens are taken in chunks; the merger of the vision tower does not.
+    """
+    is_text = wave.walker.component != "vision"
+    labels = next_token_labels(context.sample.labels).to(rows.device) if is_text else None
+    a_token = wave.walker.module.lm_head.out_features * 4 * min(wave.chunk.size, rows.shape[0])
+    sums: list[Tensor] = []
+    for tokens in token_chunks(rows.shape[1], a_token, OUTPUT_BYTES[rows.device.type]) if is_text else [slice(None)]:
+        part = rows[:, tokens]
+        reference = _run(wave, segment, context, places, part[:1], 0)[0]
+        here = None if labels is None else labels[tokens]
+
+        def compare(x: State, at: int, reference: Tensor = reference, here: Tensor | None = here) -> Tensor:
+            return error_sums(reference, _run(wave, segment, context, places, x, at + 1), here)
+
+        sums.append(wave.chunk.advance(part[1:], compare))
+    counts = error_counts(rows.shape[1], labels)
+    return torch.stack(sums).sum(0) / torch.tensor(counts, device=rows.device, dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""ONNX: towers exported as graphs, and what makes a graph scorable."""

@@ -1,0 +1,127 @@
+"""Puts operators of a model into their schemes, and takes them out again; observes activation ranges.
+
+The plain way, over the model's own forward, one sample at a time. The block walker of the native engine does the same
+block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.models.forward import reference_output
+from qvl_hydra.quantization.observers import RangeObserver
+from qvl_hydra.quantization.qdq import OperatorQuantizer, QuantParams, as_tokens, qdq_weight, quantized_operator
+from qvl_hydra.quantization.scheme import ActivationFormat, Scheme
+
+Ranges = Mapping[str, tuple[QuantParams | None, QuantParams | None]]  # operator path -> input, output
+
+
+@contextmanager
+def replaced_forwards(
+    module: nn.Module, forwards: Mapping[str, Callable[[nn.Module, Tensor], Tensor]]
+) -> Iterator[None]:
+    """Let sub-modules compute with other functions for a while; the module itself stays as it is.
+
+    Args:
+        module: root of the paths.
+        forwards: for each path a function of the sub-module and its input.
+    """
+    changed: list[nn.Module] = []
+    try:
+        for path, function in forwards.items():
+            target = module.get_submodule(path)
+            target.forward = lambda x, _target=target, _function=function: _function(_target, x)  # type: ignore[method-assign]
+            changed.append(target)
+        yield
+    finally:
+        for target in changed:
+            del target.forward
+
+
+def unread_output(module: nn.Module, x: Float[Tensor, "*token in"]) -> Float[Tensor, "*token out"]:
+    """Zeros for the output of a linear operator that nobody reads."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return x.new_zeros(*x.shape[:-1], len(weight))
+
+
+@contextmanager
+def quantized(module: nn.Module, quantizers: Mapping[str, OperatorQuantizer]) -> Iterator[None]:
+    """Let the operators named compute in their schemes; afterwards the model is bit for bit as before."""
+
+    def forward_of(quantizer: OperatorQuantizer) -> Callable[[nn.Module, Tensor], Tensor]:
+        return lambda target, x: quantized_operator(target, x, quantizer)
+
+    with replaced_forwards(module, {path: forward_of(quantizer) for path, quantizer in quantizers.items()}):
+        yield
+
+
+def make_quantizer(module: nn.Module, path: str, scheme: Scheme, ranges: Ranges) -> OperatorQuantizer:
+    """The quantizer of one operator: its QDQ weight and the parameters of its static activations."""
+    weight: Tensor = module.get_submodule(path).weight  # type: ignore[assignment]
+    rounded = None if scheme.weight is None else qdq_weight(weight.float(), scheme.weight)
+    inputs, output = ranges.get(path, (None, None))
+    return OperatorQuantizer(scheme, rounded, inputs, output)
+
+
+class OperatorObserver:
+    """Observers of one operator's input and output, as far as the scheme has static ranges there."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.input = _observer(scheme, scheme.input)
+        self.output = _observer(scheme, scheme.output)
+
+    def observe(self, target: nn.Module, x: Tensor, y: Tensor) -> None:
+        if self.input is not None:
+            self.input.observe(as_tokens(target, x))
+        if self.output is not None:
+            self.output.observe(y)
+
+    def params(self) -> tuple[QuantParams | None, QuantParams | None]:
+        """Raises ValueError when nothing, or something not finite, was seen."""
+        return (
+            None if self.input is None else self.input.params(),
+            None if self.output is None else self.output.params(),
+        )
+
+
+def _observer(scheme: Scheme, form: ActivationFormat | None) -> RangeObserver | None:
+    return None if form is None or form.dynamic else RangeObserver(form, scheme)
+
+
+@torch.no_grad()
+def observe_ranges(
+    module: nn.Module, paths: Iterable[str], samples: Iterable[Sample], component: str, scheme: Scheme
+) -> dict[str, tuple[QuantParams | None, QuantParams | None]]:
+    """Static ranges of every operator's input and output, with the whole model in float.
+
+    Args:
+        paths: operators to observe.
+        samples: calibration samples; text-only ones do not reach the vision tower.
+
+    Returns:
+        For each operator its input's and output's parameters; None where the scheme has none.
+
+    Raises:
+        ValueError: an operator was never reached, or saw a value that is not finite.
+    """
+    observers = {path: OperatorObserver(scheme) for path in paths}
+
+    def forward_of(observer: OperatorObserver) -> Callable[[nn.Module, Tensor], Tensor]:
+        def forward(target: nn.Module, x: Tensor) -> Tensor:
+            y = type(target).forward(target, x)
+            observer.observe(target, x, y)
+            return y
+
+        return forward
+
+    with replaced_forwards(module, {path: forward_of(observer) for path, observer in observers.items()}):
+        for sample in samples:
+            if component != "vision" or sample.pixel_values is not None:
+                reference_output(module, sample, component)
+    return {path: observer.params() for path, observer in observers.items()}

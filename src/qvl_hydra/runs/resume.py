@@ -1,0 +1,92 @@
+"""Whose results a folder holds, and where an interrupted run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from qvl_hydra import __version__
+from qvl_hydra.errors import RunFolderError
+from qvl_hydra.runs.folder import FINGERPRINT, RunFolder, adopt, find_resumable, write_json
+from qvl_hydra.screen import Screen
+from qvl_hydra.settings import Settings, judge_settings
+from qvl_hydra.tasks.prepare import Prepared
+
+# What decides neither a score nor its place among others.
+UNFINGERPRINTED = ("tracking", "resume", "compare", "profile", "export", "task")
+ROOTS = ("outputs", "multirun")  # where resume=auto looks, below the working folder
+
+
+def fingerprint_of(settings: Settings, prepared: Prepared) -> str:
+    """Hash of everything that decides the result."""
+    content = _deciding(settings) | {
+        "model_sha": prepared.model.sha,
+        "calibration_sha": prepared.calibration.sha,
+        "torch": torch.__version__,
+        "qvl_hydra": __version__,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def refuse_other_settings(settings: Settings, folder: RunFolder) -> None:
+    """Leave a folder alone that holds scores of other settings; called before anything is written there.
+
+    Raises:
+        RunFolderError: it does, or it holds scores and `resume=never`.
+    """
+    saved = folder.path / "config.yaml"
+    if not (folder.path / FINGERPRINT).exists() or not saved.exists():
+        return
+    earlier, _ = judge_settings(yaml.safe_load(saved.read_text()) or {})
+    if earlier is None or _deciding(earlier) != _deciding(settings):
+        raise RunFolderError(
+            f"{folder.path} holds the results of a run with other settings; give this one its own hydra.run.dir"
+        )
+    if settings.resume == "never":
+        raise RunFolderError(f"{folder.path} holds results already; give resume=never its own hydra.run.dir")
+
+
+def take_up(settings: Settings, folder: RunFolder, fingerprint: str, screen: Screen) -> None:
+    """Find what an earlier run of the same settings left, here or in another folder, and note whose folder this is.
+
+    Raises:
+        RunFolderError: the folder, or the one that `resume` names, holds another run's results.
+    """
+    path = folder.path / FINGERPRINT
+    if path.exists():
+        if _kept(folder.path) != fingerprint:
+            raise RunFolderError(
+                f"{folder.path} holds results of another model, other samples or other versions; give this run its "
+                "own hydra.run.dir"
+            )
+    elif settings.resume != "never":
+        source = _source(settings, folder, fingerprint)
+        if source is not None:
+            adopt(source, folder)
+            screen.say(f"going on where {source} stopped")
+    write_json(path, {"fingerprint": fingerprint, "qvl_hydra": __version__})
+
+
+def _source(settings: Settings, folder: RunFolder, fingerprint: str) -> Path | None:
+    if settings.resume == "auto":
+        return find_resumable([Path.cwd() / root for root in ROOTS], fingerprint, folder.path)
+    given = Path(settings.resume).expanduser()
+    if not (given / FINGERPRINT).exists():
+        raise RunFolderError(f"resume={given}: no unfinished run there; allowed: auto, never, or a run's folder")
+    if _kept(given) != fingerprint:
+        raise RunFolderError(f"resume={given}: that run had other settings, samples or versions")
+    return given
+
+
+def _kept(folder: Path) -> str:
+    return str(json.loads((folder / FINGERPRINT).read_text())["fingerprint"])
+
+
+def _deciding(settings: Settings) -> dict[str, Any]:
+    return {key: value for key, value in asdict(settings).items() if key not in UNFINGERPRINTED}

@@ -1,0 +1,240 @@
+"""The native engine as a whole: estimators, several schemes, resumption, failures, streamed placement, devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from benchmarks.jobs import SCHEMES, Silent, make_job
+from qvl_hydra.backends import torch as native
+from qvl_hydra.backends.protocol import EngineReport, SweepJob
+from qvl_hydra.blockwise.walker import Walker
+from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.errors import EngineError
+from qvl_hydra.estimators import sketch_run
+from qvl_hydra.estimators.sketch import OperatorChange
+from qvl_hydra.models.load import LoadedModel, describe_model, load_model
+from qvl_hydra.operators.discover import Operator
+from qvl_hydra.quantization.qdq import OperatorQuantizer
+from qvl_hydra.runs.folder import RunFolder, SampleScore
+from tests.conftest import DEVICES, load_tiny
+
+
+def scores(job: SweepJob, path: Path) -> tuple[pd.DataFrame, EngineReport, RunFolder]:
+    folder = RunFolder(path)
+    report = native.run(job, folder, Silent())
+    return folder.frame(), report, folder
+
+
+@pytest.fixture
+def job(tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...]) -> SweepJob:
+    return make_job(tiny_model, tiny_samples[:3], SCHEMES["w8a8_static"], estimator="auto", probes=2)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing may catch it."""
+
+
+class FragileFolder(RunFolder):
+    """A folder whose process dies after so many writes."""
+
+    def __init__(self, path: Path, writes: int) -> None:
+        super().__init__(path)
+        self.left = writes
+
+    def write(self, unit: str, scores: Sequence[SampleScore]) -> None:  # type: ignore[override]
+        if self.left == 0:
+            raise Killed
+        self.left -= 1
+        super().write(unit, scores)
+
+
+@pytest.mark.parametrize("writes", [1, 4, 9, 11])
+def test_a_killed_run_goes_on_and_ends_the_same_bit_for_bit(job: SweepJob, tmp_path: Path, writes: int) -> None:
+    undisturbed, _, _ = scores(job, tmp_path / "whole")
+    with pytest.raises(Killed):
+        native.run(job, FragileFolder(tmp_path / "killed", writes), Silent())
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed/parts").glob("*.parquet")}
+    assert len(before) == writes
+    resumed, _, folder = scores(job, tmp_path / "killed")
+    after = {path.name: path.stat().st_mtime_ns for path in folder.parts.glob("*.parquet")}
+    assert {name: after[name] for name in before} == before, "finished units are not computed again"
+    pd.testing.assert_frame_equal(resumed, undisturbed, check_exact=True)
+    assert not list(folder.parts.glob("*.safetensors")), "states of a finished run are taken away"
+
+
+def test_auto_measures_the_most_sensitive_exactly(job: SweepJob, tmp_path: Path) -> None:
+    frame, report, _ = scores(job, tmp_path)
+    squared = frame[frame["metric"] == "squared_error"]
+    means = squared.groupby(["estimator", "op"])["value"].mean()
+    sketch, exact = means["sketch"], means["exact"]
+    assert set(sketch.index) == {op.path for op in job.operators}
+    top = set(sketch.sort_values(ascending=False).head(native.FEWEST_EXACT).index)
+    assert top <= set(exact.index)
+    assert report.details["control_operators"] == native.FEWEST_CONTROL
+    assert len(exact) == native.FEWEST_EXACT + native.FEWEST_CONTROL
+    assert report.details["agreement"] == pytest.approx(spearmanr(exact, sketch[exact.index]).statistic)
+
+
+def test_low_agreement_is_told(job: SweepJob, tmp_path: Path) -> None:
+    strict = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, agreement_warn=1.0, probes=1))
+    _, report, _ = scores(strict, tmp_path)
+    assert any(note.startswith("warning: sketch and exact") for note in report.notes)
+
+
+def test_several_schemes_share_a_run(job: SweepJob, tmp_path: Path) -> None:
+    sketch = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, estimator="sketch"))
+    schemes = (SCHEMES["w8a8_static"], SCHEMES["w4a16"])
+    together, _, _ = scores(dataclasses.replace(sketch, schemes=schemes), tmp_path / "both")
+    for scheme in schemes:
+        alone, _, _ = scores(dataclasses.replace(sketch, schemes=(scheme,)), tmp_path / scheme.name)
+        part = together[together["scheme"] == scheme.name].sort_values(["op", "sample", "probe"], ignore_index=True)
+        expected = alone.sort_values(["op", "sample", "probe"], ignore_index=True)
+        pd.testing.assert_frame_equal(part, expected, check_exact=True)
+
+
+def test_fused_groups_get_one_score(job: SweepJob, tmp_path: Path) -> None:
+    fused = dataclasses.replace(job, fuse=True)
+    frame, _, _ = scores(fused, tmp_path)
+    means = frame[frame["metric"] == "squared_error"].groupby(["estimator", "op"])["value"].mean()
+    assert set(means["sketch"].index) == {op.group for op in job.operators}
+    shared = means["exact"].index
+    assert spearmanr(means["exact"], means["sketch"][shared]).statistic > 0.85
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sketch"])
+def test_a_value_that_is_not_finite_fails_its_operator_only(
+    job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
+) -> None:
+    broken = job.operators[10].path
+    quantizer, change = native.make_quantizer, sketch_run._change
+
+    def spoiled_quantizer(module: Any, path: str, *rest: Any) -> OperatorQuantizer:
+        made = quantizer(module, path, *rest)
+        assert made.weight is not None
+        return dataclasses.replace(made, weight=made.weight * torch.nan) if path == broken else made
+
+    def spoiled_change(bench: Any, op: Operator, scheme: Any) -> OperatorChange:
+        made = change(bench, op, scheme)
+        assert made.weight is not None
+        return dataclasses.replace(made, weight=made.weight * torch.nan) if op.path == broken else made
+
+    monkeypatch.setattr(native, "make_quantizer", spoiled_quantizer)
+    monkeypatch.setattr(sketch_run, "_change", spoiled_change)
+    made = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, estimator=estimator))
+    frame, _, folder = scores(made, tmp_path)
+    assert set(folder.endings()) == {broken}
+    assert "nan" in folder.endings()[broken][1]
+    assert set(frame["op"]) == {op.path for op in job.operators} - {broken}
+    assert frame["value"].map(pd.notna).all()
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sketch"])
+@pytest.mark.parametrize("component", ["lm", "full"])
+def test_streamed_equals_resident(
+    tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...], tmp_path: Path, component: str, estimator: str
+) -> None:
+    streamed = load_tiny(placement="streamed")
+    assert all(parameter.is_meta for parameter in streamed.module.parameters())
+    found = []
+    for model in (tiny_model, streamed):
+        job = make_job(model, tiny_samples[:2], SCHEMES["w8a8_static"], component, estimator=estimator, probes=2)
+        found.append(scores(job, tmp_path / model.description.settings.placement)[0])
+    pd.testing.assert_frame_equal(found[0], found[1], check_exact=True)
+    assert all(parameter.is_meta for parameter in streamed.module.parameters())
+
+
+def test_samples_in_several_groups_score_alike(
+    job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sketch = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, estimator="sketch"))
+    together, _, _ = scores(sketch, tmp_path / "one")
+    monkeypatch.setattr(sketch_run, "free_memory_bytes", lambda: 1)
+    apart, _, folder = scores(sketch, tmp_path / "many")
+    assert folder.recall("sketch_group") == 1
+    keys = ["op", "sample", "probe"]
+    pd.testing.assert_frame_equal(
+        apart.sort_values(keys, ignore_index=True), together.sort_values(keys, ignore_index=True), rtol=1e-4
+    )
+
+
+def test_the_timed_forward_keeps_no_logits(job: SweepJob) -> None:
+    walker = Walker(job.model, "lm")
+    contexts = walker.contexts(job.scored)
+    logits: list[weakref.ref[torch.Tensor]] = []
+    kept: list[int] = []
+
+    def look(_: object, __: object, output: torch.Tensor) -> None:
+        kept.append(sum(found() is not None for found in logits))
+        logits.append(weakref.ref(output))
+
+    with job.model.module.get_submodule("lm_head").register_forward_hook(look):
+        native.plain_forward_s(walker, contexts, walker.starts(contexts))
+    assert len(kept) > len(job.scored)
+    assert max(kept) <= 1
+
+
+def test_text_alone_does_not_reach_the_vision_tower(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    ids = torch.tensor([5, 6, 7, 8])
+    text = Sample("text", ids, torch.arange(4).expand(3, -1), ids, None, None)
+    with pytest.raises(EngineError, match="image"):
+        scores(make_job(tiny_model, (text,), SCHEMES["w8a8_static"], "vision"), tmp_path / "vision")
+    _, _, folder = scores(make_job(tiny_model, (text,), SCHEMES["w8a8_static"], "full"), tmp_path / "full")
+    endings = folder.endings()
+    assert endings
+    assert all(status == "skipped" and op.startswith("model.visual.") for op, (status, _) in endings.items())
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"estimator": "exact"}, {"estimator": "sketch"}, {"estimator": "auto"}, {"direction": "fallback"},
+        {"name": "hawq_v2"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_where_nothing_is_finite_every_operator_fails_and_the_run_ends(
+    tiny_samples: tuple[Sample, ...], tmp_path: Path, strategy: dict[str, Any]
+) -> None:
+    model = load_tiny()
+    model.module.get_submodule("model.language_model.embed_tokens").weight.fill_(torch.nan)
+    job = make_job(model, tiny_samples[:2], SCHEMES["w8a8_static"])
+    job = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, **strategy))
+    frame, report, folder = scores(job, tmp_path)
+    assert frame.empty
+    assert {status for status, _ in folder.endings().values()} == {"failed"}
+    assert len(folder.endings()) == len(job.operators)
+    assert not report.notes
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sketch"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_runs_on_each_device_and_ranks_alike(
+    job: SweepJob, tiny_samples: tuple[Sample, ...], tmp_path: Path, device: str, estimator: str
+) -> None:
+    settings = job.model.description.settings
+    other = load_model(describe_model(settings), torch.device(device), 0)
+    found = []
+    for model in (job.model, other):
+        made = make_job(model, tiny_samples[:3], SCHEMES["w8a8_static"], "full", estimator=estimator)
+        frame, _, _ = scores(made, tmp_path / f"{model.device}-{id(model)}")
+        found.append(frame[frame["metric"] == "squared_error"].groupby("op")["value"].mean())
+    assert spearmanr(found[0], found[1][found[0].index]).statistic > 0.99
+
+
+def test_bfloat16_ranks_much_like_float32(job: SweepJob, tiny_samples: tuple[Sample, ...], tmp_path: Path) -> None:
+    half = load_tiny(dtype="bfloat16")
+    found = []
+    for name, model in (("float32", job.model), ("bfloat16", half)):
+        made = make_job(model, tiny_samples[:3], SCHEMES["w8a8_static"], "lm", estimator="sketch", probes=8)
+        frame, _, _ = scores(made, tmp_path / name)
+        found.append(frame.groupby("op")["value"].mean())
+    assert spearmanr(found[0], found[1][found[0].index]).statistic > 0.9

@@ -1,0 +1,305 @@
+"""Bad input at the command line: one message, status 2, no traceback, nothing loaded, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
+
+from qvl_hydra.entry import app
+from qvl_hydra.entry.command_line import check_command_line, config_folder, take_saved_settings
+from qvl_hydra.errors import SettingsError
+from qvl_hydra.tasks import prepare
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended.
+
+    Attributes:
+        loads: times a model's weights were asked for.
+    """
+
+    status: int
+    text: str
+    errors: str
+    loads: int
+
+
+Call = Callable[[str], Outcome]
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """The program in this process, in an empty folder, with a count of models loaded in place of loading."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setenv("COLUMNS", "500")  # messages on one line each
+
+    def run(line: str) -> Outcome:
+        loads = 0
+
+        def load(*_: object) -> None:
+            nonlocal loads
+            loads += 1
+            raise AssertionError("a model was loaded")
+
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(prepare, "load_model", load)
+        monkeypatch.setattr(sys, "argv", ["qvl-hydra", *shlex.split(line)])
+        with pytest.raises(SystemExit) as end:
+            app.main()
+        captured = capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return Outcome(end.value.code, captured.out, captured.err, loads)
+
+    return run
+
+
+def refused(outcome: Outcome, *messages: str) -> None:
+    """Check that a call was refused before any model was loaded, with these words and no traceback."""
+    assert outcome.status == 2, outcome.text
+    assert outcome.text.count("error:") == 1, outcome.text
+    for message in messages:
+        assert message in outcome.text
+    assert "Traceback" not in outcome.text + outcome.errors
+    assert outcome.loads == 0
+
+
+BEFORE_ANYTHING: list[tuple[str, list[str]]] = [
+    ("model=qwen3", ["model=qwen3; allowed: qwen2_5_vl_3b", "tiny_qwen2_vl"]),
+    ("strategy=mse", ["strategy=mse; allowed: hawq_v2, mse_v2"]),
+    ("experiment=lm", ["experiment=lm; allowed:", "lm_mse_v2"]),
+    ("strategy.prbes=3", ["unknown key strategy.prbes; did you mean strategy.probes?"]),
+    ("+strategy.prbes=3", ["unknown key strategy.prbes; did you mean strategy.probes?"]),
+    ("++strategy.prbes=3", ["unknown key strategy.prbes; did you mean strategy.probes?"]),
+    ("+xyzzy=3", ["unknown key xyzzy; python -m qvl_hydra --cfg job shows all keys"]),
+    ("~seed", ["~seed: keys cannot be taken out"]),
+    ("~model", ["~model: model cannot be left out"]),
+    ("strategy.probes", ["'strategy.probes' is no override; expected key=value"]),
+    ("operators.include=[", ["'operators.include=[' is no override"]),
+    ("operators.include='*.mlp.*'", ["expected a list such as [a,b]"]),
+    ("operators.max_ops=0", ["operators.max_ops=0; must be 1 or more, or null for no cap"]),
+    ("calibration.size=0", ["calibration.size=0; must be 1 or more"]),
+    ("seed=1,2", ["seed=1,2 names several values, which needs -m"]),
+    ("-m seed=interval(0,1)", ["seed=interval(0,1) has no end of values"]),
+    ("-m model=glob(gpt*)", ["model=glob(gpt*); allowed: qwen2_5_vl_3b"]),
+    ("model.path=bundled:nothing", ["the package bundles tiny_qwen2_5_vl, tiny_qwen2_vl"]),
+    ("model.path=./nowhere", ["model.path=./nowhere: no such folder; give a checkpoint's folder or a hub id"]),
+    ("model.path='${oc.env:NOT_SET_ANYWHERE}'", ["Environment variable 'NOT_SET_ANYWHERE' not found"]),
+    ("calibration=jsonl", ["calibration=jsonl needs calibration.path"]),
+    ("calibration=jsonl calibration.path=/nowhere.jsonl", ["calibration.path=/nowhere.jsonl: no such file"]),
+    ("calibration=imagefolder calibration.path=/nowhere", ["calibration.path=/nowhere: no such folder"]),
+    ("quant.also=[w2a2]", ["quant.also names 'w2a2'; allowed: inc_static"]),
+    ("resume=/nowhere", ["resume=/nowhere: no unfinished run there"]),
+    ("hydra.nonsense=1", ["hydra.nonsense"]),
+    ("model.overrides='{text_config.num_hidden_layers:2}'", ["+model.overrides="]),
+]
+
+
+@pytest.mark.parametrize(("line", "messages"), BEFORE_ANYTHING, ids=[line for line, _ in BEFORE_ANYTHING])
+def test_refused_before_anything_is_written(line: str, messages: list[str], call: Call, tmp_path: Path) -> None:
+    refused(call(line), *messages)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(call: Call, tmp_path: Path) -> None:
+    refused(call("backend.device=cuda"), "backend.device=cuda, but torch", "0 CUDA devices", "take backend.device=auto")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_faults_together(call: Call, tmp_path: Path) -> None:
+    outcome = call(
+        "model.path=./nowhere strategy=best +xyzzy=1 operators.max_ops=0 calibration.size=-1 "
+        "strategy.direction=fallback strategy.estimator=sketch calibration=jsonl "
+        "calibration.path=/nowhere.jsonl resume=/nowhere a=b=c"
+    )
+    refused(
+        outcome, "faults:", "model.path=./nowhere", "strategy=best", "xyzzy", "operators.max_ops=0",
+        "calibration.size=-1", "direction=requantize", "resume=/nowhere", "'a=b=c' is no override",
+    )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_with_one_bad_value_does_not_begin(call: Call, tmp_path: Path) -> None:
+    refused(call("-m operators.max_ops=2,1,0 calibration.size=4,0"), "2 faults", "max_ops=0", "size=0")
+    refused(call("-m model=tiny_qwen2_vl,qwen9"), "model=qwen9; allowed:")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sweep_that_an_experiment_holds_is_checked_too() -> None:
+    with pytest.raises(SettingsError, match="max_length=0"):
+        check_command_line(["-m", "experiment=calibration_sizes", "calibration.max_length=null,0"])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SettingsError) as caught:  # seeds come from the experiment: a fault of every job is told once
+        check_command_line(["-m", "experiment=calibration_sizes", "strategy.probes=0"])
+    assert len(caught.value.faults) == 1
+
+
+def test_an_unknown_option_of_the_program(call: Call) -> None:
+    outcome = call("--frobnicate")
+    assert outcome.status == 2
+    assert "unrecognized arguments: --frobnicate" in outcome.errors
+    assert "Traceback" not in outcome.text + outcome.errors
+
+
+def test_a_glob_that_matches_nothing(call: Call) -> None:
+    refused(
+        call("operators.include=['*.mpl.*'] operators.exclude=['*.nose'] operators.blocks=99 tracking.enabled=false"),
+        "'*.mpl.*' matches no operator; a path looks like model.language_model.layers.",
+        "'*.nose' matches no operator",
+        "no block [99]",
+    )
+
+
+def test_a_model_that_does_not_fit(call: Call) -> None:
+    refused(
+        call(
+            "model=qwen2_5_vl_7b model.weights=random model.dtype=float32 model.memory_limit_gib=8 operators.max_ops=4 "
+            "tracking.enabled=false"
+        ),
+        "needs 3",  # 8.3 billion parameters of 4 bytes: 31 GiB, and a margin
+        "8.0 GiB are free",
+        "model.placement=streamed",
+    )
+
+
+def test_a_hub_that_cannot_be_reached(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    outcome = call("model=qwen2_5_vl_3b model.path=nobody/nothing tracking.enabled=false")
+    refused(outcome, "model.path=nobody/nothing: neither a local folder nor a hub model", "model.weights=random")
+
+
+def bad_samples(folder: Path) -> Path:
+    """A jsonl of three: a sound image, one that is no image, one that is not there."""
+    Image.new("RGB", (56, 56), "red").save(folder / "good.png")
+    (folder / "broken.png").write_bytes(b"not a picture")
+    rows = [{"image": name, "prompt": "colour?", "answer": "red"} for name in ("good.png", "broken.png", "missing.png")]
+    path = folder / "samples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_an_unreadable_image(call: Call, tmp_path: Path) -> None:
+    path = bad_samples(tmp_path)
+    outcome = call(
+        f"calibration=jsonl calibration.path={path} calibration.size=3 calibration.on_bad=fail tracking.enabled=false"
+    )
+    refused(outcome, "2 bad samples", "broken.png", "missing.png", "calibration.on_bad=skip")
+
+
+def test_too_few_good_samples(call: Call, tmp_path: Path) -> None:
+    path = bad_samples(tmp_path)
+    outcome = call(f"calibration=jsonl calibration.path={path} calibration.size=3 tracking.enabled=false")
+    refused(outcome, "only 1 good samples", "calibration.size=1", "broken.png", "missing.png")
+
+
+@pytest.mark.parametrize("source", ["jsonl", "imagefolder"])
+def test_an_empty_calibration_set(source: str, call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    if source == "jsonl":
+        path.write_text("")
+    else:
+        path.mkdir()
+    outcome = call(f"calibration={source} calibration.path={path} tracking.enabled=false")
+    refused(outcome, "no good sample", "calibration.size=16")
+
+
+def test_hydra_full_error_shows_where(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    for line in ("operators.max_ops=0", "operators.blocks=99 tracking.enabled=false"):
+        outcome = call(line)
+        assert outcome.status == 2
+        assert "Traceback (most recent call last)" in outcome.errors
+        assert "error:" in outcome.text
+
+
+def test_a_fault_of_the_program_is_told_apart(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(prepare, "describe_model", broken)
+    outcome = call("tracking.enabled=false hydra.run.dir=run")
+    assert outcome.status == 1
+    assert "error: ZeroDivisionError: a bug" in outcome.text
+    assert "Traceback" not in outcome.text + outcome.errors
+    assert "Traceback" in (tmp_path / "run" / "run.log").read_text()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["task"], record["status"], record["error"]) == ("sweep", "failed", "ZeroDivisionError: a bug")
+
+
+def test_help_and_cfg(call: Call, tmp_path: Path) -> None:
+    shown = call("--help")
+    assert shown.status == 0
+    for text in ("model: ", "tiny_qwen2_5_vl", "experiment: ", "lm_mse_v2"):
+        assert text in shown.text
+    config = call("experiment=lm_hawq_v2 --cfg job")
+    assert config.status == 0
+    assert "name: hawq_v2" in config.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saved_settings_are_taken_from_the_line(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 7\n")
+    line = ["--config-dir", str(tmp_path), "seed=3", "--config-name=config", "-m"]
+    assert take_saved_settings(line) == (["seed=3", "-m"], "saved_settings")
+    assert take_saved_settings(["-cd", str(tmp_path), "-cn", "config.yaml"]) == ([], "saved_settings")
+    assert take_saved_settings(["seed=3"]) == (["seed=3"], "config")
+    with pytest.raises(SettingsError, match=r"nothing\.yaml, which is not there"):
+        take_saved_settings(["--config-dir", str(tmp_path), "--config-name", "nothing"])
+    (tmp_path / "config.yaml").write_text("just text")
+    with pytest.raises(SettingsError, match="holds no settings"):
+        take_saved_settings(["--config-dir", str(tmp_path), "--config-name", "config"])
+
+
+def test_saved_settings_stand_over_the_defaults_and_under_overrides(call: Call, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "config.yaml").write_text("seed: 7\nstrategy: {probes: 0}\noperators: {max_ops: 0}\n")
+    outcome = call(f"--config-dir {saved} --config-name config strategy.probes=2")
+    refused(outcome, "1 fault", "operators.max_ops=0")
+    (saved / "config.yaml").write_text("seed: 7\nxyzzy: 1\n")
+    refused(call(f"--config-dir {saved} --config-name config"), "unknown key xyzzy")
+
+
+def test_the_config_folder_is_the_checkouts() -> None:
+    assert config_folder() == Path(__file__).parents[2] / "conf"
+
+
+@pytest.mark.slow
+def test_wheel_and_command_work_away_from_the_checkout(tmp_path: Path) -> None:
+    """The built wheel carries configs and assets; installed beside the dependencies, its command composes from them."""
+    root = Path(__file__).parents[1]
+    pytest.importorskip("hatchling")  # the build backend, so that nothing is fetched
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, "."], cwd=root, check=True)
+    (wheel,) = tmp_path.glob("qvl_hydra-*.whl")
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", site, wheel], check=True)
+    carried = {path.relative_to(site / "qvl_hydra" / "conf") for path in (site / "qvl_hydra" / "conf").rglob("*.yaml")}
+    assert carried == {path.relative_to(root / "conf") for path in (root / "conf").rglob("*.yaml")}
+    for name in ("tiny_qwen2_5_vl/model.safetensors", "tiny_qwen2_vl/tokenizer.json", "configs/qwen2_vl_2b/config.json"):  # noqa: E501
+        assert (site / "qvl_hydra" / "assets" / name).is_file()
+    assert (site / "qvl_hydra" / "reports" / "page.css").is_file()
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    where = "import qvl_hydra.entry.command_line as c; print(c.config_folder())"
+    found = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == str(site / "qvl_hydra" / "conf")
+    for program in ([sys.executable, "-m", "qvl_hydra"], [sys.executable, str(site / "bin" / "qvl-hydra")]):
+        refusal = subprocess.run(
+            [*program, "operators.max_ops=0"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert (refusal.returncode, "max_ops=0" in refusal.stdout) == (2, True), refusal.stderr

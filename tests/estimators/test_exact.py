@@ -1,0 +1,147 @@
+"""The wavefront against the loop over operators one at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qvl_hydra.blockwise.ranges import walk
+from qvl_hydra.blockwise.walker import Walker
+from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.estimators import exact
+from qvl_hydra.estimators.exact import RowChunk, Wavefront, score_sample
+from qvl_hydra.models.load import LoadedModel
+from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.operators.targets import make_targets
+from qvl_hydra.quantization.apply import make_quantizer
+from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
+from tests.conftest import load_tiny
+from tests.estimators.slow_loop import loop_scores
+
+SCHEMES = {
+    "w8a8_static": Scheme("w8a8_static", WeightFormat(8), ActivationFormat(8)),
+    "inc_static": Scheme("inc_static", WeightFormat(8), ActivationFormat(8), ActivationFormat(8)),
+    "w8a8_dynamic": Scheme("w8a8_dynamic", WeightFormat(8), ActivationFormat(8, symmetric=True, dynamic=True)),
+    "w8a16": Scheme("w8a16", WeightFormat(8), None),
+    "w4a16": Scheme("w4a16", WeightFormat(4, group_size=32), None),
+}
+
+
+def wavefront_scores(
+    model: LoadedModel,
+    samples: tuple[Sample, ...],
+    component: str,
+    scheme: Scheme,
+    direction: str = "requantize",
+    fuse: bool = False,
+    chunk: int = 5,
+) -> list[dict[str, dict[str, float]]]:
+    operators = find_operators(model.module, component)
+    walker = Walker(model, component)
+    contexts = walker.contexts(samples)
+    starts = walker.starts(contexts)
+    ranges, _ = walk(walker, contexts, starts, operators, [scheme], lambda: None)
+    wave = Wavefront(
+        walker,
+        make_targets(operators, fuse),
+        operators if direction == "fallback" else [],
+        lambda op: make_quantizer(model.module, op.path, scheme, ranges.params[scheme.name]),
+        RowChunk(chunk),
+    )
+    return [score_sample(wave, context, start) for context, start in zip(contexts, starts, strict=True)]
+
+
+def assert_equal_scores(found: list[dict[str, dict[str, float]]], expected: list[dict[str, dict[str, float]]]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for op, metrics in other.items():
+            # `fallback` and the loss are differences of larger numbers: what float32 cannot tell apart is not counted.
+            for name, value in metrics.items():
+                largest = max(abs(scores[name]) for scores in other.values())
+                rounding = {"loss_change": 3e-6, "kl": 3e-8}.get(name, 1e-6 * largest)
+                assert one[op][name] == pytest.approx(value, rel=1e-4, abs=rounding), (op, name)
+
+
+@pytest.mark.parametrize("direction", ["requantize", "fallback"])
+@pytest.mark.parametrize("component", ["lm", "vision", "full"])
+@pytest.mark.parametrize("scheme", ["w8a8_static", "inc_static"])
+def test_wavefront_equals_the_loop(
+    tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...], component: str, scheme: str, direction: str
+) -> None:
+    samples = tiny_samples[:2]
+    targets = make_targets(find_operators(tiny_model.module, component), fuse=False)
+    expected = loop_scores(tiny_model, targets, samples, component, SCHEMES[scheme], direction)
+    found = wavefront_scores(tiny_model, samples, component, SCHEMES[scheme], direction)
+    assert_equal_scores(found, expected)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8_dynamic", "w8a16", "w4a16"])
+def test_other_schemes_and_the_proxy(scheme: str) -> None:
+    from qvl_hydra.calibration.encode import load_processor
+    from qvl_hydra.calibration.sources import load_calibration
+    from qvl_hydra.settings import CalibrationSettings
+
+    model = load_tiny("tiny_qwen2_vl")
+    samples = load_calibration(CalibrationSettings("bundled", size=1), load_processor(model.description.folder)).samples
+    targets = make_targets(find_operators(model.module, "full"), fuse=False)
+    expected = loop_scores(model, targets, samples, "full", SCHEMES[scheme])
+    assert_equal_scores(wavefront_scores(model, samples, "full", SCHEMES[scheme]), expected)
+
+
+def test_fused_groups_are_quantized_together(tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...]) -> None:
+    samples, scheme = tiny_samples[:1], SCHEMES["w8a8_static"]
+    targets = make_targets(find_operators(tiny_model.module, "lm"), fuse=True)
+    assert {len(target.operators) for target in targets} == {1, 2, 3}
+    expected = loop_scores(tiny_model, targets, samples, "lm", scheme)
+    assert_equal_scores(wavefront_scores(tiny_model, samples, "lm", scheme, fuse=True), expected)
+
+
+def test_outputs_of_a_chunk_are_bounded_together(
+    tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, scheme = tiny_samples[:1], SCHEMES["w8a8_static"]
+    whole = wavefront_scores(tiny_model, samples, "lm", scheme)
+    limit = 1 << 15
+    monkeypatch.setattr(exact, "OUTPUT_BYTES", {"cpu": limit})
+    seen: list[int] = []
+    measure = exact.error_sums
+
+    def look(reference: torch.Tensor, outputs: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        seen.append(outputs.numel() * outputs.itemsize)
+        return measure(reference, outputs, labels)
+
+    monkeypatch.setattr(exact, "error_sums", look)
+    assert_equal_scores(wavefront_scores(tiny_model, samples, "lm", scheme), whole)
+    assert limit // 2 < max(seen) <= limit
+
+
+def test_chunk_halves_when_cuda_memory_runs_out(tiny_model: LoadedModel) -> None:
+    seen: list[int] = []
+
+    def run(rows: torch.Tensor, first: int) -> torch.Tensor:
+        if rows.shape[0] > 3:
+            raise torch.cuda.OutOfMemoryError("made up")
+        seen.append(first)
+        return rows * 2
+
+    chunk = RowChunk(16)
+    rows = torch.arange(10.0)[:, None, None]
+    torch.testing.assert_close(chunk.advance(rows, run), rows * 2)
+    assert chunk.size == 2
+    assert seen == [0, 2, 4, 6, 8]
+
+
+def test_memory_that_runs_out_for_one_row_is_an_error() -> None:
+    def run(rows: torch.Tensor, first: int) -> torch.Tensor:
+        raise torch.cuda.OutOfMemoryError("made up")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        RowChunk(4).advance(torch.zeros(2, 1, 1), run)
+
+
+def test_the_model_is_bit_for_bit_as_before(tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...]) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny_model.module.state_dict().items()}
+    wavefront_scores(tiny_model, tiny_samples[:1], "full", SCHEMES["inc_static"], "fallback")
+    after = tiny_model.module.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not [path for path, module in tiny_model.module.named_modules() if "forward" in vars(module)]
