@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +13,7 @@ from scipy.stats import spearmanr
 
 from qvl_hydra.backends.protocol import EngineReport, Progress, SweepJob
 from qvl_hydra.blockwise.ranges import Params, walk
+from qvl_hydra.blockwise.stopwatch import forward_seconds, synchronize
 from qvl_hydra.blockwise.walker import Context, State, Walker
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators import hawq, sketch_run
@@ -28,7 +27,6 @@ from qvl_hydra.quantization.qdq import OperatorQuantizer, QuantParams
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder, SampleScore
 
-FORWARD_REPEATS, FORWARD_S = 7, 1.0  # a plain forward is timed so often, or for so long
 CPU_CHUNK_TOKENS = 4096  # more tokens at a time than this no longer make CPU products faster, and cost memory
 FEWEST_EXACT = 30  # auto: at least so many of the most sensitive are measured exactly; the first 20 shall be right
 FEWEST_CONTROL = 5  # below this many operators a rank agreement says nothing
@@ -85,16 +83,16 @@ def _run_mse(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineRepo
     starts = walker.starts(contexts)
     first, first_starts = contexts[: len(scored)], starts[: len(scored)]
     forward_s = plain_forward_s(walker, first, first_starts)
-    began = time.perf_counter()
-    ranges, states = _observe(job, folder, walker, contexts, starts, len(scored), progress)
-    targets = _scorable(job, folder, first)
-    chunk = RowChunk(_row_chunk(job, folder, contexts))
-    bench = Bench(job, folder, progress, walker, first, first_starts, states, ranges, targets, chunk)
-    del starts, states
-    report = _measure(bench)
-    _synchronize(job.device)
+    with folder.measuring():
+        ranges, states = _observe(job, folder, walker, contexts, starts, len(scored), progress)
+        targets = _scorable(job, folder, first)
+        chunk = RowChunk(_row_chunk(job, folder, contexts))
+        bench = Bench(job, folder, progress, walker, first, first_starts, states, ranges, targets, chunk)
+        del starts, states
+        report = _measure(bench)
+        synchronize(job.device)
     report.forward_s = forward_s
-    report.engine_s = time.perf_counter() - began
+    report.engine_s = folder.seconds
     report.details["row_chunk"] = chunk.size
     return report
 
@@ -217,10 +215,7 @@ def _work(job: SweepJob) -> float:
 
 
 def plain_forward_s(walker: Walker, contexts: Sequence[Context], starts: Sequence[State]) -> float:
-    """Seconds of one plain forward of the samples through the component.
-
-    After one warm-up sample; of short ones the median of several, since one can meet a busy machine.
-    """
+    """Seconds of one plain forward of the samples through the component, by the one stopwatch."""
 
     @torch.no_grad()
     def forward(count: int) -> None:
@@ -232,16 +227,8 @@ def plain_forward_s(walker: Walker, contexts: Sequence[Context], starts: Sequenc
             for context, state in zip(contexts, states, strict=False):
                 last.run(state, context)  # logits of all samples would take more memory than the model
 
-    if not walker.model.streamed:
-        forward(1)
-    seconds: list[float] = []
-    while not seconds or (len(seconds) < FORWARD_REPEATS and sum(seconds) < FORWARD_S):
-        _synchronize(walker.model.device)
-        began = time.perf_counter()
-        forward(len(starts))
-        _synchronize(walker.model.device)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+    warm_up = None if walker.model.streamed else lambda: forward(1)
+    return forward_seconds(lambda: forward(len(starts)), walker.model.device, warm_up)
 
 
 def _observe(
@@ -336,8 +323,3 @@ def _device_mode(job: SweepJob) -> Iterator[None]:
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
         torch.set_num_threads(threads)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

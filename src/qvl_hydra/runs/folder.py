@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -29,6 +30,7 @@ FINGERPRINT = "fingerprint.json"
 LOCK = "run.lock"
 RESUMED_FROM = "resumed_from.json"
 SWEEP = "sweep.json"
+SECONDS = "seconds"
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class RunFolder:
         self.after_write: Callable[[], None] = lambda: None
         self.parts = path / PARTS
         self.parts.mkdir(parents=True, exist_ok=True)
+        self._began: float | None = None
 
     def done(self, unit: str) -> bool:
         """Whether the scores of this unit of work are on disk already."""
@@ -121,6 +124,7 @@ class RunFolder:
         columns = {name: [getattr(score, name) for score in rows] for name in PART_COLUMNS}
         with written_whole(self.parts / f"{unit}.parquet") as beside:
             pq.write_table(pa.table(columns, PART_SCHEMA), beside)
+        self._keep_seconds()
         self.after_write()
 
     def write_finite(self, unit: str, scores: Sequence[SampleScore]) -> None:
@@ -155,6 +159,26 @@ class RunFolder:
         """The value kept under this name, or `default`."""
         path = self.parts / f"{name}.json"
         return json.loads(path.read_text()) if path.exists() else default
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Count the seconds within as measuring; whoever resumes the run goes on counting."""
+        self._began = time.perf_counter() - self.seconds
+        try:
+            yield
+        finally:
+            self._keep_seconds()
+            self._began = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that measuring took so far, those of an interrupted run before this one included."""
+        return float(self.recall(SECONDS, 0.0)) if self._began is None else time.perf_counter() - self._began
+
+    def _keep_seconds(self) -> None:
+        if self._began is not None:
+            with written_whole(self.parts / f"{SECONDS}.json") as beside:
+                beside.write_text(json.dumps(self.seconds))
 
     def frame(self) -> pd.DataFrame:
         """All scores on disk so far, one row a score, in the order of their units' names; sketches are combined."""
