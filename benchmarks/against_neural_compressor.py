@@ -31,7 +31,7 @@ from benchmarks.jobs import (
     with_strategy,
 )
 from qvl_hydra.backends.neural_compressor.quantizers import inc_quantizers
-from qvl_hydra.backends.protocol import SweepJob
+from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.quantization.apply import quantized
 

@@ -23,7 +23,7 @@ from benchmarks.jobs import (
     save_results,
     text_samples,
 )
-from qvl_hydra.backends.protocol import SweepJob
+from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.quantization.apply import make_quantizer, observe_ranges, quantized
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from qvl_hydra.backends.protocol import Engine, EngineReport, SweepJob
+from qvl_hydra.backends.protocol import Engine
 from qvl_hydra.backends.torch import run
 from qvl_hydra.calibration.encode import load_processor
 from qvl_hydra.calibration.sample import CalibrationSet, Sample, samples_sha
 from qvl_hydra.calibration.sources import load_calibration
+from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.models.load import LoadedModel, describe_model, load_model
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
@@ -26,9 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 SCHEMES = {
     "w8a8_static": Scheme("w8a8_static", WeightFormat(8), ActivationFormat(8)),
     "w8a8_dynamic": Scheme("w8a8_dynamic", WeightFormat(8), ActivationFormat(8, symmetric=True, dynamic=True)),
-    "inc_static": Scheme(
-        "inc_static", WeightFormat(8), ActivationFormat(8), ActivationFormat(8), observer="histogram"
-    ),
+    "inc_static": Scheme("inc_static", WeightFormat(8), ActivationFormat(8), ActivationFormat(8), observer="histogram"),
     "w8a16": Scheme("w8a16", WeightFormat(8), None),
     "w4a16": Scheme("w4a16", WeightFormat(4, group_size=128), None),
 }

@@ -44,7 +44,8 @@ from benchmarks.jobs import (
 from qvl_hydra.backends.neural_compressor.adaptor import Batches, open_session
 from qvl_hydra.backends.neural_compressor.session import guest
 from qvl_hydra.backends.neural_compressor.wrapper import ComponentWrapper, WrapperBatch, wrapper_input
-from qvl_hydra.backends.protocol import Engine, EngineReport, SweepJob
+from qvl_hydra.backends.protocol import Engine
+from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
 from qvl_hydra.runs.folder import RunFolder
 

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.jobs import SCHEMES, Silent, bundled_model, bundled_samples, make_job, save_results
-from qvl_hydra.backends.protocol import EngineReport, SweepJob, load_engine
+from qvl_hydra.backends.protocol import load_engine
+from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.onnx.export.component import export_component
 from qvl_hydra.onnx.scoring.session import pick_provider
 from qvl_hydra.runs.folder import RunFolder

@@ -34,7 +34,7 @@ from benchmarks.jobs import (
     text_samples,
     with_strategy,
 )
-from qvl_hydra.backends.protocol import SweepJob
+from qvl_hydra.estimators.job import SweepJob
 
 SAMPLES, TOP = 8, 20
 SEEDS = {"bundled": {1: 24, 4: 8, 16: 4}, "36 blocks": {1: 4, 4: 4, 16: 2}}  # fewer probes scatter more

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qvl_hydra.backends.protocol import SweepJob, load_engine
+from qvl_hydra.backends.protocol import load_engine
 from qvl_hydra.errors import EngineError, MissingExtraError
+from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.quantization.apply import replaced_forwards
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat

@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks.jobs import SCHEMES, Silent, make_job
 from qvl_hydra.backends import torch as native
-from qvl_hydra.backends.protocol import EngineReport, SweepJob
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import EngineError
+from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.settings import BackendSettings, ExportSettings

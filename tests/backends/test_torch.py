@@ -15,11 +15,11 @@ from scipy.stats import spearmanr
 
 from benchmarks.jobs import SCHEMES, Silent, make_job
 from qvl_hydra.backends import torch as native
-from qvl_hydra.backends.protocol import EngineReport, SweepJob
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators import sketch_run
+from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.estimators.sketch import OperatorChange
 from qvl_hydra.models.load import LoadedModel, describe_model, load_model
 from qvl_hydra.operators.discover import Operator
@@ -152,9 +152,7 @@ def test_streamed_equals_resident(
     assert all(parameter.is_meta for parameter in streamed.module.parameters())
 
 
-def test_samples_in_several_groups_score_alike(
-    job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_in_several_groups_score_alike(job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sketch = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, estimator="sketch"))
     together, _, _ = scores(sketch, tmp_path / "one")
     monkeypatch.setattr(sketch_run, "free_memory_bytes", lambda: 1)

@@ -11,9 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.jobs import Silent, make_job
 from qvl_hydra.backends import torch as native
-from qvl_hydra.backends.protocol import SweepJob
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators import hawq
+from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.models.load import LoadedModel, describe_model, load_model
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.quantization.qdq import qdq_weight

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from qvl_hydra.backends.protocol import SweepJob
 from qvl_hydra.errors import ExportError
+from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.operators.targets import make_targets

@@ -42,7 +42,7 @@ from qvl_hydra.backends.neural_compressor.wrapper import (
     usable,
     wrapper_input,
 )
-from qvl_hydra.backends.protocol import EngineReport, Progress, SweepJob
+from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.metrics import next_token_labels
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 from qvl_hydra.runs.folder import RunFolder, SampleScore

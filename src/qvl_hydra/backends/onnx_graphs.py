@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qvl_hydra.backends.protocol import SweepJob
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import EngineError
+from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.estimators.metrics import output_metrics
 from qvl_hydra.onnx.export.component import export_component
 from qvl_hydra.onnx.scoring.foreign import find_graph, foreign_scorable

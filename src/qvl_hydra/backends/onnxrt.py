@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from qvl_hydra.backends.onnx_graphs import Bundle, check_job, forward_seconds, open_bundle
-from qvl_hydra.backends.protocol import EngineReport, Progress, SweepJob
 from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.metrics import UNITS, error_counts, error_sums, next_token_labels, output_metrics
 from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.onnx.scoring.foreign import rows_are_free

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from scipy.stats import spearmanr
 
-from qvl_hydra.backends.protocol import EngineReport, Progress, SweepJob
 from qvl_hydra.blockwise.ranges import Params, walk
 from qvl_hydra.blockwise.stopwatch import forward_seconds, synchronize
 from qvl_hydra.blockwise.walker import Context, State, Walker
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators import hawq, sketch_run
 from qvl_hydra.estimators.exact import RowChunk, Wavefront, score_sample
+from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.metrics import UNITS
 from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.operators.discover import Operator

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qvl_hydra.backends.protocol import EngineReport, Progress, SweepJob
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import EngineError
+from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.metrics import UNITS
 from qvl_hydra.estimators.probes import random_signs, seeded
 from qvl_hydra.models.forward import logits, text_inputs

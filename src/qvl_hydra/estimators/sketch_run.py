@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qvl_hydra.backends.protocol import SweepJob
 from qvl_hydra.blockwise.batches import Batch, halved, make_batches, put_together
 from qvl_hydra.blockwise.ranges import walk
 from qvl_hydra.blockwise.walker import Context, Segment, State, Walker
 from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.estimators.metrics import next_token_labels
 from qvl_hydra.estimators.probes import Signs, fisher_probes, leading_directions, loss_gradient, sign_probes
 from qvl_hydra.estimators.sketch import MakeProbes, OperatorChange, SketchSegment, step_back
@@ -186,9 +186,7 @@ def _walk_back(
         return [part for half in halves for part in _walk_back(bench, group, half, work, states, entering)]
     products, back = done
     gradients = zip(*(batch.take_apart(gradient, packed) for gradient in back), strict=True)
-    values = [
-        [part.values(work.variant, tokens) for tokens in batch.slices(part.tokens, packed)] for part in products
-    ]
+    values = [[part.values(work.variant, tokens) for tokens in batch.slices(part.tokens, packed)] for part in products]
     return [
         (place, [scheme[row] for scheme in values], list(own))
         for row, (place, own) in enumerate(zip(batch.places, gradients, strict=True))

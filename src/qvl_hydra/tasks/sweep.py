@@ -12,8 +12,9 @@ import pandas as pd
 import torch
 
 from qvl_hydra import __version__
-from qvl_hydra.backends.protocol import EngineReport, SweepJob, load_engine
+from qvl_hydra.backends.protocol import load_engine
 from qvl_hydra.errors import EngineError
+from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.estimators.metrics import UNITS
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
 from qvl_hydra.reports.sweep import write_sweep_report
@@ -206,9 +207,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "qvl_hydra": __version__, **installed_versions(PACKAGES)}
 
 
-def _show(
-    settings: Settings, folder: RunFolder, report: EngineReport, record: dict[str, Any], screen: Screen
-) -> None:
+def _show(settings: Settings, folder: RunFolder, report: EngineReport, record: dict[str, Any], screen: Screen) -> None:
     table = pd.read_parquet(folder.path / "scores.parquet")
     top = table[table["status"] == "scored"].sort_values("rank").head(SHOWN)
     title = f"most sensitive of {settings.model.name} ({record['scheme']}; {report.unit})"

@@ -14,8 +14,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from qvl_hydra.backends.protocol import SweepJob
 from qvl_hydra.calibration.sample import CalibrationSet, Sample, samples_sha
+from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.models.load import LoadedModel, ModelDescription
 from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat

@@ -32,8 +32,8 @@ from qvl_hydra.backends.neural_compressor.order import inc_order
 from qvl_hydra.backends.neural_compressor.quantizers import inc_quantizers, read_quantizers
 from qvl_hydra.backends.neural_compressor.session import guest
 from qvl_hydra.backends.neural_compressor.wrapper import ComponentWrapper, WrapperBatch, wrapper_input
-from qvl_hydra.backends.protocol import SweepJob
 from qvl_hydra.errors import EngineError, MissingExtraError
+from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.quantization.apply import observe_ranges, quantized

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks.jobs import Silent
-from qvl_hydra.backends.protocol import SweepJob
 from qvl_hydra.errors import EngineError
+from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.settings import BackendSettings, StrategySettings
 from tests.backends.neural_compressor.inc_job import STATIC, make_job, small_model

@@ -32,9 +32,9 @@ from qvl_hydra.backends.neural_compressor.wrapper import (
     usable,
     wrapper_input,
 )
-from qvl_hydra.backends.protocol import EngineReport, Progress, SweepJob
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import EngineError
+from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.metrics import UNITS, output_metrics
 from qvl_hydra.models.memory import GIB, free_memory_bytes
 from qvl_hydra.runs.folder import RunFolder, SampleScore, write_json

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qvl_hydra.backends.neural_compressor.adaptor import Batches
 from qvl_hydra.backends.neural_compressor.wrapper import ComponentWrapper, WrapperBatch, WrapperInput
-from qvl_hydra.backends.protocol import EngineReport, Progress, SweepJob
+from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.metrics import next_token_labels
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.runs.folder import RunFolder, SampleScore

@@ -24,9 +24,9 @@ from qvl_hydra.backends.neural_compressor.session import (  # says what to insta
 from qvl_hydra.backends.neural_compressor.adaptor import SCHEME, scheme_notes
 from qvl_hydra.backends.neural_compressor.onnx_adaptor import Key, OnnxSession, onnx_mapping, open_session
 from qvl_hydra.backends.onnx_graphs import check_job, forward_seconds, open_bundle
-from qvl_hydra.backends.protocol import EngineReport, Progress, SweepJob
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import EngineError
+from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.metrics import UNITS, error_counts, error_sums, next_token_labels, output_metrics
 from qvl_hydra.onnx.scoring.scorable import Scorable, split_rows
 from qvl_hydra.onnx.scoring.session import Device, pick_provider, quiet_runtime

@@ -18,7 +18,7 @@ from qvl_hydra.backends.neural_compressor.session import guest  # says what to i
 from qvl_hydra.backends.neural_compressor.adaptor import SCHEME, FxSession, open_session
 from qvl_hydra.backends.neural_compressor.mse import converted, prepared, release
 from qvl_hydra.backends.neural_compressor.wrapper import ComponentWrapper, WrapperBatch, usable, wrapper_input
-from qvl_hydra.backends.protocol import SweepJob
+from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.quantization.qdq import OperatorQuantizer, QuantParams
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 
