@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from qvl_hydra.engines import inc_fx  # before torch's quantization is touched by others
 from rich.console import Console
+
+from qvl_hydra.backends.neural_compressor import fx as inc_fx  # before torch's quantization is touched by others
 
 # isort: split
 from benchmarks.jobs import (

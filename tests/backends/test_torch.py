@@ -18,7 +18,7 @@ from qvl_hydra.backends import torch as native
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import EngineError
-from qvl_hydra.estimators import sketch_run
+from qvl_hydra.estimators import auto, bench, sketch_run
 from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.estimators.sketch import OperatorChange
 from qvl_hydra.models.load import LoadedModel, describe_model, load_model
@@ -77,10 +77,10 @@ def test_auto_measures_the_most_sensitive_exactly(job: SweepJob, tmp_path: Path)
     means = squared.groupby(["estimator", "op"])["value"].mean()
     sketch, exact = means["sketch"], means["exact"]
     assert set(sketch.index) == {op.path for op in job.operators}
-    top = set(sketch.sort_values(ascending=False).head(native.FEWEST_EXACT).index)
+    top = set(sketch.sort_values(ascending=False).head(auto.FEWEST_EXACT).index)
     assert top <= set(exact.index)
-    assert report.details["control_operators"] == native.FEWEST_CONTROL
-    assert len(exact) == native.FEWEST_EXACT + native.FEWEST_CONTROL
+    assert report.details["control_operators"] == auto.FEWEST_CONTROL
+    assert len(exact) == auto.FEWEST_EXACT + native.FEWEST_CONTROL
     assert report.details["agreement"] == pytest.approx(spearmanr(exact, sketch[exact.index]).statistic)
 
 
@@ -115,19 +115,19 @@ def test_a_value_that_is_not_finite_fails_its_operator_only(
     job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
 ) -> None:
     broken = job.operators[10].path
-    quantizer, change = native.make_quantizer, sketch_run._change
+    quantizer, change = bench.make_quantizer, sketch_run._change
 
     def spoiled_quantizer(module: Any, path: str, *rest: Any) -> OperatorQuantizer:
         made = quantizer(module, path, *rest)
         assert made.weight is not None
         return dataclasses.replace(made, weight=made.weight * torch.nan) if path == broken else made
 
-    def spoiled_change(bench: Any, op: Operator, scheme: Any) -> OperatorChange:
-        made = change(bench, op, scheme)
+    def spoiled_change(made_for: Any, op: Operator, scheme: Any) -> OperatorChange:
+        made = change(made_for, op, scheme)
         assert made.weight is not None
         return dataclasses.replace(made, weight=made.weight * torch.nan) if op.path == broken else made
 
-    monkeypatch.setattr(native, "make_quantizer", spoiled_quantizer)
+    monkeypatch.setattr(bench, "make_quantizer", spoiled_quantizer)
     monkeypatch.setattr(sketch_run, "_change", spoiled_change)
     made = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, estimator=estimator))
     frame, _, folder = scores(made, tmp_path)
@@ -155,7 +155,7 @@ def test_streamed_equals_resident(
 def test_samples_in_several_groups_score_alike(job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sketch = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, estimator="sketch"))
     together, _, _ = scores(sketch, tmp_path / "one")
-    monkeypatch.setattr(sketch_run, "free_memory_bytes", lambda: 1)
+    monkeypatch.setattr(bench, "free_memory_bytes", lambda: 1)
     apart, _, folder = scores(sketch, tmp_path / "many")
     assert folder.recall("sketch_group") == 1
     keys = ["op", "sample", "probe"]
@@ -175,7 +175,7 @@ def test_the_timed_forward_keeps_no_logits(job: SweepJob) -> None:
         logits.append(weakref.ref(output))
 
     with job.model.module.get_submodule("lm_head").register_forward_hook(look):
-        native.plain_forward_s(walker, contexts, walker.starts(contexts))
+        bench.plain_forward_s(walker, contexts, walker.starts(contexts))
     assert len(kept) > len(job.scored)
     assert max(kept) <= 1
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,25 +13,33 @@ from torch import Tensor
 
 from qvl_hydra.blockwise.batches import Batch, halved, make_batches, put_together
 from qvl_hydra.blockwise.ranges import walk
-from qvl_hydra.blockwise.walker import Context, Segment, State, Walker
+from qvl_hydra.blockwise.walker import Context, Segment, State
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.estimators.job import SweepJob
+from qvl_hydra.estimators.bench import Bench, group_size, measuring
+from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.metrics import next_token_labels
 from qvl_hydra.estimators.probes import Signs, fisher_probes, leading_directions, loss_gradient, sign_probes
 from qvl_hydra.estimators.sketch import MakeProbes, OperatorChange, SketchSegment, step_back
-from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.qdq import weight_change
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder, SampleScore, written_whole
 
-if TYPE_CHECKING:
-    from qvl_hydra.backends.torch import Bench
-
 MakeSampleProbes = Callable[[Sample, Tensor], Iterable[Tensor]]  # from a sample's output, (token, value)
-STREAMED_STATE_BYTES = 1 << 30  # states between segments that a streamed run keeps in memory
 FORWARDS = 3  # forward walk, recomputation, products of the weights' errors
+
+
+def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
+    """Score every target by the sketch; see `Engine`.
+
+    Raises:
+        EngineError: no sample reaches the component.
+    """
+    work = len(job.scored) * cost(job.strategy.probes)
+    with measuring(job, folder, progress, "sketch", work, keep_states=True) as bench:
+        measure(bench)
+    return bench.report
 
 
 def cost(probes: int) -> float:
@@ -45,19 +52,6 @@ def measure(bench: Bench) -> None:
     size = group_size(bench.job, bench.folder, bench.walker, bench.starts)
     for first in range(0, len(bench.contexts), size):
         _measure_group(bench, first, slice(first, first + size))
-
-
-def group_size(job: SweepJob, folder: RunFolder, walker: Walker, starts: Sequence[State]) -> int:
-    """Samples whose states between all segments fit in memory together; a resumed run keeps its own."""
-    kept = folder.recall("sketch_group")
-    if kept is None:
-        limit = STREAMED_STATE_BYTES if job.model.streamed else free_memory_bytes() // 4
-        if job.device.type == "cuda":
-            limit = int(torch.cuda.mem_get_info(job.device)[0] * 0.3)
-        largest = max(start.numel() * start.element_size() for start in starts)
-        kept = max(1, min(len(starts), limit // (largest * (len(walker.segments) + 1))))
-        folder.remember("sketch_group", kept)
-    return int(kept)
 
 
 @dataclass

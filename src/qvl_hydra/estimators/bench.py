@@ -1,0 +1,200 @@
+"""A prepared measurement over the block walker: what exact, sketch and auto share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from qvl_hydra.blockwise.ranges import Params, walk
+from qvl_hydra.blockwise.stopwatch import forward_seconds, synchronize
+from qvl_hydra.blockwise.walker import Context, State, Walker
+from qvl_hydra.errors import EngineError
+from qvl_hydra.estimators.exact import RowChunk
+from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
+from qvl_hydra.estimators.metrics import UNITS
+from qvl_hydra.models.memory import free_memory_bytes
+from qvl_hydra.operators.discover import Operator
+from qvl_hydra.operators.targets import Target, make_targets
+from qvl_hydra.quantization.apply import make_quantizer
+from qvl_hydra.quantization.qdq import OperatorQuantizer, QuantParams
+from qvl_hydra.quantization.scheme import Scheme
+from qvl_hydra.runs.folder import RunFolder
+
+CPU_CHUNK_TOKENS = 4096  # more tokens at a time than this no longer make CPU products faster, and cost memory
+STREAMED_STATE_BYTES = 1 << 30  # states between segments that a streamed run keeps in memory
+
+
+@dataclass
+class Bench:
+    """A prepared measurement.
+
+    Attributes:
+        contexts, starts: of the scored samples.
+        states: of the scored samples, kept between segments by the walk that observed ranges; None when it kept none.
+        ranges: scheme name, operator path -> parameters of static activations.
+        targets: those that can be scored.
+        report: what is said beside the scores; filled in by the estimator.
+    """
+
+    job: SweepJob
+    folder: RunFolder
+    progress: Progress
+    walker: Walker
+    contexts: list[Context]
+    starts: list[State]
+    states: list[list[State]] | None
+    ranges: dict[str, dict[str, Params]]
+    targets: list[Target]
+    chunk: RowChunk
+    report: EngineReport
+
+    def quantizer(self, scheme: Scheme) -> Callable[[Operator], OperatorQuantizer]:
+        """Makes an operator's quantizer while its weights are in memory."""
+        module = self.walker.module
+        return lambda op: make_quantizer(module, op.path, scheme, self.ranges[scheme.name])
+
+
+@contextmanager
+def measuring(
+    job: SweepJob, folder: RunFolder, progress: Progress, estimator: str, work: float, keep_states: bool
+) -> Iterator[Bench]:
+    """Prepare a measurement, time a plain forward, and count the seconds until the end as measuring.
+
+    Args:
+        estimator: what the report says that scores were measured with.
+        work: of the estimator, in forwards of one sample, for the time left on screen.
+        keep_states: keep the states between segments that the sketch needs, where they fit in memory.
+
+    Raises:
+        EngineError: no sample reaches the component.
+    """
+    walker = Walker(job.model, job.component)
+    calibration = [sample for sample in job.calibration.samples if walker.usable(sample)]
+    scored = [sample for sample in job.scored if walker.usable(sample)]
+    if not scored:
+        raise EngineError("none of the scored samples has an image, and the vision tower needs one")
+    progress.total(len(job.calibration.samples) + work, "preparing")
+    contexts = walker.contexts(calibration)
+    starts = walker.starts(contexts)
+    first, first_starts = contexts[: len(scored)], starts[: len(scored)]
+    metric = job.strategy.metric
+    report = EngineReport(estimator, metric, UNITS[metric], plain_forward_s(walker, first, first_starts), 0.0)
+    with folder.measuring():
+        kept = len(scored) if keep_states and group_size(job, folder, walker, first_starts) >= len(scored) else 0
+        ranges, states = _observe(job, folder, walker, contexts, starts, kept, progress)
+        targets = _scorable(job, folder, first)
+        chunk = RowChunk(_row_chunk(job, folder, contexts))
+        del starts
+        yield Bench(job, folder, progress, walker, first, first_starts, states, ranges, targets, chunk, report)
+        synchronize(job.device)
+        report.engine_s = folder.seconds
+    report.details["row_chunk"] = chunk.size
+
+
+def group_size(job: SweepJob, folder: RunFolder, walker: Walker, starts: Sequence[State]) -> int:
+    """Samples whose states between all segments fit in memory together; a resumed run keeps its own."""
+    kept = folder.recall("sketch_group")
+    if kept is None:
+        limit = STREAMED_STATE_BYTES if job.model.streamed else free_memory_bytes() // 4
+        if job.device.type == "cuda":
+            limit = int(torch.cuda.mem_get_info(job.device)[0] * 0.3)
+        largest = max(start.numel() * start.element_size() for start in starts)
+        kept = max(1, min(len(starts), limit // (largest * (len(walker.segments) + 1))))
+        folder.remember("sketch_group", kept)
+    return int(kept)
+
+
+def plain_forward_s(walker: Walker, contexts: Sequence[Context], starts: Sequence[State]) -> float:
+    """Seconds of one plain forward of the samples through the component, by the one stopwatch."""
+
+    @torch.no_grad()
+    def forward(count: int) -> None:
+        states = list(starts[:count])
+        *inner, last = walker.segments
+        for segment in inner:
+            walker.advance(segment, contexts[:count], states)
+        with walker.weights(last):
+            for context, state in zip(contexts, states, strict=False):
+                last.run(state, context)  # logits of all samples would take more memory than the model
+
+    warm_up = None if walker.model.streamed else lambda: forward(1)
+    return forward_seconds(lambda: forward(len(starts)), walker.model.device, warm_up)
+
+
+def _observe(
+    job: SweepJob,
+    folder: RunFolder,
+    walker: Walker,
+    contexts: Sequence[Context],
+    starts: Sequence[State],
+    keep: int,
+    progress: Progress,
+) -> tuple[dict[str, dict[str, Params]], list[list[State]] | None]:
+    """Static ranges of all schemes, by a walk over the calibration samples, or as the run being resumed found them.
+
+    The walk keeps the states of the first `keep` samples, so that the sketch need not walk again.
+    """
+    known = folder.recall("ranges")
+    states: list[list[State]] | None = None
+    if known is None:
+        step = len(contexts) / len(walker.segments)
+        ranges, states = walk(
+            walker, contexts, starts, job.operators, job.schemes, lambda: progress.step(step), keep
+        )
+        states = states if keep else None
+        for path, error in ranges.failed.items():
+            folder.fail(path, error)
+        known = {
+            name: {path: [None if p is None else vars(p) for p in pair] for path, pair in params.items()}
+            for name, params in ranges.params.items()
+        }
+        folder.remember("ranges", known)
+    found = {
+        name: {path: (_params(pair[0]), _params(pair[1])) for path, pair in params.items()}
+        for name, params in known.items()
+    }
+    return found, states
+
+
+def _params(kept: dict[str, float] | None) -> QuantParams | None:
+    if kept is None:
+        return None
+    return QuantParams(float(kept["scale"]), int(kept["zero_point"]), int(kept["qmin"]), int(kept["qmax"]))
+
+
+def _scorable(job: SweepJob, folder: RunFolder, contexts: Sequence[Context]) -> list[Target]:
+    """Targets without an operator that failed or that no sample reaches."""
+    failed = folder.endings()
+    no_image = all(context.sample.pixel_values is None for context in contexts)
+    targets: list[Target] = []
+    for target in make_targets(job.operators, job.fuse):
+        if no_image and target.operators[0].component == "vision":
+            folder.skip(target.name, "no scored sample has an image")
+            continue
+        broken = next((op.path for op in target.operators if op.path in failed), None)
+        if broken is None:
+            targets.append(target)
+        elif broken != target.name:
+            folder.fail(target.name, f"{broken}: {failed[broken][1]}")
+    return targets
+
+
+def _row_chunk(job: SweepJob, folder: RunFolder, contexts: Sequence[Context]) -> int:
+    """Rows advanced together, sized from free memory; a resumed run keeps its own, so that it rounds alike."""
+    kept = folder.recall("row_chunk")
+    if kept is None:
+        config = job.model.config
+        tokens = max(context.sample.longest for context in contexts)
+        widest = max(config.text_config.intermediate_size, config.text_config.hidden_size)
+        per_row = tokens * widest * 4 * 8  # about eight tensors of that width live inside a block
+        if job.device.type == "cuda":
+            free = torch.cuda.mem_get_info(job.device)[0]
+            fitting = int(free * 0.4) // per_row
+        else:
+            fitting = min(int(free_memory_bytes() * 0.25) // per_row, CPU_CHUNK_TOKENS // tokens)
+        kept = job.backend.row_chunk or max(1, min(fitting, 256))
+        folder.remember("row_chunk", kept)
+    return int(kept)
