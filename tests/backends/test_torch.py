@@ -80,7 +80,7 @@ def test_auto_measures_the_most_sensitive_exactly(job: SweepJob, tmp_path: Path)
     top = set(sketch.sort_values(ascending=False).head(auto.FEWEST_EXACT).index)
     assert top <= set(exact.index)
     assert report.details["control_operators"] == auto.FEWEST_CONTROL
-    assert len(exact) == auto.FEWEST_EXACT + native.FEWEST_CONTROL
+    assert len(exact) == auto.FEWEST_EXACT + auto.FEWEST_CONTROL
     assert report.details["agreement"] == pytest.approx(spearmanr(exact, sketch[exact.index]).statistic)
 
 
