@@ -135,7 +135,7 @@ def make_job(
         scored=samples,
         batch_size=len(samples),
         schemes=(scheme,),
-        strategy=StrategySettings("mse_v2", **strategy),
+        strategy=StrategySettings(**{"name": "mse_v2", "metric": "squared_error", "probes": 4} | strategy),
         backend=BackendSettings("torch"),
         fuse=False,
         seed=0,

@@ -23,6 +23,8 @@ NEEDED = {
     "jsonl": ["calibration.path=some.jsonl"],
     "imagefolder": ["calibration.path=some/folder"],
     "coco_captions": ["calibration.annotations=some.json", "calibration.images=some/folder"],
+    "inc_fx": ["strategy=mse_v2"],  # Neural Compressor's own strategies
+    "inc_onnxrt": ["strategy=mse_v2"],
 }
 
 

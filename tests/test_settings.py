@@ -145,7 +145,7 @@ LIMITS: list[tuple[str, object, object]] = [
     ("operators__blocks", "", "0,2-2"),
     ("strategy__confidence_batches", 0, 1),
     ("strategy__probes", 0, 1),
-    ("strategy__max_probes", 3, 4),  # strategy.probes is 4
+    ("strategy__max_probes", 0, 1),  # strategy.probes is 1
     ("strategy__exact_share", 1.01, 1),
     ("strategy__exact_share", -0.01, 0),
     ("strategy__control_share", 1.01, 1),
@@ -207,9 +207,12 @@ def test_limits(key: str, outside: object, inside: object) -> None:
         ({"calibration__min_pixels": 9, "calibration__max_pixels": 8}, "above calibration.max_pixels"),
         ({"export__image_height": 56}, "given together"),
         ({"export__image_height": 56, "export__image_width": 30}, "multiple of 28"),
-        ({"strategy__name": "hawq_v2", "backend__name": "onnxrt"}, "measured by backend=torch or inc_fx"),
+        ({"strategy__name": "hawq_v2", "backend__name": "onnxrt"}, "not measured by backend=onnxrt"),
         ({"strategy__name": "hawq_v2", "quant__weight_bits": None}, "weighs by the weight error"),
-        ({"strategy__name": "hawq_v2", "model__placement": "streamed"}, "needs model.placement=resident"),
+        (
+            {"strategy__name": "hawq_v2", "strategy__curvature": "hessian", "model__placement": "streamed"},
+            "needs model.placement=resident",
+        ),
         ({"model__placement": "streamed", "backend__name": "inc_fx"}, "done by backend=torch"),
         ({"strategy__estimator": "sketch", "backend__name": "inc_fx"}, "done by backend=torch"),
         ({"strategy__estimator": "sketch", "strategy__direction": "fallback"}, "take exact for fallback"),
@@ -218,7 +221,6 @@ def test_limits(key: str, outside: object, inside: object) -> None:
         ({"backend__name": "inc_fx", "model__dtype": "bfloat16"}, "quantizes float32 models"),
         ({"strategy__metric": "kl", "component__name": "vision"}, "which component=vision has not"),
         ({"strategy__metric": "loss_change"}, "needs strategy.estimator=exact"),
-        ({"strategy__variant": "element", "component__name": "vision"}, "gradient of the task loss"),
         ({"model__placement": "streamed", "model__weights": "random"}, "model.weights=random has none"),
         ({"model__placement": "streamed", "task__name": "profile"}, "is for task=sweep"),
     ],
@@ -239,3 +241,14 @@ def test_blocks(text: str, blocks: set[int]) -> None:
 def test_blocks_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="expected indices|runs backwards"):
         parse_blocks(text)
+
+
+def test_what_is_left_to_the_strategy_is_filled_in() -> None:
+    def settled(**changes: object) -> tuple[str, str]:
+        strategy = build_settings(config(strategy__name="kl", strategy__positions="answer", **changes)).strategy
+        return strategy.metric, strategy.positions
+
+    assert settled() == ("kl", "answer")
+    assert settled(strategy__metric="squared_error") == ("squared_error", "answer")
+    assert settled(component__name="vision") == ("squared_error", "all"), "features have no distribution"
+    assert settled(component__name="vision", strategy__estimator="gradient")[1] == "answer"

@@ -16,8 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from qvl_hydra.errors import SettingsError
+from qvl_hydra.estimators.table import estimator_of
 
 T = TypeVar("T")
+STRATEGIES = {  # that each backend measures
+    "torch": ("kl", "mse_v2", "hawq_v2"),
+    "onnxrt": ("kl", "mse_v2"),
+    "inc_fx": ("mse_v2", "hawq_v2"),
+    "inc_onnxrt": ("mse_v2",),
+    "modelopt": ("kl", "mse_v2"),
+}
 SEEDS = 2**32  # numpy's random generators take none below 0
 
 
@@ -96,19 +104,21 @@ def parse_blocks(text: str) -> frozenset[int]:
 class StrategySettings:
     """What a score is, and how it is estimated (docs/estimators.md)."""
 
-    name: Literal["mse_v2", "hawq_v2"]
-    estimator: Literal["auto", "exact", "sketch"] = "auto"
+    name: Literal["kl", "mse_v2", "hawq_v2"]
+    estimator: Literal["auto", "exact", "sketch", "gradient"] = "auto"
     direction: Literal["requantize", "fallback"] = "requantize"
-    metric: Literal["squared_error", "kl", "loss_change"] = "squared_error"
-    confidence_batches: int | None = 2  # batches of calibration.batch_size samples that are scored; null: all
-    probes: int = 4  # sketch: backward passes a sample; hawq_v2: the first round of Hutchinson probes
-    variant: Literal["shrunk", "split", "sequence", "token", "element"] = "shrunk"  # sketch: how tokens are summed
+    metric: Literal["auto", "squared_error", "kl", "loss_change"] = "auto"  # auto: kl, of features squared_error
+    positions: Literal["answer", "text", "all"] = "all"  # output positions that are compared
+    confidence_batches: int | None = None  # batches of calibration.batch_size samples that are scored; null: all
+    probes: int = 1  # sketch: backward passes a sample; samples are worth more
+    reduction: Literal["shrunk", "split", "sequence", "token"] = "shrunk"  # sketch: how tokens are summed
     exact_share: float = 0.2  # auto: share of the operators, most sensitive first, measured exactly
     control_share: float = 0.1  # auto: share of the others, drawn at random, measured exactly as a control
     agreement_warn: float = 0.8  # auto: warn when sketch and exact agree less (Spearman) on what both saw
+    curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"  # hawq_v2
     weighting: Literal["weight_error", "trace"] = "weight_error"  # hawq_v2: `trace` is Neural Compressor's order
-    max_probes: int = 64  # hawq_v2: at most so many Hutchinson probes
-    tolerance: float = 0.05  # hawq_v2: stop when the median relative standard error is below
+    max_probes: int = 64  # hawq_v2, curvature=hessian: at most so many Hutchinson probes; `probes` is the first round
+    tolerance: float = 0.05  # the same: stop when the median relative standard error is below
 
     def faults(self) -> list[str]:
         found = []
@@ -366,30 +376,24 @@ class Settings:
     def faults(self) -> list[str]:
         """Faults between groups, and of the keys that belong to none."""
         found = [] if 0 <= self.seed < SEEDS else [f"seed={self.seed}; must lie between 0 and {SEEDS - 1}"]
-        hawq = self.strategy.name == "hawq_v2"
-        if hawq and self.backend.name not in ("torch", "inc_fx"):
-            found.append(f"strategy=hawq_v2 is measured by backend=torch or inc_fx, not {self.backend.name}")
-        if hawq and self.quant.weight_bits is None and self.strategy.weighting == "weight_error":
-            found.append("strategy=hawq_v2 weighs by the weight error, but quant.weight_bits is null")
-        if hawq and self.model.placement == "streamed":
-            found.append("strategy=hawq_v2 needs model.placement=resident: a Hessian product goes through all blocks")
+        found += self._strategy_faults()
+        able = STRATEGIES[self.backend.name]
+        if self.strategy.name not in able:
+            found.append(
+                f"strategy={self.strategy.name} is not measured by backend={self.backend.name}; it measures "
+                f"strategy={' and '.join(able)}"
+            )
+        elif self.strategy.name == "mse_v2" and self.strategy.positions != "all" and "kl" not in able:
+            found.append(f"strategy.positions={self.strategy.positions}; backend={self.backend.name} compares all")
         if self.model.placement == "streamed" and self.backend.name != "torch":
             found.append(f"model.placement=streamed is done by backend=torch, not {self.backend.name}")
-        if self.backend.name != "torch" and self.strategy.estimator == "sketch":
-            found.append(f"strategy.estimator=sketch is done by backend=torch, not {self.backend.name}")
-        if self.strategy.direction == "fallback" and self.strategy.estimator == "sketch":
-            found.append("strategy.estimator=sketch measures direction=requantize; take exact for fallback")
+        if self.backend.name != "torch" and self.strategy.estimator in ("sketch", "gradient"):
+            estimator = self.strategy.estimator
+            found.append(f"strategy.estimator={estimator} is done by backend=torch, not {self.backend.name}")
         if self.backend.name == "inc_fx" and self.backend.device.startswith("cuda"):
             found.append("backend=inc_fx runs on the CPU; Neural Compressor's way to CUDA is backend=inc_onnxrt")
         if self.backend.name == "inc_fx" and self.model.dtype != "float32":
             found.append(f"backend=inc_fx quantizes float32 models, not model.dtype={self.model.dtype}")
-        metric, estimator = self.strategy.metric, self.strategy.estimator
-        if metric != "squared_error" and self.component.name == "vision":
-            found.append(f"strategy.metric={metric} compares distributions over tokens, which component=vision has not")
-        if self.strategy.variant == "element" and self.component.name == "vision":
-            found.append("strategy.variant=element takes the gradient of the task loss, which component=vision has not")
-        if metric == "loss_change" and estimator != "exact" and self.strategy.direction == "requantize" and not hawq:
-            found.append(f"strategy.metric=loss_change needs strategy.estimator=exact, not {estimator}")
         if self.model.placement == "streamed" and self.model.weights == "random":
             found.append("model.placement=streamed reads a checkpoint, and model.weights=random has none")
         if self.model.placement == "streamed" and self.task.name != "sweep":
@@ -397,6 +401,32 @@ class Settings:
         if self.operators.fuse and self.backend.name not in ("torch", "onnxrt"):
             found.append(f"operators.fuse is done by backend=torch and onnxrt, not {self.backend.name}")
         return found
+
+
+    def _strategy_faults(self) -> list[str]:
+        """Faults between the strategy and what it is measured on, by the row of its estimator."""
+        strategy, component = self.strategy, self.component.name
+        row = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
+        found = row.faults(strategy.direction, strategy.metric, self.model.placement)
+        if strategy.metric in ("kl", "loss_change") and component == "vision":
+            found.append(
+                f"strategy.metric={strategy.metric} compares distributions over tokens, which component=vision has not"
+            )
+        if row.weighs_errors and self.quant.weight_bits is None and strategy.weighting == "weight_error":
+            found.append(f"strategy={strategy.name} weighs by the weight error, but quant.weight_bits is null")
+        return found
+
+    def settled(self) -> Settings:
+        """The same with what is left to the program filled in: features are compared whole, and by squared error."""
+        strategy = self.strategy
+        if self.component.name == "vision":
+            row = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
+            positions = "all" if row.metrics else strategy.positions
+            strategy = dataclasses.replace(strategy, positions=positions)
+        if strategy.metric == "auto":
+            metric: Literal["squared_error", "kl"] = "squared_error" if self.component.name == "vision" else "kl"
+            strategy = dataclasses.replace(strategy, metric=metric)
+        return dataclasses.replace(self, strategy=strategy)
 
 
 def build_settings(config: Mapping[str, Any]) -> Settings:
@@ -416,7 +446,7 @@ def judge_settings(config: Mapping[str, Any]) -> tuple[Settings | None, list[str
     faults: list[str] = []
     limits: list[str] = []
     settings = _build(Settings, config, "", faults, limits)
-    return settings, [*faults, *limits]
+    return settings and settings.settled(), [*faults, *limits]
 
 
 def _build(cls: type[T], given: Mapping[str, Any], path: str, faults: list[str], limits: list[str]) -> T | None:

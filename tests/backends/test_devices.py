@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.jobs import SCHEMES, make_job, measure
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.estimators import sketch
+from qvl_hydra.estimators import reverse
 from qvl_hydra.models import stream
 from qvl_hydra.models.load import LoadedModel
 from tests.backends.claimed_gpu import GPU, ClaimedGpu, claim, claimed_parameter, claims
@@ -23,14 +23,14 @@ from tests.conftest import load_tiny
 @pytest.fixture
 def _claiming(monkeypatch: pytest.MonkeyPatch) -> None:
     """What no function mode sees, and what asks the driver."""
-    apply, backward = sketch._Tap.apply, sketch._Tap.backward
+    apply, backward = reverse._Tapped.apply, reverse._Tapped.backward
 
     def claiming_backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
         to_input, *rest = backward(ctx, claim(g))
         return claim(to_input), *rest
 
-    monkeypatch.setattr(sketch._Tap, "backward", staticmethod(claiming_backward))
-    monkeypatch.setattr(sketch._Tap, "apply", staticmethod(lambda *arguments: claim(apply(*arguments))))
+    monkeypatch.setattr(reverse._Tapped, "backward", staticmethod(claiming_backward))
+    monkeypatch.setattr(reverse._Tapped, "apply", staticmethod(lambda *arguments: claim(apply(*arguments))))
     monkeypatch.setattr(stream, "nn", SimpleNamespace(Parameter=claimed_parameter, Module=nn.Module))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _=None: (1 << 34, 1 << 34))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _=None: None)
@@ -53,7 +53,7 @@ def on_gpu(model: LoadedModel) -> LoadedModel:
         ("lm", "w8a8_dynamic", {"estimator": "auto", "metric": "kl"}, {"dtype": "bfloat16"}),
         ("lm", "inc_static", {"estimator": "exact"}, {}),
         ("lm", "w4a16", {"direction": "fallback"}, {}),
-        ("lm", "w8a8_static", {"estimator": "sketch", "variant": "element"}, {}),
+        ("lm", "w8a8_static", {"estimator": "gradient", "positions": "answer"}, {}),
         ("vision", "w4a16", {"estimator": "auto"}, {}),
         ("lm", "w8a16", {"name": "hawq_v2", "probes": 2, "max_probes": 2}, {}),
     ],

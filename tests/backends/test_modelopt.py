@@ -19,7 +19,7 @@ from qvl_hydra.models.forward import reference_output
 from qvl_hydra.quantization.apply import replaced_forwards
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 from qvl_hydra.runs.folder import RunFolder
-from qvl_hydra.settings import BackendSettings, StrategySettings
+from qvl_hydra.settings import BackendSettings
 from tests.backends.neural_compressor.inc_job import Steps, make_job
 
 W8A8 = Scheme("w8a8_static", WeightFormat(8), ActivationFormat(8))
@@ -158,7 +158,7 @@ def test_model_is_left_as_it_was_and_a_second_run_goes_on(tmp_path: Path) -> Non
 def test_what_it_does_not_do_is_refused(tmp_path: Path) -> None:
     engine, folder = load_engine("modelopt"), RunFolder(tmp_path / "run")
     job = job_for(tmp_path, "gradient")
-    fallback = dataclasses.replace(job, strategy=StrategySettings(name="mse_v2", direction="fallback"))
+    fallback = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, direction="fallback"))
     asymmetric = dataclasses.replace(job, schemes=(Scheme("x", WeightFormat(8, symmetric=False), None),))
     with pytest.raises(EngineError, match=r"strategy\.direction=requantize"):
         engine(fallback, folder, Steps())

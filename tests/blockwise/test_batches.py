@@ -13,7 +13,7 @@ from qvl_hydra.blockwise import batches
 from qvl_hydra.blockwise.batches import make_batches, put_together
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.estimators import sketch_run
+from qvl_hydra.estimators import reverse_walk
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from tests.backends.test_torch import SCHEMES, make_job, scores
@@ -62,18 +62,24 @@ def test_batches_hold_every_sample_once_and_keep_to_their_tokens(
 
 
 @pytest.mark.parametrize(
-    ("component", "variant"), [("lm", "shrunk"), ("vision", "shrunk"), ("full", "shrunk"), ("full", "element")]
+    ("component", "strategy"),
+    [
+        ("lm", {}), ("vision", {}), ("full", {}), ("lm", {"metric": "kl", "positions": "answer"}),
+        ("full", {"positions": "text"}), ("full", {"estimator": "gradient", "positions": "answer"}),
+        ("full", {"name": "hawq_v2", "positions": "answer"}),
+    ],
+    ids=str,
 )
 def test_batched_samples_score_as_alone(
-    tiny_model: LoadedModel, component: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: LoadedModel, component: str, strategy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = tuple(samples_of(tiny_model))
     # Weights only: a rounded activation can fall to either side of a tie.
-    job = make_job(tiny_model, samples, SCHEMES["w8a16"], component, estimator="sketch", variant=variant, probes=3)
+    job = make_job(tiny_model, samples, SCHEMES["w8a16"], component, **{"estimator": "sketch", "probes": 3} | strategy)
     found = {}
     for limit in (1, 100_000):
         monkeypatch.setitem(batches.BATCH_TOKENS, "cpu", limit)
-        found[limit] = scores(job, tmp_path / str(limit))[0].sort_values(KEYS, ignore_index=True)
+        found[limit] = scores(job, tmp_path / str(limit))[0].sort_values(KEYS, ignore_index=True).drop(columns="signed")
     pd.testing.assert_frame_equal(found[1], found[100_000], rtol=2e-3)
 
 
@@ -83,7 +89,7 @@ def test_a_batch_goes_on_in_halves_when_memory_runs_out(
     job = make_job(tiny_model, tiny_samples, SCHEMES["w8a8_static"], estimator="sketch")
     monkeypatch.setitem(batches.BATCH_TOKENS, "cpu", 100_000)
     together, _, _ = scores(job, tmp_path / "together")
-    whole, sizes = sketch_run.step_back, []
+    whole, sizes = reverse_walk.step_back, []
 
     def short_of_memory(work: Any, context: Any, *rest: Any) -> Any:
         sizes.append(len(context.samples))
@@ -91,10 +97,10 @@ def test_a_batch_goes_on_in_halves_when_memory_runs_out(
             raise torch.cuda.OutOfMemoryError("not enough memory")
         return whole(work, context, *rest)
 
-    monkeypatch.setattr(sketch_run, "step_back", short_of_memory)
+    monkeypatch.setattr(reverse_walk, "step_back", short_of_memory)
     halves, _, _ = scores(job, tmp_path / "halves")
     assert max(sizes[: len(tiny_samples) * 2]) == len(tiny_samples)
     assert max(sizes[len(tiny_samples) * 2 :]) == 1, "what was halved stays so"
     pd.testing.assert_frame_equal(
-        halves.sort_values(KEYS, ignore_index=True), together.sort_values(KEYS, ignore_index=True), rtol=2e-3
+        *(found.sort_values(KEYS, ignore_index=True).drop(columns="signed") for found in (halves, together)), rtol=2e-3
     )

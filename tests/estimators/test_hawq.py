@@ -72,7 +72,8 @@ def exact_trace(job: SweepJob, path: str) -> float:
 
 
 def strategy(**changes: object) -> StrategySettings:
-    return StrategySettings("hawq_v2", **{"probes": 64, "max_probes": 2048, "tolerance": 0.02, **changes})  # type: ignore[arg-type]
+    given = {"curvature": "hessian", "probes": 64, "max_probes": 2048, "tolerance": 0.02} | changes
+    return StrategySettings("hawq_v2", **given)  # type: ignore[arg-type]
 
 
 def test_traces_are_the_hessians(job: SweepJob, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from benchmarks.jobs import SCHEMES, Silent, make_job
 from qvl_hydra.backends import torch as native
 from qvl_hydra.blockwise.walker import Segment, Walker
 from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.estimators.first_order import FirstOrder, OperatorChange, _dot, combine
 from qvl_hydra.estimators.probes import (
     Signs,
     _eigenvectors,
@@ -24,7 +25,7 @@ from qvl_hydra.estimators.probes import (
     loss_gradient,
     sign_probes,
 )
-from qvl_hydra.estimators.sketch import OperatorChange, SketchSegment, _dot, combine, step_back
+from qvl_hydra.estimators.reverse import ReverseSegment, step_back
 from qvl_hydra.models import memory
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator
@@ -79,18 +80,18 @@ def quantizers(model: MixedLinear, x: Tensor, scheme: Scheme) -> dict[str, Opera
     return {path: make_quantizer(model, path, scheme, ranges) for path in inputs}
 
 
-def sketched(model: MixedLinear, x: Tensor, scheme: Scheme, variant: str, probes: list[Tensor]) -> dict[str, Tensor]:
+def sketched(model: MixedLinear, x: Tensor, scheme: Scheme, reduction: str, probes: list[Tensor]) -> dict[str, Tensor]:
     targets = [Target(path, (operator(path),)) for path in ("first", "second")]
     found = {}
     for path, q in quantizers(model, x, scheme).items():
         change = None if q.weight is None else q.weight - model.get_submodule(path).weight
         found[path] = [OperatorChange(scheme, change, q.input, q.output)]
     segment = Segment("all", False, ("first", "second"), lambda state, context: model(state))
-    work = SketchSegment(SimpleNamespace(module=model), segment, targets, found, variant)  # type: ignore[arg-type]
+    walker: Any = SimpleNamespace(module=model)
+    work = ReverseSegment(walker, segment, targets, FirstOrder(found, reduction))
     context: Any = None
-    products, _ = step_back(work, context, x[None], [probe[None] for probe in probes])
-    values = products[0].values(variant, slice(None))
-    return {target.name: value[:, 0] for target, value in zip(targets, values, strict=True)}
+    values, _ = step_back(work, context, x[None], [probe[None] for probe in probes], lambda tokens: [slice(tokens)])
+    return {target.name: value[:, 1] for target, value in zip(targets, values[0][0], strict=True)}
 
 
 def squared_errors(model: MixedLinear, x: Tensor, scheme: Scheme) -> dict[str, float]:
@@ -242,12 +243,13 @@ def test_loss_gradient_is_autograds() -> None:
 
 def test_combine_by_hand() -> None:
     weight, activation = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]])
-    assert combine("sequence", weight, activation).tolist() == [[25.0]]
-    assert combine("token", weight, activation).tolist() == [[17.0]]
-    assert combine("split", weight, activation).tolist() == [[19.0]]
-    assert combine("split", None, activation).tolist() == [[10.0]]
-    assert combine("shrunk", weight, activation).tolist() == [[17.0, 4.0, 4.0]]
-    assert combine("shrunk", weight, None).tolist() == [[5.0, 4.0, 0.0]]
+    assert combine("sequence", weight, activation).tolist() == [[5.0, 25.0]]
+    assert combine("sequence", -weight, None).tolist() == [[-3.0, 9.0]]
+    assert combine("token", weight, activation).tolist() == [[5.0, 17.0]]
+    assert combine("split", weight, activation).tolist() == [[5.0, 19.0]]
+    assert combine("split", None, activation).tolist() == [[2.0, 10.0]]
+    assert combine("shrunk", weight, activation).tolist() == [[5.0, 17.0, 4.0, 4.0]]
+    assert combine("shrunk", weight, None).tolist() == [[3.0, 5.0, 4.0, 0.0]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -279,16 +281,6 @@ def test_products_do_not_overflow(dtype: torch.dtype) -> None:
     assert _dot(large, large).tolist() == pytest.approx([8 * 400.0**2] * 2, rel=1e-2)
 
 
-def test_elementwise_score_is_the_label_gradients(model: MixedLinear, x: Tensor) -> None:
-    """The baseline of other tools: sum of (gradient x change)^2 over the operator's output."""
-    probe = torch.randn(TOKENS, OUT)
-    value = sketched(model, x, SCHEME, "element", [probe])["first"]
-    found = quantizers(model, x, SCHEME)["first"]
-    change = quantized_operator(model.first, x, found) - model.first(x)
-    gradient = model.mix.T @ probe @ model.second.weight
-    torch.testing.assert_close(value, (gradient * change).square().sum()[None])
-
-
 @pytest.mark.parametrize("metric", ["squared_error", "kl"])
 @pytest.mark.parametrize("component", ["lm", "vision", "full"])
 def test_sketch_ranks_like_exact_on_the_bundled_model(
@@ -314,7 +306,7 @@ def test_sketch_of_a_model_is_what_autograd_gives(
     """The whole engine against one plain backward pass through all of the model at once."""
     model, sample = load_tiny(name, dtype=dtype), tiny_samples[0]
     job = make_job(
-        model, (sample,), SCHEMES["w8a16"], component, estimator="sketch", variant="sequence", probes=1
+        model, (sample,), SCHEMES["w8a16"], component, estimator="sketch", reduction="sequence", probes=1
     )
     native.run(job, RunFolder(tmp_path), Silent())
     found = RunFolder(tmp_path).frame().set_index("op")["value"]

@@ -66,7 +66,7 @@ def test_files_and_their_schema(tmp_path: Path, tiny_model: LoadedModel) -> None
         assert (row["component"], row["role"], row["group"], row["n_params"]) == ("lm", op.role, op.group, op.n_params)
 
     samples = pd.read_parquet(tmp_path / "sample_scores.parquet")
-    assert {"op", "sample", "probe", "value", "metric", "estimator", "scheme"} == set(samples.columns)
+    assert {"op", "sample", "probe", "value", "metric", "estimator", "scheme", "signed"} == set(samples.columns)
     for estimator, part in samples[samples["metric"] == "squared_error"].groupby("estimator"):
         per_op = part.groupby("op")["sample"].nunique()
         assert set(per_op) == {4}

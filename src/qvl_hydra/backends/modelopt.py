@@ -93,10 +93,10 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
 
 
 def _check(job: SweepJob) -> None:
-    if job.strategy.name != "mse_v2" or job.strategy.direction != "requantize":
+    if job.strategy.name == "hawq_v2" or job.strategy.direction != "requantize":
         raise EngineError(
             f"backend=modelopt has scores of its own, not strategy={job.strategy.name} with direction="
-            f"{job.strategy.direction}; leave strategy=mse_v2, strategy.direction=requantize and choose backend.method"
+            f"{job.strategy.direction}; leave strategy=kl, strategy.direction=requantize and choose backend.method"
         )
     if job.model.streamed:
         raise EngineError("backend=modelopt needs model.placement=resident")

@@ -53,7 +53,7 @@ def check_job(job: SweepJob) -> None:
     Raises:
         EngineError: gradients are asked for, or a metric that the component's output has not.
     """
-    if job.strategy.name != "mse_v2":
+    if job.strategy.name == "hawq_v2":
         raise EngineError(f"strategy={job.strategy.name}, but a graph has no gradients; take backend=torch or inc_fx")
     if job.strategy.metric not in output_metrics(job.component):
         raise EngineError(

@@ -19,7 +19,8 @@ from torch import Tensor
 from qvl_hydra.backends.onnx_graphs import Bundle, check_job, forward_seconds, open_bundle
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
-from qvl_hydra.estimators.metrics import UNITS, error_counts, error_sums, next_token_labels, output_metrics
+from qvl_hydra.estimators.metrics import error_counts, error_sums, next_token_labels, output_metrics, unit_of
+from qvl_hydra.estimators.positions import scored_positions
 from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.onnx.scoring.foreign import rows_are_free
 from qvl_hydra.onnx.scoring.observe import NodeObserver, Params, observe
@@ -60,7 +61,9 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
         engine_s = time.perf_counter() - started
     notes = bundle.notes + ([] if device.note is None else [device.note])
     details = {**bundle.details, "provider": device.provider, "rows": rows, "graph_s": opened - began}
-    return EngineReport(ESTIMATOR, job.strategy.metric, UNITS[job.strategy.metric], forward_s, engine_s, notes, details)
+    metric = job.strategy.metric
+    unit = unit_of(metric, job.strategy.positions)
+    return EngineReport(ESTIMATOR, metric, unit, forward_s, engine_s, notes, details)
 
 
 def _work(job: SweepJob, targets: Sequence[Target]) -> float:
@@ -220,17 +223,27 @@ def _score_sample(bench: _Bench, sample: Sample) -> dict[str, dict[str, float]]:
     feeds = bench.graph.feeds(sample)
     fallback = job.strategy.direction == "fallback"
     alone = np.eye(count, dtype=bool)  # row, line
-    reference = _call(bench, feeds, np.zeros((1, count), dtype=bool))[0]
-    labels = None if job.component == "vision" else next_token_labels(sample.labels)
+    labels: Tensor | None = None
+    counted: slice | Tensor = slice(None)
+    if job.component != "vision":
+        image_tokens = sample.input_ids == job.model.config.image_token_id
+        mask = scored_positions(sample, image_tokens, job.strategy.positions)
+        labels = next_token_labels(sample.labels)[mask]
+        counted = slice(None) if bool(mask.all()) else mask.nonzero()[:, 0]
+
+    def outputs(rows: Any) -> Tensor:
+        return _call(bench, feeds, rows)[:, counted]
+
+    reference = outputs(np.zeros((1, count), dtype=bool))[0]
     bench.progress.step()
     parts = []
     for first in range(0, count, bench.rows):
         rows = alone[first : first + bench.rows]
-        parts.append(error_sums(reference, _call(bench, feeds, ~rows if fallback else rows), labels))
+        parts.append(error_sums(reference, outputs(~rows if fallback else rows), labels))
         bench.progress.step(len(rows))
     values = torch.cat(parts)
     if fallback:
-        values = error_sums(reference, _call(bench, feeds, np.ones((1, count), dtype=bool)), labels) - values
+        values = error_sums(reference, outputs(np.ones((1, count), dtype=bool)), labels) - values
     values = values / torch.tensor(error_counts(len(reference), labels), dtype=torch.float64)
     names = output_metrics(job.component)
     rows_ = zip(bench.targets, values.tolist(), strict=True)

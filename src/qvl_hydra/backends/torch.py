@@ -20,7 +20,7 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     """
     with _device_mode(job):
         strategy = job.strategy
-        row = estimator_of(strategy.name, strategy.estimator, strategy.direction)
+        row = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
         return load_estimator(row)(job, folder, progress)
 
 

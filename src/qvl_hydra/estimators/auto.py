@@ -12,6 +12,7 @@ from qvl_hydra.estimators import sketch_run
 from qvl_hydra.estimators.bench import Bench, measuring
 from qvl_hydra.estimators.exact_run import exact_cost, measure_exact
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
+from qvl_hydra.estimators.reverse_walk import cost
 from qvl_hydra.operators.targets import Target, make_targets
 from qvl_hydra.runs.folder import RunFolder
 
@@ -39,7 +40,7 @@ def _work(job: SweepJob) -> float:
     top = max(FEWEST_EXACT, math.ceil(strategy.exact_share * targets))
     rest = max(0, targets - top)
     measured = min(targets, top + max(FEWEST_CONTROL, math.ceil(strategy.control_share * rest)))
-    return len(job.scored) * (sketch_run.cost(strategy.probes) + len(job.schemes) * exact_cost(measured))
+    return len(job.scored) * (cost(strategy.probes) + len(job.schemes) * exact_cost(measured))
 
 
 def _choose(bench: Bench) -> tuple[list[Target], set[str]]:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from qvl_hydra.blockwise.ranges import Params, walk
 from qvl_hydra.blockwise.stopwatch import forward_seconds, synchronize
@@ -14,7 +16,8 @@ from qvl_hydra.blockwise.walker import Context, State, Walker
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators.exact import RowChunk
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
-from qvl_hydra.estimators.metrics import UNITS
+from qvl_hydra.estimators.metrics import unit_of
+from qvl_hydra.estimators.positions import scored_positions, without_answer
 from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target, make_targets
@@ -56,10 +59,23 @@ class Bench:
         module = self.walker.module
         return lambda op: make_quantizer(module, op.path, scheme, self.ranges[scheme.name])
 
+    def scored_positions(self, context: Context) -> list[Bool[Tensor, "token"]]:
+        """For each sample of a context the positions that count."""
+        return [
+            scored_positions(sample, image_tokens[: sample.input_ids.numel()], self.job.strategy.positions)
+            for sample, image_tokens in zip(context.samples, context.places, strict=True)
+        ]
+
 
 @contextmanager
 def measuring(
-    job: SweepJob, folder: RunFolder, progress: Progress, estimator: str, work: float, keep_states: bool
+    job: SweepJob,
+    folder: RunFolder,
+    progress: Progress,
+    estimator: str,
+    work: float,
+    keep_states: bool,
+    logits: bool = False,
 ) -> Iterator[Bench]:
     """Prepare a measurement, time a plain forward, and count the seconds until the end as measuring.
 
@@ -67,11 +83,12 @@ def measuring(
         estimator: what the report says that scores were measured with.
         work: of the estimator, in forwards of one sample, for the time left on screen.
         keep_states: keep the states between segments that the sketch needs, where they fit in memory.
+        logits: start from the logits even where the vision tower alone is scored.
 
     Raises:
         EngineError: no sample reaches the component.
     """
-    walker = Walker(job.model, job.component)
+    walker = Walker(job.model, "full" if logits and job.component == "vision" else job.component)
     calibration = [sample for sample in job.calibration.samples if walker.usable(sample)]
     scored = [sample for sample in job.scored if walker.usable(sample)]
     if not scored:
@@ -80,8 +97,15 @@ def measuring(
     contexts = walker.contexts(calibration)
     starts = walker.starts(contexts)
     first, first_starts = contexts[: len(scored)], starts[: len(scored)]
-    metric = job.strategy.metric
-    report = EngineReport(estimator, metric, UNITS[metric], plain_forward_s(walker, first, first_starts), 0.0)
+    metric, positions = job.strategy.metric, job.strategy.positions
+    report = EngineReport(
+        estimator, metric, unit_of(metric, positions), plain_forward_s(walker, first, first_starts), 0.0
+    )
+    if positions == "answer" and (count := without_answer(scored)):
+        report.notes.append(
+            f"{count} of {len(scored)} scored samples have no answer: they are judged at all text positions; give the "
+            "calibration source answers, or take strategy.positions=text for all alike"
+        )
     with folder.measuring():
         kept = len(scored) if keep_states and group_size(job, folder, walker, first_starts) >= len(scored) else 0
         ranges, states = _observe(job, folder, walker, contexts, starts, kept, progress)
@@ -141,9 +165,7 @@ def _observe(
     states: list[list[State]] | None = None
     if known is None:
         step = len(contexts) / len(walker.segments)
-        ranges, states = walk(
-            walker, contexts, starts, job.operators, job.schemes, lambda: progress.step(step), keep
-        )
+        ranges, states = walk(walker, contexts, starts, job.operators, job.schemes, lambda: progress.step(step), keep)
         states = states if keep else None
         for path, error in ranges.failed.items():
             folder.fail(path, error)

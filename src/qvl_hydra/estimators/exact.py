@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qvl_hydra.blockwise.walker import Context, Segment, State, Walker
 from qvl_hydra.estimators.metrics import error_counts, error_sums, next_token_labels, output_metrics, token_chunks
+from qvl_hydra.estimators.positions import scored_positions
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.apply import replaced_forwards
@@ -39,6 +40,7 @@ class Wavefront:
         base: operators that are quantized in the base state (`fallback`); empty for `requantize`.
         quantizer: makes an operator's quantizer while its weights are in memory.
         chunk: rows advanced together; halved when CUDA runs out of memory.
+        positions: whose outputs are compared, see `scored_positions`.
     """
 
     walker: Walker
@@ -46,6 +48,7 @@ class Wavefront:
     base: Sequence[Operator]
     quantizer: QuantizerOf
     chunk: RowChunk
+    positions: str = "all"
 
 
 class RowChunk:
@@ -186,6 +189,10 @@ def _compare(
     """
     is_text = wave.walker.component != "vision"
     labels = next_token_labels(context.sample.labels).to(rows.device) if is_text else None
+    if labels is not None:
+        counted = scored_positions(context.sample, context.places[0], wave.positions).to(rows.device)
+        if not bool(counted.all()):
+            rows, labels = rows[:, counted], labels[counted]
     a_token = wave.walker.module.lm_head.out_features * 4 * min(wave.chunk.size, rows.shape[0])
     sums: list[Tensor] = []
     for tokens in token_chunks(rows.shape[1], a_token, OUTPUT_BYTES[rows.device.type]) if is_text else [slice(None)]:

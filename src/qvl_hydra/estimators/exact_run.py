@@ -40,7 +40,7 @@ def measure_exact(bench: Bench, targets: Sequence[Target]) -> None:
     walker, contexts, starts = _in_float32(bench)
     base = [op for target in targets for op in target.operators] if job.strategy.direction == "fallback" else []
     for scheme in job.schemes:
-        wave = Wavefront(walker, targets, base, bench.quantizer(scheme), bench.chunk)
+        wave = Wavefront(walker, targets, base, bench.quantizer(scheme), bench.chunk, job.strategy.positions)
         for index, (context, start) in enumerate(zip(contexts, starts, strict=True)):
             unit = f"exact-{scheme.name}-{index:05d}"
             if not bench.folder.done(unit):

@@ -47,7 +47,7 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     targets = _reachable(job, folder, samples)
     operators = [op for target in targets for op in target.operators]
     metric = "mean_trace" if strategy.weighting == "trace" else "omega"
-    report = EngineReport("hutchinson", metric, UNITS[metric], 0.0, 0.0)
+    report = EngineReport("hessian", metric, UNITS[metric], 0.0, 0.0)
     report.forward_s = _forward_s(job, samples)
     began = time.perf_counter()
     weights_of = {op.path: weight_of(job, op) for op in operators}
@@ -192,7 +192,7 @@ def _write(
             else:
                 values["omega"] = sum(products[op.path][k] * factors[op.path] for op in members)
             scores += [
-                SampleScore(target.name, sample.id, first + k, value, metric, "hutchinson", job.scheme.name)
+                SampleScore(target.name, sample.id, first + k, value, metric, "hessian", job.scheme.name)
                 for metric, value in values.items()
             ]
     folder.write_finite(unit, scores)

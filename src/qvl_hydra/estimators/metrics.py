@@ -15,11 +15,21 @@ UNITS = {
     "squared_error": "squared output difference a sample",
     "kl": "nats a token",
     "loss_change": "nats an answer token",
-    "trace": "trace of the Hessian of the loss",
-    "mean_trace": "mean eigenvalue of the Hessian of the loss",
-    "omega": "mean Hessian eigenvalue x squared weight error",
+    "loss_gradient": "squared first-order loss change, nats^2 an answer token",
+    "trace": "trace of the loss's curvature",
+    "mean_trace": "mean eigenvalue of the loss's curvature",
+    "omega": "mean eigenvalue of the loss's curvature x squared weight error",
+}
+AT_POSITIONS = {
+    "text": {"squared_error": "squared output difference at text positions, a sample", "kl": "nats a text token"},
+    "answer": {"squared_error": "squared output difference at the answer, a sample", "kl": "nats an answer token"},
 }
 TEXT_METRICS = ("squared_error", "kl", "loss_change")
+
+
+def unit_of(metric: str, positions: str) -> str:
+    """What one is of, for scores of a metric at the positions of `strategy.positions`."""
+    return AT_POSITIONS.get(positions, {}).get(metric, UNITS.get(metric, ""))
 
 
 def output_metrics(component: str) -> tuple[str, ...]:

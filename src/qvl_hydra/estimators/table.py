@@ -11,51 +11,76 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+BOTH = ("requantize", "fallback")
+
 
 @dataclass(frozen=True)
 class Estimator:
     """One way of measuring scores.
 
     Attributes:
-        name: `strategy.estimator`, or what strategy=hawq_v2 measures with.
+        name: `strategy.estimator`, or with strategy=hawq_v2 `strategy.curvature`.
         run: `module:function`, an engine over the block walker.
         directions: of `strategy.direction` that it measures.
-        metrics: of `strategy.metric` that it ranks by; empty: it has a number of its own.
-        placements: of `model.placement` that it works with.
-        why_resident: what it needs all weights for, where it does not work streamed.
+        metrics: of `strategy.metric` that it ranks by; empty: it has a metric of its own.
+        metric: that one; `{weighting}` in it stands for what `strategy.weighting` makes of it.
+        approximate: its scores are estimates, which are scaled to the exact ones where a run has both.
+        weighs_errors: it multiplies with the weight's error, unless `strategy.weighting` is `trace`.
+        why_resident: what it needs all weights in memory for; empty: it works streamed, too.
     """
 
     name: str
     run: str
-    directions: tuple[str, ...] = ("requantize", "fallback")
-    metrics: tuple[str, ...] = ("squared_error", "kl", "loss_change")
-    placements: tuple[str, ...] = ("resident", "streamed")
+    directions: tuple[str, ...] = BOTH
+    metrics: tuple[str, ...] = ()
+    metric: str = ""
+    approximate: bool = False
+    weighs_errors: bool = False
     why_resident: str = ""
+
+    def faults(self, direction: str, metric: str, placement: str) -> list[str]:
+        """What of the settings it cannot do."""
+        found = []
+        if direction not in self.directions:
+            found.append(
+                f"strategy.estimator={self.name} measures direction={self.directions[0]}; take exact for {direction}"
+            )
+        if self.metrics and metric not in (*self.metrics, "auto"):
+            able = ", ".join(row.name for row in ESTIMATORS.values() if metric in row.metrics)
+            found.append(f"strategy.metric={metric} needs strategy.estimator={able}, not {self.name}")
+        if self.why_resident and placement == "streamed":
+            found.append(f"strategy with {self.name} needs model.placement=resident: {self.why_resident}")
+        return found
 
 
 ESTIMATORS = {
     row.name: row
     for row in (
-        Estimator("exact", "qvl_hydra.estimators.exact_run:run"),
+        Estimator("exact", "qvl_hydra.estimators.exact_run:run", metrics=("squared_error", "kl", "loss_change")),
         Estimator(
-            "sketch", "qvl_hydra.estimators.sketch_run:run", ("requantize",), ("squared_error", "kl")
+            "sketch", "qvl_hydra.estimators.sketch_run:run", ("requantize",), ("squared_error", "kl"), approximate=True
         ),
-        Estimator("auto", "qvl_hydra.estimators.auto:run", ("requantize",), ("squared_error", "kl")),
+        Estimator("auto", "qvl_hydra.estimators.auto:run", ("requantize",), ("squared_error", "kl"), approximate=True),
         Estimator(
-            "hutchinson", "qvl_hydra.estimators.hawq:run", metrics=(), placements=("resident",),
+            "gradient", "qvl_hydra.estimators.gradient:run", ("requantize",), metric="loss_gradient", approximate=True
+        ),
+        Estimator("gauss_newton", "qvl_hydra.estimators.gauss_newton:run", metric="curvature", weighs_errors=True),
+        Estimator(
+            "hessian", "qvl_hydra.estimators.hawq:run", metric="curvature", weighs_errors=True,
             why_resident="a Hessian product goes through all blocks",
         ),
     )
 }  # fmt: skip
+CURVATURE_METRICS = {"weight_error": "omega", "trace": "mean_trace"}  # by strategy.weighting
 
 
-def estimator_of(strategy: str, estimator: str, direction: str) -> Estimator:
-    """The row that measures `strategy.name`, `.estimator` and `.direction`.
+def estimator_of(strategy: str, estimator: str, direction: str, curvature: str) -> Estimator:
+    """The row that measures `strategy.name`, `.estimator`, `.direction` and `.curvature`.
 
     What `auto` does for `fallback` is `exact`, which alone can.
     """
     if strategy == "hawq_v2":
-        return ESTIMATORS["hutchinson"]
+        return ESTIMATORS[curvature]
     if estimator == "auto" and direction not in ESTIMATORS["auto"].directions:
         return ESTIMATORS["exact"]
     return ESTIMATORS[estimator]
@@ -66,3 +91,10 @@ def load_estimator(row: Estimator) -> Callable[..., Any]:
     module, _, function = row.run.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
+
+
+def ranking_metric(row: Estimator, metric: str, weighting: str) -> str:
+    """The metric that a run's scores will be in: `strategy.metric`, or the estimator's own."""
+    if row.metrics:
+        return metric
+    return CURVATURE_METRICS[weighting] if row.metric == "curvature" else row.metric

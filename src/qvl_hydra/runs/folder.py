@@ -47,6 +47,7 @@ class SampleScore:
         scheme: name of the quantization scheme.
         weight_cross, activation_cross: a sketch's products between different tokens, by what makes them: not in
             `value`, but brought in by `scores.shrink` once all operators are known.
+        signed: of a probe, the first-order effect with its sign: the root of the unbiased value.
     """
 
     op: str
@@ -58,13 +59,14 @@ class SampleScore:
     scheme: str
     weight_cross: float | None = None
     activation_cross: float | None = None
+    signed: float | None = None
 
 
 PART_COLUMNS = tuple(item.name for item in fields(SampleScore))
 COLUMNS = tuple(name for name in PART_COLUMNS if name not in CROSS)  # of `RunFolder.frame`
 PART_SCHEMA = pa.schema(
     [
-        (name, {"probe": pa.int64(), **dict.fromkeys(("value", *CROSS), pa.float64())}.get(name, pa.string()))
+        (name, {"probe": pa.int64(), **dict.fromkeys(("value", "signed", *CROSS), pa.float64())}.get(name, pa.string()))
         for name in PART_COLUMNS
     ]
 )

@@ -15,7 +15,8 @@ from qvl_hydra import __version__
 from qvl_hydra.backends.protocol import load_engine
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators.job import EngineReport, SweepJob
-from qvl_hydra.estimators.metrics import UNITS
+from qvl_hydra.estimators.metrics import unit_of
+from qvl_hydra.estimators.table import estimator_of, ranking_metric
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.folder import RunFolder, write_json, write_parquet
@@ -95,10 +96,10 @@ def _write_calibration(settings: Settings, folder: RunFolder, prepared: Prepared
 
 
 def _ranking_metric(settings: Settings) -> str:
-    if settings.strategy.name == "hawq_v2":
-        trace = settings.strategy.weighting == "trace" or settings.backend.name == "inc_fx"
-        return "mean_trace" if trace else "omega"
-    return settings.strategy.metric
+    strategy = settings.strategy
+    row = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
+    weighting = "trace" if settings.backend.name == "inc_fx" else strategy.weighting
+    return ranking_metric(row, strategy.metric, weighting)
 
 
 def _tables(
@@ -107,6 +108,7 @@ def _tables(
     """The table of each scheme that has scores; the main one always."""
     frame = folder.frame()
     metric = report.metric if report else _ranking_metric(settings)
+    unit = report.unit if report else unit_of(metric, settings.strategy.positions)
     schemes = list(dict.fromkeys([prepared.schemes[0].name, *frame["scheme"].unique()]))
     main = prepared.schemes[0].name
     if len(frame) and main not in set(frame["scheme"]):
@@ -114,8 +116,8 @@ def _tables(
     return {
         scheme: score_table(
             Scored(
-                prepared.operators, frame, folder.endings(), metric, report.unit if report else UNITS[metric],
-                scheme, settings.operators.fuse, settings.seed,
+                prepared.operators, frame, folder.endings(), metric, unit, scheme, settings.operators.fuse,
+                settings.seed,
             )
         )
         for scheme in schemes

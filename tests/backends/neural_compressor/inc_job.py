@@ -105,7 +105,7 @@ def make_job(
         scored=samples[:scored],
         batch_size=batch_size,
         schemes=(scheme,),
-        strategy=strategy or StrategySettings(name="mse_v2", estimator="exact"),
+        strategy=strategy or StrategySettings(name="mse_v2", metric="squared_error", estimator="exact"),
         backend=BackendSettings(name="inc_fx", device="cpu"),
         fuse=False,
         seed=0,

@@ -31,7 +31,7 @@ MINMAX = dataclasses.replace(STATIC, observer="minmax")
 
 
 def job_of(tmp_path: Path, component: str = "lm", direction: str = "requantize", **kwargs: Any) -> SweepJob:
-    strategy = StrategySettings(name="mse_v2", estimator="exact", direction=direction)  # type: ignore[arg-type]
+    strategy = StrategySettings(name="mse_v2", metric="squared_error", estimator="exact", direction=direction)  # type: ignore[arg-type]
     model = small_model(layers=kwargs.pop("layers", 1))
     job = make_job(tmp_path, component, model, scheme=MINMAX, strategy=strategy, **kwargs)
     return dataclasses.replace(job, backend=BackendSettings("inc_onnxrt", device="cpu", threads=1))

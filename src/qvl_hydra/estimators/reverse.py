@@ -1,0 +1,127 @@
+"""One segment of the reverse walk: computed again, with every probe's gradient taken through it.
+
+What is read from the gradients on the way is a `Reading`: the effect of errors (`first_order`) or the curvature at the
+weights (`gauss_newton`). Neither needs a loop over operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qvl_hydra.blockwise.attention import attention_for_backward
+from qvl_hydra.blockwise.walker import Context, Segment, State, Walker
+from qvl_hydra.operators.targets import Target
+from qvl_hydra.quantization.apply import replaced_forwards, unread_output
+from qvl_hydra.quantization.qdq import apply_operator
+
+MakeProbes = Callable[[State], Sequence[State]]
+SamplesOf = Callable[[int], Sequence[slice]]  # from tokens in all, one behind the other, to those of each sample
+
+
+class Tap(Protocol):
+    """What is read at one operator."""
+
+    def take(self, g: Float[Tensor, "token out"], to_input: Float[Tensor, "token in"]) -> None:
+        """Read a probe's gradient at the operator's output and input."""
+
+
+class Reading(Protocol):
+    """What is read from the gradients of a segment."""
+
+    def tap(self, path: str, module: nn.Module, x: Tensor, samples_of: SamplesOf) -> Sequence[Any]:
+        """Taps of an operator on its input, (token, *in)."""
+
+    def collect(
+        self, targets: Sequence[Target], taps: Mapping[str, Sequence[Any]], samples_of: SamplesOf
+    ) -> list[list[Float[Tensor, "target probe part"]]]:
+        """Values by scheme, and within a scheme by sample."""
+
+
+class _Tapped(torch.autograd.Function):
+    """An operator's forward in float whose backward also hands the gradients to its taps.
+
+    Where nobody reads its output, that is zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module, taps: Sequence[Tap], read: bool) -> Tensor:
+        ctx.module, ctx.taps, ctx.shape = module, taps, x.shape
+        return apply_operator(module, x, module.weight) if read else unread_output(module, x)  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        weight: Tensor = ctx.module.weight.flatten(1)
+        flat = g.reshape(-1, weight.shape[0])
+        to_input = flat @ weight
+        for tap in ctx.taps:
+            tap.take(flat, to_input)
+        return to_input.view(ctx.shape), None, None, None
+
+
+@dataclass(frozen=True)
+class ReverseSegment:
+    """One segment's work in the reverse walk.
+
+    Attributes:
+        targets: those with operators in the segment.
+        unread: a linear operator whose output only goes into the segment's, which nobody reads a second time.
+    """
+
+    walker: Walker
+    segment: Segment
+    targets: Sequence[Target]
+    reading: Reading
+    unread: str | None = None
+
+    @property
+    def paths(self) -> list[str]:
+        """Operators that are read, in data order."""
+        return [op.path for target in self.targets for op in target.operators if self.segment.holds(op)]
+
+
+def step_back(
+    work: ReverseSegment,
+    context: Context,
+    state: State,
+    gradients: Sequence[State] | MakeProbes,
+    samples_of: SamplesOf,
+) -> tuple[list[list[Float[Tensor, "target probe part"]]], list[State]]:
+    """Compute a segment again and take every probe's gradient through it.
+
+    Args:
+        state: the segment's input: one row, or one a sample.
+        gradients: at the segment's output, one a probe; of the last segment a function that makes them from it.
+        samples_of: where each sample's tokens are.
+
+    Returns:
+        Values by scheme and sample; and the gradients at the segment's input.
+    """
+    taps: dict[str, Sequence[Tap]] = {}
+
+    def forward_of(path: str) -> Callable[[nn.Module, Tensor], Tensor]:
+        def forward(module: nn.Module, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                tokens = x.detach().flatten(0, 1) if x.dim() == 3 else x.detach()
+                taps[path] = work.reading.tap(path, module, tokens, samples_of)
+            result: Tensor = _Tapped.apply(x, module, taps[path], path != work.unread)
+            return result
+
+        return forward
+
+    with torch.enable_grad(), replaced_forwards(work.walker.module, {path: forward_of(path) for path in work.paths}):
+        start = state.detach().requires_grad_()
+        with attention_for_backward(start):
+            end = work.segment.run(start, context)
+        if callable(gradients):
+            gradients = gradients(end.detach())
+        back = [
+            torch.autograd.grad(end, start, gradient.to(end.dtype), retain_graph=index + 1 < len(gradients))[0]
+            for index, gradient in enumerate(gradients)
+        ]
+    return work.reading.collect(work.targets, taps, samples_of), back

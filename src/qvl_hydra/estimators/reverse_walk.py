@@ -1,0 +1,241 @@
+"""The reverse walk over a whole component: one backward pass a probe, with scores and state on disk after each segment.
+
+A forward walk, then a reverse walk with each segment computed again: memory for the states between segments and one
+segment's graph, weights touched twice. Cost: K + 3 forwards for K probes (docs/estimators.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qvl_hydra.blockwise.batches import Batch, halved, make_batches
+from qvl_hydra.blockwise.ranges import walk
+from qvl_hydra.blockwise.walker import Context, Segment, State
+from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.estimators.bench import Bench, group_size
+from qvl_hydra.estimators.layout import Layout, ScoredTokens, WholeSamples
+from qvl_hydra.estimators.reverse import MakeProbes, Reading, ReverseSegment, step_back
+from qvl_hydra.operators.discover import Operator
+from qvl_hydra.operators.targets import Target
+from qvl_hydra.runs.folder import SampleScore, written_whole
+
+# From a sample, the mask of the positions that count, and the output at those (token, value); features come whole.
+MakeSampleProbes = Callable[[Sample, Tensor, Tensor], Iterable[Tensor]]
+FORWARDS = 3  # forward walk, recomputation, products of the weights' errors
+
+
+class Plan(Protocol):
+    """What an estimator does on a reverse walk."""
+
+    @property
+    def name(self) -> str:
+        """Of its work items on disk."""
+
+    @property
+    def probes(self) -> int:
+        """Backward passes a sample."""
+
+    @property
+    def values(self) -> int:
+        """How many schemes, or other columns, its reading gives values for."""
+
+    def probe_maker(self, bench: Bench) -> MakeSampleProbes:
+        """What makes a sample's probes from its output at the scored positions; the last segment is in memory."""
+
+    def reading(self, bench: Bench, operators: Sequence[Operator]) -> Reading:
+        """What is read in a segment whose weights are in memory."""
+
+    def scores(
+        self, bench: Bench, context: Context, targets: Sequence[Target], values: Sequence[Tensor]
+    ) -> Iterable[SampleScore]:
+        """Scores of a sample from its values (target, probe, part) of each scheme."""
+
+
+def cost(probes: int) -> float:
+    """Forwards of one sample that a reverse walk costs, about."""
+    return probes + FORWARDS
+
+
+def reverse_walk(bench: Bench, plan: Plan) -> None:
+    """Score every target on every scored sample; samples go in groups whose states fit in memory together."""
+    size = group_size(bench.job, bench.folder, bench.walker, bench.starts)
+    for first in range(0, len(bench.contexts), size):
+        _measure_group(bench, plan, first, slice(first, first + size))
+
+
+@dataclass
+class Group:
+    """Samples whose states fit in memory together.
+
+    Attributes:
+        contexts: of each sample.
+        batches: which of them walk back together; halved where the device's memory runs out.
+    """
+
+    contexts: list[Context]
+    batches: list[Batch]
+
+
+def _measure_group(bench: Bench, plan: Plan, first: int, members: slice) -> None:
+    segments, contexts = bench.walker.segments, bench.contexts[members]
+    units = [f"{plan.name}-{first:05d}-{index:04d}" for index in range(len(segments))]
+    left = [index for index, unit in enumerate(units) if not bench.folder.done(unit)]
+    step = len(contexts) * cost(plan.probes) / len(segments)
+    bench.progress.step(step * (len(segments) - len(left)))
+    if not left:
+        return
+    states, bench.states = bench.states, None  # each segment's state is let go once it was used
+    if states is None:
+        _, states = walk(bench.walker, contexts, bench.starts[members], (), (), lambda: None, keep=len(contexts))
+    gradients = _load(bench, plan, first, left[-1], len(contexts))
+    if gradients is None:
+        left = list(range(len(segments)))
+    for kept in states:
+        del kept[left[-1] + 1 :]
+    group = Group(contexts, make_batches(bench.walker, contexts))
+    for index in reversed(left):
+        inputs = [kept.pop() for kept in states]
+        scores, gradients = _measure_segment(bench, plan, group, index, inputs, gradients)
+        _save(bench, plan, first, index - 1, gradients)
+        bench.folder.write_finite(units[index], scores)
+        _gradient_path(bench, plan, first, index).unlink(missing_ok=True)
+        bench.progress.step(step)
+    _gradient_path(bench, plan, first, -1).unlink(missing_ok=True)
+
+
+def _measure_segment(
+    bench: Bench, plan: Plan, group: Group, index: int, states: list[State], gradients: list[list[State]] | None
+) -> tuple[list[SampleScore], list[list[State]]]:
+    """One segment of the reverse walk for all samples of a group; weights are quantized once.
+
+    Args:
+        states: the segment's input, by sample.
+        gradients: at the segment's output, by sample and probe; None at the last segment, where the probes are made.
+
+    Returns:
+        Scores; and the gradients at the segment's input.
+    """
+    segment = bench.walker.segments[index]
+    targets = [target for target in bench.targets if any(segment.holds(op) for op in target.operators)]
+    operators = [op for target in targets for op in target.operators]
+    scores: list[SampleScore] = []
+    after: dict[int, list[State]] = {}
+    with bench.walker.weights(segment):
+        unread = None if gradients is None else _last_linear(bench, segment)  # probes are made from the output
+        work = ReverseSegment(bench.walker, segment, targets, plan.reading(bench, operators), unread)
+        entering = _entering(bench, plan, gradients)
+        for batch in list(group.batches):
+            if segment.vision and not batch.has_images:
+                assert gradients is not None, "no sample passes over the last segment"
+                nothing = [torch.zeros(len(targets), len(gradients[batch.places[0]]), 2)] * plan.values
+                found = [(place, nothing, gradients[place]) for place in batch.places]
+            else:
+                found = _walk_back(bench, group, batch, work, states, entering)
+            for place, values, gradient in found:
+                after[place] = gradient
+                if targets:
+                    scores += plan.scores(bench, group.contexts[place], targets, values)
+    return scores, [after[place] for place in range(len(states))]
+
+
+def _last_linear(bench: Bench, segment: Segment) -> str | None:
+    """The operator that a segment ends with: its output is the segment's, or is added to it."""
+    inside = [op for op in bench.walker.operators if segment.holds(op)]
+    return inside[-1].path if inside and inside[-1].kind == "Linear" else None
+
+
+def _entering(
+    bench: Bench, plan: Plan, gradients: list[list[State]] | None
+) -> Callable[[Batch, Layout], list[State] | MakeProbes]:
+    """The gradients at the output of a batch, or what makes them there."""
+    make = plan.probe_maker(bench) if gradients is None else None
+
+    def entering(batch: Batch, layout: Layout) -> list[State] | MakeProbes:
+        if gradients is None:
+            assert make is not None
+            return partial(_probes, bench, batch, make, layout)
+        return [layout.put_together(list(probe)) for probe in zip(*(gradients[p] for p in batch.places), strict=True)]
+
+    return entering
+
+
+def _walk_back(
+    bench: Bench,
+    group: Group,
+    batch: Batch,
+    work: ReverseSegment,
+    states: list[State],
+    entering: Callable[[Batch, Layout], list[State] | MakeProbes],
+) -> list[tuple[int, list[Tensor], list[State]]]:
+    """One batch through one segment; in halves, and so from then on, when CUDA runs out of memory.
+
+    Returns:
+        For each sample its place in the group, its values (target, probe, part) of each scheme, and its gradients.
+    """
+    before, behind = _layouts(bench, work.segment, batch)
+    done = None
+    try:
+        state = before.put_together([states[place] for place in batch.places])
+        done = step_back(work, batch.context, state, entering(batch, behind), before.slices)
+    except torch.cuda.OutOfMemoryError:
+        if len(batch.places) == 1:
+            raise
+    if done is None:  # out of the handler, whose exception holds on to the memory
+        torch.cuda.empty_cache()
+        halves = halved(bench.walker, group.contexts, batch)
+        at = group.batches.index(batch)
+        group.batches[at : at + 1] = halves
+        return [part for half in halves for part in _walk_back(bench, group, half, work, states, entering)]
+    values, back = done
+    gradients = zip(*(before.take_apart(gradient) for gradient in back), strict=True)
+    return [
+        (place, [scheme[row] for scheme in values], list(own))
+        for row, (place, own) in enumerate(zip(batch.places, gradients, strict=True))
+    ]
+
+
+def _layouts(bench: Bench, segment: Segment, batch: Batch) -> tuple[Layout, Layout]:
+    """How the samples of a batch lie before a segment and behind it; the head only takes the positions that count."""
+    walker = bench.walker
+    index = walker.segments.index(segment)
+    if index + 1 == len(walker.segments) and not segment.vision:
+        masks = bench.scored_positions(batch.context)
+        if not all(bool(mask.all()) for mask in masks):
+            return ScoredTokens(masks), ScoredTokens(masks)
+    return WholeSamples(batch, walker.packed(index)), WholeSamples(batch, walker.packed(index + 1))
+
+
+def _probes(bench: Bench, batch: Batch, make: MakeSampleProbes, layout: Layout, outputs: State) -> list[State]:
+    """Gradients of `<r_k, F>` at the outputs of a batch: the probes themselves."""
+    masks = bench.scored_positions(batch.context)
+    apart = zip(batch.context.samples, masks, layout.own(outputs), strict=True)
+    found = [[probe[None] for probe in make(sample, mask, own[0])] for sample, mask, own in apart]
+    return [layout.joined(list(probe)) for probe in zip(*found, strict=True)]
+
+
+def _gradient_path(bench: Bench, plan: Plan, first: int, index: int) -> Path:
+    """Where the gradients at the output of segment `index` are kept, for a run that is killed."""
+    return bench.folder.parts / f"{plan.name}-{first:05d}-{index:04d}.safetensors"
+
+
+def _save(bench: Bench, plan: Plan, first: int, index: int, gradients: list[list[State]]) -> None:
+    path = _gradient_path(bench, plan, first, index)
+    tensors = {f"{i}.{k}": g.contiguous() for i, row in enumerate(gradients) for k, g in enumerate(row)}
+    with written_whole(path) as beside:
+        save_file(tensors, beside)
+
+
+def _load(bench: Bench, plan: Plan, first: int, index: int, samples: int) -> list[list[State]] | None:
+    path = _gradient_path(bench, plan, first, index)
+    if not path.exists():
+        return None
+    stored = load_file(path, device=str(bench.job.device))
+    return [[stored[f"{i}.{k}"] for k in range(len(stored) // samples)] for i in range(samples)]
