@@ -15,6 +15,7 @@ from qvl_hydra.backends.torch import run
 from qvl_hydra.calibration.encode import load_processor
 from qvl_hydra.calibration.sample import CalibrationSet, Sample, samples_sha
 from qvl_hydra.calibration.sources import load_calibration
+from qvl_hydra.estimators.auto import CONTROLS
 from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.models.load import LoadedModel, describe_model, load_model
 from qvl_hydra.operators.discover import find_operators
@@ -149,8 +150,9 @@ def measure(job: SweepJob, engine: Engine = run) -> tuple[dict[str, float], Engi
         kept = RunFolder(Path(folder))
         report = engine(job, kept, Silent())
         scored = Scored(
-            job.operators, kept.frame(), kept.endings(), report.metric, report.unit, job.scheme.name, job.fuse
-        )
+            job.operators, kept.frame(), kept.endings(), report.metric, report.unit, job.scheme.name, job.fuse,
+            kept.recall(CONTROLS, {}).get(job.scheme.name, ()),
+        )  # fmt: skip
     table, _ = score_table(scored)
     table = table[table["status"] == "scored"]
     return dict(zip(table["op"], table["score"].astype(float), strict=True)), report

@@ -146,9 +146,10 @@ LIMITS: list[tuple[str, object, object]] = [
     ("strategy__confidence_batches", 0, 1),
     ("strategy__probes", 0, 1),
     ("strategy__max_probes", 0, 1),  # strategy.probes is 1
-    ("strategy__exact_share", 1.01, 1),
-    ("strategy__exact_share", -0.01, 0),
-    ("strategy__control_share", 1.01, 1),
+    ("strategy__top_k", 0, 1),
+    ("strategy__top_k", 0, 1),
+    ("strategy__missed", 0, 0.01),
+    ("strategy__controls", -1, 0),
     ("strategy__tolerance", 0, 0.001),
     ("strategy__agreement_warn", 1.1, 1),
     ("quant__weight_bits", 1, 2),

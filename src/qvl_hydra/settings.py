@@ -112,9 +112,10 @@ class StrategySettings:
     confidence_batches: int | None = None  # batches of calibration.batch_size samples that are scored; null: all
     probes: int = 1  # sketch: backward passes a sample; samples are worth more
     reduction: Literal["shrunk", "split", "sequence", "token"] = "shrunk"  # sketch: how tokens are summed
-    exact_share: float = 0.2  # auto: share of the operators, most sensitive first, measured exactly
-    control_share: float = 0.1  # auto: share of the others, drawn at random, measured exactly as a control
-    agreement_warn: float = 0.8  # auto: warn when sketch and exact agree less (Spearman) on what both saw
+    top_k: int = 20  # auto: the most sensitive operators, which shall be the right ones; at most half of all
+    missed: float = 0.05  # auto: expected number of operators on the wrong side of their border when it stops
+    controls: int = 6  # auto: operators drawn at random that are measured exactly, too
+    agreement_warn: float = 0.8  # auto: warn when sketch and exact agree less (Spearman) on the controls
     curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"  # hawq_v2
     weighting: Literal["weight_error", "trace"] = "weight_error"  # hawq_v2: `trace` is Neural Compressor's order
     max_probes: int = 64  # hawq_v2, curvature=hessian: at most so many Hutchinson probes; `probes` is the first round
@@ -128,10 +129,12 @@ class StrategySettings:
             found.append(f"strategy.probes={self.probes}; must be 1 or more")
         if self.max_probes < self.probes:
             found.append(f"strategy.max_probes={self.max_probes}; must not be below strategy.probes={self.probes}")
-        for key in ("exact_share", "control_share"):
-            value = getattr(self, key)
-            if not 0 <= value <= 1:
-                found.append(f"strategy.{key}={value}; must lie between 0 and 1")
+        if self.top_k < 1:
+            found.append(f"strategy.top_k={self.top_k}; must be 1 or more")
+        if self.missed <= 0:
+            found.append(f"strategy.missed={self.missed}; must be above 0")
+        if self.controls < 0:
+            found.append(f"strategy.controls={self.controls}; must not be negative")
         if self.tolerance <= 0:
             found.append(f"strategy.tolerance={self.tolerance}; must be above 0")
         if not -1 <= self.agreement_warn <= 1:

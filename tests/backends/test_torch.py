@@ -71,23 +71,58 @@ def test_a_killed_run_goes_on_and_ends_the_same_bit_for_bit(job: SweepJob, tmp_p
     assert not list(folder.parts.glob("*.safetensors")), "states of a finished run are taken away"
 
 
-def test_auto_measures_the_most_sensitive_exactly(job: SweepJob, tmp_path: Path) -> None:
-    frame, report, _ = scores(job, tmp_path)
+def test_auto_measures_what_decides_exactly(job: SweepJob, tmp_path: Path) -> None:
+    frame, report, folder = scores(job, tmp_path)
     squared = frame[frame["metric"] == "squared_error"]
     means = squared.groupby(["estimator", "op"])["value"].mean()
     sketch, exact = means["sketch"], means["exact"]
     assert set(sketch.index) == {op.path for op in job.operators}
-    top = set(sketch.sort_values(ascending=False).head(auto.FEWEST_EXACT).index)
-    assert top <= set(exact.index)
-    assert report.details["control_operators"] == auto.FEWEST_CONTROL
-    assert len(exact) == auto.FEWEST_EXACT + auto.FEWEST_CONTROL
-    assert report.details["agreement"] == pytest.approx(spearmanr(exact, sketch[exact.index]).statistic)
+    assert set(sketch.sort_values(ascending=False).head(auto.FIRST).index) <= set(exact.index)
+    controls = folder.recall(auto.CONTROLS)["w8a8_static"]
+    assert set(controls) <= set(exact.index)
+    assert report.details["exact_operators"] == len(exact) < len(sketch) / 2
+    assert report.details["agreement"] == pytest.approx(spearmanr(exact[controls], sketch[controls]).statistic)
+    assert report.details["expected_wrong_in_top_k"] <= job.strategy.missed
+    everything, _, _ = scores(
+        dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, estimator="exact")), tmp_path / "all"
+    )
+    truth = everything[everything["metric"] == "squared_error"].groupby("op")["value"].mean()
+    k = report.details["top_k"]
+    factor = (exact[controls] / sketch[controls]).median()
+    found = (sketch * factor).where(~sketch.index.isin(exact.index), exact.reindex(sketch.index))
+    assert len(set(found.nlargest(k).index) & set(truth.nlargest(k).index)) >= k - 1
+    for op, value in exact.items():
+        assert value == pytest.approx(truth[op], rel=1e-4)
+
+
+def test_the_race_goes_on_where_the_sketch_is_wrong() -> None:
+    sketched = {f"op{index:02d}": 2.0**-index for index in range(20)}
+    sure = {name: value * 3 for name, value in list(sketched.items())[::3]}
+    assert sum(auto.wrong_side(sketched, sure, 6).values()) < 0.01
+    noise = {name: value * 3 * (4.0 if index % 2 else 0.25) for index, (name, value) in enumerate(sure.items())}
+    unsure = auto.wrong_side(sketched, {name: value / sure[name] * sure[name] for name, value in noise.items()}, 6)
+    assert sum(unsure.values()) > 1
+    assert max(unsure, key=unsure.__getitem__) in {"op04", "op05", "op07", "op08"}, "beside the border"
+    assert auto.wrong_side(sketched, dict.fromkeys(sketched, 1.0), 6) == {}
 
 
 def test_low_agreement_is_told(job: SweepJob, tmp_path: Path) -> None:
-    strict = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, agreement_warn=1.0, probes=1))
+    strict = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, agreement_warn=1.0, controls=20))
     _, report, _ = scores(strict, tmp_path)
     assert any(note.startswith("warning: sketch and exact") for note in report.notes)
+
+
+def test_each_scheme_has_its_own_race(job: SweepJob, tmp_path: Path) -> None:
+    """The operators that decide in one scheme are not those that decide in another."""
+    both = dataclasses.replace(job, schemes=(SCHEMES["w8a8_static"], SCHEMES["w4a16"]))
+    frame, _, _ = scores(both, tmp_path / "both")
+    for scheme in both.schemes:
+        alone, _, _ = scores(dataclasses.replace(job, schemes=(scheme,)), tmp_path / scheme.name)
+        chosen = [
+            set(found.loc[(found["estimator"] == "exact") & (found["scheme"] == scheme.name), "op"])
+            for found in (frame, alone)
+        ]
+        assert chosen[0] == chosen[1]
 
 
 def test_several_schemes_share_a_run(job: SweepJob, tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from mlflow.entities import Run
 from pandas.testing import assert_frame_equal
 from safetensors import SafetensorError
 
-from qvl_hydra.backends import torch as native
+from qvl_hydra.estimators import exact_run
 from tests.program import SMALL, finish, run_here, start, wait_for
 
 # Long enough to be stopped in its exact part, with sketched parts before.
-LONGER = "operators.max_ops=24 strategy.exact_share=0.8 calibration.size=12 strategy.confidence_batches=3"
+LONGER = "operators.max_ops=24 calibration.size=12 strategy.estimator=exact"
 Here = Callable[[str], tuple[int, str]]
 
 
@@ -83,7 +83,6 @@ def test_a_killed_run_goes_on_with_the_same_command(here: Here, tmp_path: Path) 
     finish(process)
     (killed,) = tmp_path.glob("outputs/*/*")
     before = score_parts(killed)
-    assert any(name.startswith("sketch") for name in before)
     assert not (killed / "parts" / "exact-w8a8_static-00011.parquet").exists(), "killed too late to show anything"
     assert not (killed / "run.json").exists()
 
@@ -209,7 +208,7 @@ def test_a_machine_that_lacks_something_is_told_apart_from_a_fault(
         raise lack
 
     with monkeypatch.context() as patched:
-        patched.setattr(native, "score_sample", measure)
+        patched.setattr(exact_run, "score_sample", measure)
         status, text = here(f"{SMALL} tracking.enabled=false hydra.run.dir=run")
     assert status == 2
     assert f"error: {advice}" in text

@@ -78,7 +78,7 @@ def refused(outcome: Outcome, *messages: str) -> None:
 
 BEFORE_ANYTHING: list[tuple[str, list[str]]] = [
     ("model=qwen3", ["model=qwen3; allowed: qwen2_5_vl_3b", "tiny_qwen2_vl"]),
-    ("strategy=mse", ["strategy=mse; allowed: hawq_v2, mse_v2"]),
+    ("strategy=mse", ["strategy=mse; allowed: hawq_v2, kl, mse_v2"]),
     ("experiment=lm", ["experiment=lm; allowed:", "lm_mse_v2"]),
     ("strategy.prbes=3", ["unknown key strategy.prbes; did you mean strategy.probes?"]),
     ("+strategy.prbes=3", ["unknown key strategy.prbes; did you mean strategy.probes?"]),

@@ -67,11 +67,11 @@ def test_files_and_their_schema(tmp_path: Path, tiny_model: LoadedModel) -> None
 
     samples = pd.read_parquet(tmp_path / "sample_scores.parquet")
     assert {"op", "sample", "probe", "value", "metric", "estimator", "scheme", "signed"} == set(samples.columns)
-    for estimator, part in samples[samples["metric"] == "squared_error"].groupby("estimator"):
+    for estimator, part in samples[samples["metric"] == "kl"].groupby("estimator"):
         per_op = part.groupby("op")["sample"].nunique()
         assert set(per_op) == {4}
         assert part["probe"].isna().all() == (estimator == "exact")
-    measured = samples[(samples["estimator"] == "exact") & (samples["metric"] == "squared_error")]
+    measured = samples[(samples["estimator"] == "exact") & (samples["metric"] == "kl")]
     means = measured.groupby("op")["value"].mean()
     exact = table[table["estimator"] == "exact"].set_index("op")["score"]
     assert len(exact) > 0

@@ -11,6 +11,7 @@ from qvl_hydra.estimators.bench import Bench, measuring
 from qvl_hydra.estimators.exact import Wavefront, score_sample
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.operators.targets import Target, make_targets
+from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder, SampleScore
 
 
@@ -23,7 +24,8 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     targets = len(make_targets(job.operators, job.fuse))
     work = len(job.scored) * len(job.schemes) * exact_cost(targets)
     with measuring(job, folder, progress, "exact", work, keep_states=False) as bench:
-        measure_exact(bench, bench.targets)
+        for scheme in job.schemes:
+            measure_exact(bench, bench.targets, scheme)
     return bench.report
 
 
@@ -32,28 +34,31 @@ def exact_cost(targets: int) -> float:
     return targets / 2 + 2
 
 
-def measure_exact(bench: Bench, targets: Sequence[Target]) -> None:
-    """Score targets one by one by the wavefront; what is on disk already is not measured again."""
+def measure_exact(bench: Bench, targets: Sequence[Target], scheme: Scheme, turn: str = "") -> None:
+    """Score targets in a scheme by the wavefront; what is on disk already is not measured again.
+
+    Args:
+        turn: names the work items of targets that are measured after others.
+    """
     job = bench.job
     if not targets:  # all failed
         return
     walker, contexts, starts = _in_float32(bench)
     base = [op for target in targets for op in target.operators] if job.strategy.direction == "fallback" else []
-    for scheme in job.schemes:
-        wave = Wavefront(walker, targets, base, bench.quantizer(scheme), bench.chunk, job.strategy.positions)
-        for index, (context, start) in enumerate(zip(contexts, starts, strict=True)):
-            unit = f"exact-{scheme.name}-{index:05d}"
-            if not bench.folder.done(unit):
-                results = score_sample(wave, context, start)
-                bench.folder.write_finite(
-                    unit,
-                    [
-                        SampleScore(op, context.sample.id, None, value, metric, "exact", scheme.name)
-                        for op, values in results.items()
-                        for metric, value in values.items()
-                    ],
-                )
-            bench.progress.step(exact_cost(len(targets)))
+    wave = Wavefront(walker, targets, base, bench.quantizer(scheme), bench.chunk, job.strategy.positions)
+    for index, (context, start) in enumerate(zip(contexts, starts, strict=True)):
+        item = f"exact{turn}-{scheme.name}-{index:05d}"
+        if not bench.folder.done(item):
+            results = score_sample(wave, context, start)
+            bench.folder.write_finite(
+                item,
+                [
+                    SampleScore(op, context.sample.id, None, value, metric, "exact", scheme.name)
+                    for op, values in results.items()
+                    for metric, value in values.items()
+                ],
+            )
+        bench.progress.step(exact_cost(len(targets)))
 
 
 def _in_float32(bench: Bench) -> tuple[Walker, list[Context], list[State]]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import norm, t
 
 from qvl_hydra.operators.discover import Operator
+from qvl_hydra.scores.interval import CONFIDENCE, intervals
 
-RESAMPLES = 1000
-CONFIDENCE = 0.95
+SKETCH = "sketch"  # the estimator whose scores are scaled to the exact ones
+MEDIAN_NOISE = 1.2533  # standard error of a median in that of a mean, of normal values
 FEWEST_FOR_SCALE = 4  # operators seen by both estimators below which the sketch is not rescaled
 COLUMNS = (
     "op", "component", "block", "role", "group", "n_params", "status", "reason", "score", "score_low", "score_high",
@@ -31,6 +31,7 @@ class Scored:
         endings: status and reason of operators that were not scored.
         metric, unit: of the scores that rank.
         scheme: which scheme's scores to take.
+        controls: operators drawn at random to be measured exactly, too.
     """
 
     operators: Sequence[Operator]
@@ -40,7 +41,7 @@ class Scored:
     unit: str
     scheme: str
     fuse: bool = False
-    seed: int = 0
+    controls: Collection[str] = ()
 
 
 def score_table(scored: Scored) -> tuple[pd.DataFrame, float | None]:
@@ -58,9 +59,11 @@ def score_table(scored: Scored) -> tuple[pd.DataFrame, float | None]:
         (str(estimator), str(op)): _by_sample(part)
         for (estimator, op), part in ranking.groupby(["estimator", "op"], sort=False)
     }
-    factor = _sketch_factor(values)
+    factor, doubt = _sketch_factor(values, scored.controls)
     samples = ranking.groupby(["estimator", "op"])["sample"].nunique().to_dict()
-    rows = [_row(scored, name, members, values, factor) for name, members in _units(scored)]
+    found = [_found(scored, name, values, factor) for name, _ in _units(scored)]
+    rows = [_row(scored, name, members, own) for (name, members), own in zip(_units(scored), found, strict=True)]
+    _add_intervals(rows, [own[1] for own in found], doubt)
     for row in rows:
         if row["status"] == "scored":
             row["n_samples"] = int(samples[row["estimator"], row["op"]])
@@ -71,6 +74,16 @@ def score_table(scored: Scored) -> tuple[pd.DataFrame, float | None]:
         means = part.groupby("op")["value"].mean()
         table[str(metric)] = table["op"].map(means).astype("float64")
     return table, factor
+
+
+def _add_intervals(rows: list[dict[str, object]], values: list[NDArray[np.float64]], doubt: float) -> None:
+    """Intervals of the scored rows; those of one estimator share what few samples cannot tell."""
+    for estimator in {row["estimator"] for row in rows if row["status"] == "scored"}:
+        own = [index for index, row in enumerate(rows) if row["estimator"] == estimator and row["status"] == "scored"]
+        extra = np.full(len(own), doubt if estimator == SKETCH else 0.0)
+        found = intervals([values[index] for index in own], extra, CONFIDENCE)
+        for index, low, high, error in zip(own, *found, strict=True):
+            rows[index] |= {"score_low": float(low), "score_high": float(high), "standard_error": float(error)}
 
 
 def _units(scored: Scored) -> list[tuple[str, list[Operator]]]:
@@ -86,24 +99,40 @@ def _by_sample(part: pd.DataFrame) -> NDArray[np.float64]:
     return part["value"].to_numpy(dtype=np.float64) if len(means) == 1 else means
 
 
-def _sketch_factor(values: Mapping[tuple[str, str], NDArray[np.float64]]) -> float | None:
-    ratios = [
-        found.mean() / sketched.mean()
+def _sketch_factor(
+    values: Mapping[tuple[str, str], NDArray[np.float64]], controls: Collection[str]
+) -> tuple[float | None, float]:
+    """What brings sketched scores to exact ones, and its relative standard error.
+
+    From the operators drawn at random for it, where there are enough: those that were measured because they are
+    sensitive are not like the rest.
+    """
+    ratios = {
+        op: found.mean() / sketched.mean()
         for (estimator, op), found in values.items()
-        if estimator == "exact" and (sketched := values.get(("sketch", op))) is not None
+        if estimator == "exact" and (sketched := values.get((SKETCH, op))) is not None
         if found.mean() > 0 and sketched.mean() > 0
-    ]
-    return float(np.exp(np.median(np.log(ratios)))) if len(ratios) >= FEWEST_FOR_SCALE else None
+    }
+    drawn = [ratio for op, ratio in ratios.items() if op in controls]
+    logs = np.log(drawn if len(drawn) >= FEWEST_FOR_SCALE else list(ratios.values()))
+    if len(logs) < FEWEST_FOR_SCALE:
+        return None, 0.0
+    return float(np.exp(np.median(logs))), float(MEDIAN_NOISE * logs.std(ddof=1) / len(logs) ** 0.5)
+
+
+def _found(
+    scored: Scored, name: str, values: Mapping[tuple[str, str], NDArray[np.float64]], factor: float | None
+) -> tuple[str, NDArray[np.float64]]:
+    """The estimator that a row's score is by, and its values in the unit of the exact ones."""
+    estimator = next((kind for kind, op in values if op == name and kind != SKETCH), SKETCH)
+    own = values.get((estimator, name), np.empty(0))
+    return estimator, own * ((factor or 1.0) if estimator == SKETCH else 1.0)
 
 
 def _row(
-    scored: Scored,
-    name: str,
-    members: Sequence[Operator],
-    values: Mapping[tuple[str, str], NDArray[np.float64]],
-    factor: float | None,
+    scored: Scored, name: str, members: Sequence[Operator], found: tuple[str, NDArray[np.float64]]
 ) -> dict[str, object]:
-    first = members[0]
+    first, (estimator, values) = members[0], found
     row: dict[str, object] = dict.fromkeys(COLUMNS)
     row |= {
         "op": name,
@@ -116,23 +145,12 @@ def _row(
         "unit": scored.unit,
         "reason": "",
     }
-    estimator = next((kind for kind, op in values if op == name and kind != "sketch"), "sketch")
-    found = values.get((estimator, name))
     if name in scored.endings:
         row["status"], row["reason"] = scored.endings[name]
-    elif found is None or not len(found):
+    elif not len(values):
         row["status"], row["reason"] = "skipped", "the run ended before it was scored"
     else:
-        scale = (factor or 1.0) if estimator == "sketch" else 1.0
-        low, high, error = bootstrap_interval(found * scale, scored.seed)
-        row |= {
-            "status": "scored",
-            "score": float(found.mean() * scale),
-            "score_low": low,
-            "score_high": high,
-            "standard_error": error,
-            "estimator": estimator,
-        }
+        row |= {"status": "scored", "score": float(values.mean()), "estimator": estimator}
     return row
 
 
@@ -140,28 +158,3 @@ def _ranks(table: pd.DataFrame) -> pd.Series:
     """1 = most sensitive; equal scores rank in data order."""
     scores = pd.to_numeric(table["score"])
     return scores.where(table["status"] == "scored").rank(ascending=False, method="first").astype("Int64")
-
-
-def bootstrap_interval(
-    values: NDArray[np.float64], seed: int, confidence: float = CONFIDENCE
-) -> tuple[float, float, float]:
-    """Interval for the mean of independent values, and its standard error.
-
-    Bootstrap percentiles, taken further out as a t quantile is further out than a normal one, without which few samples
-    give too short an interval (Hesterberg 2015, What Teachers Should Know About the Bootstrap, section 3.3).
-
-    Args:
-        values: one a sample; the resampling unit.
-        seed: of the resampling.
-
-    Returns:
-        Low, high, standard error; all NaN for a single value.
-    """
-    count = len(values)
-    if count < 2:
-        return float("nan"), float("nan"), float("nan")
-    outside = norm.cdf(np.sqrt(count / (count - 1)) * t.ppf((1 - confidence) / 2, count - 1))
-    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
-    means = weights @ values / count
-    low, high = np.quantile(means, [outside, 1 - outside])
-    return float(low), float(high), float(values.std(ddof=1) / np.sqrt(count))

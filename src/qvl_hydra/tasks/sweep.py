@@ -14,6 +14,7 @@ import torch
 from qvl_hydra import __version__
 from qvl_hydra.backends.protocol import load_engine
 from qvl_hydra.errors import EngineError
+from qvl_hydra.estimators.auto import CONTROLS
 from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.estimators.table import estimator_of, ranking_metric
@@ -117,7 +118,7 @@ def _tables(
         scheme: score_table(
             Scored(
                 prepared.operators, frame, folder.endings(), metric, unit, scheme, settings.operators.fuse,
-                settings.seed,
+                folder.recall(CONTROLS, {}).get(scheme, ()),
             )
         )
         for scheme in schemes
