@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from qvl_hydra.comparison.agreement import _apart
 from qvl_hydra.comparison.resampling import (
     SampleTable,
     draw_means,
@@ -127,3 +128,21 @@ def test_probability_in_the_top_of_two_is_the_normal_one() -> None:
 
 def test_one_sample_gives_no_probability() -> None:
     assert np.isnan(top_probability(made_up(np.arange(4.0), 1.0, 1), 2, 10, 0)).all()
+
+
+def test_stability_of_runs_on_samples_of_their_own_counts_their_noise_once() -> None:
+    """The mean over many pairs of runs is how often fresh pairs agree."""
+    rng, count, k = np.random.default_rng(0), 16, 5
+    truth = np.exp(np.linspace(0, 3, 25))
+    criterion = Criterion(k, 0.8, 0.95)
+
+    def drawn(name: str) -> SampleTable:
+        values = truth[:, None] * rng.lognormal(0, 0.8, (25, count))
+        return SampleTable(values.mean(1), values, tuple(f"{name}{index}" for index in range(count)))
+
+    agree, said = [], []
+    for index in range(60):
+        first, second = drawn(f"a{index}-"), drawn(f"b{index}-")
+        agree.append(float(top_overlap(first.scores, second.scores, k)) >= 0.8)
+        said.append(_apart({"top_k": k}, (first, second), criterion, 200, index))
+    assert np.mean(said) == pytest.approx(np.mean(agree), abs=0.1)

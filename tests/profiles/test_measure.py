@@ -28,7 +28,7 @@ def one_by_one(
     model: LoadedModel, profile: Profile, quantizers: dict, samples: tuple[Sample, ...], component: str
 ) -> Measurement:
     """The definitions written down plainly."""
-    squared, divergences, losses, matches = [], [], [], []
+    squared, divergences, at_answers, losses, matches = [], [], [], [], []
     for sample in samples:
         reference = reference_output(model.module, sample, "full")
         component_reference = reference_output(model.module, sample, component)
@@ -38,6 +38,8 @@ def one_by_one(
         squared.append(float(((component_found - component_reference) ** 2).sum()))
         p, q = reference.double().softmax(-1), found.double().softmax(-1)
         divergences.append(float((p * (p / q).log()).sum(-1).mean()))
+        places = [place - 1 for place in range(1, len(sample.labels)) if int(sample.labels[place]) != IGNORED]
+        at_answers.append(float((p * (p / q).log()).sum(-1)[places].mean()))
         right = True
         answer = []
         for place in range(1, len(sample.labels)):
@@ -49,8 +51,9 @@ def one_by_one(
         losses.append(sum(answer) / len(answer))
     count = len(samples)
     return Measurement(
-        sum(squared) / count, sum(divergences) / len(divergences), sum(losses) / len(losses), sum(matches) / count
-    )
+        sum(squared) / count, sum(divergences) / count, sum(at_answers) / count, sum(losses) / count,
+        sum(matches) / count,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("component", ["lm", "vision", "full"])
@@ -72,9 +75,10 @@ def test_batches_equal_one_forward_a_sample(
         expected = one_by_one(small_model, profile, quantizers, samples, component)
         assert found.squared_error == pytest.approx(expected.squared_error, rel=1e-4)
         assert found.kl == pytest.approx(expected.kl, rel=1e-4)
+        assert found.kl_answer == pytest.approx(expected.kl_answer, rel=1e-4)
         assert found.loss == pytest.approx(expected.loss, rel=1e-4)
         assert found.exact_match == expected.exact_match
-    assert measured[2] == Measurement(0.0, pytest.approx(0.0, abs=1e-12), measured[2].loss, 1.0)
+    assert measured[2] == Measurement(0.0, *[pytest.approx(0.0, abs=1e-12)] * 2, measured[2].loss, 1.0)
     assert measured[0].exact_match < 1.0
     assert measured[3] == measured[0]
     assert len(calls) == steps(small_model.module, [*profiles, floats, profiles[0]], samples, component)

@@ -6,6 +6,8 @@ import dataclasses
 import importlib.util
 import io
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -92,6 +94,37 @@ def test_scores_from_a_folder_give_the_same_profile(profiled: tuple[Settings, Pa
     assert first["high"] == second["high"]
     assert first["predicted"] == second["predicted"]
     assert len(pd.read_parquet(tmp_path / "scores.parquet")) == 15
+
+
+def test_an_error_budget_is_held_by_measurement(profiled: tuple[Settings, Path, str], tmp_path: Path) -> None:
+    settings, folder, _ = profiled
+    table = pd.read_parquet(folder / "profiles.parquet").query("chooser == 'scores'")
+    allowed = float(table["kl_answer"].max()) / 3
+    given = dataclasses.replace(settings.profile, scores=str(folder), budget="error", value=allowed, spectrum=[])
+    shown, text = screen()
+    profile.run(dataclasses.replace(settings, profile=given), RunFolder(tmp_path), shown)
+    decided = json.loads((tmp_path / "profile.json").read_text())
+    assert 0 < len(decided["low"]) < 15
+    said = re.search(r"is held: measured on 4 calibration samples the error is (\S+)", text.getvalue())
+    assert said
+    assert float(said[1]) <= allowed
+    record = json.loads((folder / "run.json").read_text()) | {"direction": "fallback"}
+    shutil.copytree(folder, tmp_path / "fallback")
+    (tmp_path / "fallback" / "run.json").write_text(json.dumps(record))
+    refused = dataclasses.replace(given, scores=str(tmp_path / "fallback"))
+    with pytest.raises(ProfileError, match="these scores are direction=fallback"):
+        profile.run(dataclasses.replace(settings, profile=refused), RunFolder(tmp_path / "refused"), shown)
+
+
+def test_predictions_with_interactions_stand_beside_the_sum(tmp_path: Path) -> None:
+    settings = settings_of("experiment=profile_spectrum", "component=lm", "operators.exclude=null",
+                           "strategy.estimator=sketch", "profile.baselines=false")  # fmt: skip
+    profile.run(settings, RunFolder(tmp_path), screen()[0])
+    table = pd.read_parquet(tmp_path / "profiles.parquet")
+    assert table["predicted_joint"].notna().all()
+    whole = table[table["n_high"] == 0].iloc[0]
+    assert whole["predicted_low"] < whole["predicted_joint"] < whole["predicted_high"]
+    assert whole["predicted_joint"] != whole["predicted"]
 
 
 def test_scores_of_another_scheme_or_component_are_refused(

@@ -62,7 +62,7 @@ def load_calibration(settings: CalibrationSettings, processor: Processor) -> Cal
     samples: list[Sample] = []
     bad: list[BadSample] = []
     for record in SOURCES[settings.source].read(settings):
-        result = _sample_of(record, processor, settings.max_length)
+        result = sample_of(record, processor, settings.max_length)
         if isinstance(result, Sample):
             samples.append(result)
         else:
@@ -73,7 +73,8 @@ def load_calibration(settings: CalibrationSettings, processor: Processor) -> Cal
     return CalibrationSet(tuple(samples), settings.source, samples_sha(samples), tuple(bad))
 
 
-def _sample_of(record: Record, processor: Processor, max_length: int | None) -> Sample | BadSample:
+def sample_of(record: Record, processor: Processor, max_length: int | None) -> Sample | BadSample:
+    """A record as tensors, or why it cannot be used."""
     if record.fault is not None:
         return BadSample(record.name, record.fault)
     try:

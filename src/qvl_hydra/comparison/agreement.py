@@ -48,7 +48,28 @@ def pair(
     row["note"] = "; ".join(_notes(a, b, x, y, tables))
     if all(table.can_resample for table in tables):
         row |= _intervals(row, tables, criterion, draws, seed)
+        told = [(run.run.run.get("model_sha"), run.run.run.get("scheme")) for run in (a, b)]
+        if not row["shared_samples"] and told[0] == told[1] and told[0][0] is not None:
+            row["p_stable"] = _apart(row, tables, criterion, draws, seed)
     return row
+
+
+def _apart(
+    row: Mapping[str, Any], tables: tuple[SampleTable, SampleTable], criterion: Criterion, draws: int, seed: int
+) -> float:
+    """P(stable) of two runs of one model on samples of their own.
+
+    Both are drawn about the mean of all samples together: about its own noisy scores, a run's noise would count twice.
+    """
+    weights = draw_weights(tables[0].samples + tables[1].samples, draws, np.random.default_rng(seed))
+    counts = [len(table.samples) for table in tables]
+    union = sum(count * table.scores for count, table in zip(counts, tables, strict=True)) / sum(counts)
+    drawn = []
+    for table in tables:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scale = np.where(table.scores * union > 0, union / table.scores, 1.0)
+        drawn.append(resampled_scores(table, weights) * scale)
+    return float((top_overlap(drawn[0], drawn[1], row["top_k"]) >= criterion.overlap - 1e-9).mean())
 
 
 def _intervals(

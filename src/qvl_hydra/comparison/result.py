@@ -122,11 +122,16 @@ def _curve(
     table = reference.samples()
     if table.can_resample:
         wanted = sorted(set(sizes.values()))
+        full = sizes[reference.name]
         for nested, source in (
             (True, "predicted, part of its samples"),
             (False, "predicted, other samples"),
         ):
-            found = stability.predicted_curve(table, wanted, criterion, draws, seed, nested)
+            # A set within the reference's own, of its size, is the reference: its agreement says nothing.
+            asked = [size for size in wanted if size < full] if nested else wanted
+            if not asked:
+                continue
+            found = stability.predicted_curve(table, asked, criterion, draws, seed, nested)
             frames.append(found.assign(source=source))
     return pd.concat(frames, ignore_index=True)
 
@@ -142,7 +147,10 @@ def _verdicts(
     said = []
     if curve is not None:
         asked = f"{criterion.overlap:.0%} of the top {criterion.top_k} of {mapped[0].name}"
-        for source, rows in curve[curve["p_stable"].notna()].groupby("source", sort=False):
+        told = curve[curve["p_stable"].notna()]
+        if "shared" in told:  # a run on the reference's own samples is the reference once more
+            told = told[~(told["shared"].fillna(0) >= told["size"].max()) | (told["size"] < told["size"].max())]
+        for source, rows in told.groupby("source", sort=False):
             size = stability.smallest_stable_size(rows, criterion.confidence)
             sure = f"with {criterion.confidence:.0%} confidence"
             answer = (

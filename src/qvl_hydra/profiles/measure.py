@@ -34,6 +34,7 @@ class Measurement:
         squared_error: mean over samples of the squared change of the component's output (logits at every position, or
             merged image features), the quantity that `squared_error` scores are about.
         kl: KL(float model || this model) in nats a token: mean over all positions of a sample, then over samples.
+        kl_answer: the same at the positions whose next token belongs to the answer, in nats an answer token.
         loss: cross-entropy in nats an answer token: mean over the answer of a sample, then over samples.
         exact_match: share of samples whose every answer token (its end of turn included) is the most likely one given
             the image, the question and the right answer up to it: what greedy decoding gets right in full.
@@ -41,6 +42,7 @@ class Measurement:
 
     squared_error: float
     kl: float
+    kl_answer: float
     loss: float
     exact_match: float
 
@@ -49,6 +51,7 @@ class Measurement:
 class _Sums:
     squared: float = 0.0
     kl: float = 0.0
+    kl_answer: float = 0.0
     loss: float = 0.0
     right: int = 0
 
@@ -148,16 +151,21 @@ def _add(sums: _Sums, module: nn.Module, batch: _Reference) -> None:
     else:
         for row, reference in zip(batch.samples, batch.features, strict=True):
             sums.squared += float((vision_features(module, row) - reference).double().square().sum())
-    sums.kl += float(_kl(batch.logits, found).sum())
+    divergence = _kl(batch.logits, found)
+    asked = functional.pad(batch.labels[:, 1:] != IGNORED, (0, 1))
+    sums.kl += float(divergence.mean(1).sum())
+    sums.kl_answer += float(((divergence * asked).sum(1) / asked.sum(1)).sum())
     losses, hits = _answers(found, batch.labels)
     sums.loss += float(losses.sum())
     sums.right += int(hits.sum())
 
 
-def _kl(reference: Float[Tensor, "row token vocab"], found: Float[Tensor, "row token vocab"]) -> Float[Tensor, " row"]:
-    """Mean over the tokens of each row, in nats."""
+def _kl(
+    reference: Float[Tensor, "row token vocab"], found: Float[Tensor, "row token vocab"]
+) -> Float[Tensor, "row token"]:
+    """At each token, in nats."""
     log_p, log_q = reference.log_softmax(-1), found.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum((1, 2), dtype=torch.float64) / found.shape[1]
+    return (log_p.exp() * (log_p - log_q)).sum(2, dtype=torch.float64)
 
 
 def _answers(
@@ -172,7 +180,8 @@ def _answers(
 
 
 def _mean(sums: _Sums, count: int, chooser: str) -> Measurement:
-    result = Measurement(sums.squared / count, sums.kl / count, sums.loss / count, sums.right / count)
-    if not all(math.isfinite(value) for value in (result.squared_error, result.kl, result.loss)):
+    sums_of = (sums.squared, sums.kl, sums.kl_answer, sums.loss, sums.right)
+    result = Measurement(*(value / count for value in sums_of))
+    if not all(math.isfinite(value) for value in (result.squared_error, result.kl, result.kl_answer, result.loss)):
         raise ProfileError(f"the model's outputs under the profile of {chooser} are not finite: {result}")
     return result

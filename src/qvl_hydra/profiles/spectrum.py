@@ -11,6 +11,7 @@ from torch import nn
 
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.profiles.baselines import baseline_profiles
+from qvl_hydra.profiles.joint import Interactions
 from qvl_hydra.profiles.measure import Measurement, measure_profiles
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.select import Budget, select
@@ -26,9 +27,13 @@ COLUMNS = (
     "average_bits",
     "weight_bytes",
     "predicted",  # sum of the quantized operators' scores, in the sweep's metric
+    "predicted_joint",  # the same with interactions; null where the sweep has no signed sums
+    "predicted_low",  # interval of 95 %
+    "predicted_high",
     "measured",  # the same quantity measured, all quantized at once; null for a metric that is not measured (omega)
     "squared_error",
     "kl",
+    "kl_answer",
     "loss",
     "exact_match",
     "recovered",  # share of the exact match that quantizing everything loses, won back; null where nothing is lost
@@ -82,11 +87,13 @@ def measure_curve(
     component: str,
     metric: str,
     each: Callable[[], None] = lambda: None,
+    interactions: Interactions | None = None,
 ) -> pd.DataFrame:
     """Measure every candidate.
 
     Args:
-        metric: of the scores, which `predicted` is in.
+        metric: of the scores, which `predicted` is in; `kl_answer` is KL at the answer's positions.
+        interactions: of the scores.
         each: called as `measure_profiles` does.
 
     Returns:
@@ -95,7 +102,10 @@ def measure_curve(
     measured = measure_profiles(module, [item.profile for item in found], quantizers, samples, component, each)
     low = measured[0]  # the first candidate quantizes all that may be
     high = next(value for item, value in zip(found, measured, strict=True) if not item.profile.low)
-    rows = [_row(item, value, low, high, metric) for item, value in zip(found, measured, strict=True)]
+    rows = [
+        _row(item, value, low, high, metric) | _joint(item, interactions)
+        for item, value in zip(found, measured, strict=True)
+    ]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -110,7 +120,7 @@ def best_baseline(table: pd.DataFrame, budget: str, value: float) -> pd.Series |
 def _row(
     item: Candidate, value: Measurement, low: Measurement, high: Measurement, metric: str
 ) -> dict[str, object]:
-    in_metric = {"squared_error": value.squared_error, "kl": value.kl, "loss_change": value.loss - high.loss}
+    in_metric = dataclasses.asdict(value) | {"loss_change": value.loss - high.loss}
     lost = high.exact_match - low.exact_match
     profile = item.profile
     return {
@@ -126,3 +136,11 @@ def _row(
         **dataclasses.asdict(value),
         "recovered": (value.exact_match - low.exact_match) / lost if lost > 0 else None,
     }
+
+
+def _joint(item: Candidate, interactions: Interactions | None) -> dict[str, float | None]:
+    names = ("predicted_joint", "predicted_low", "predicted_high")
+    if interactions is None:
+        return dict.fromkeys(names)
+    low = {name for op in item.profile.low for name in (op.path, op.group)}
+    return dict(zip(names, interactions.joint(low), strict=True))

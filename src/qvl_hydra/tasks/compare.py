@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.calibration.sources import load_calibration
+from qvl_hydra.calibration.held_out import held_out, seen_by
 from qvl_hydra.comparison import proxy, runs
 from qvl_hydra.comparison.reading import RunScores, read_run
 from qvl_hydra.comparison.result import Comparison, compare, write_comparison
@@ -26,7 +25,7 @@ from qvl_hydra.reports.comparison import write_comparison_report
 from qvl_hydra.runs.folder import RunFolder, write_atomically, write_json
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import CompareSettings, Settings, TaskSettings, build_settings
-from qvl_hydra.tasks.prepare import Prepared, prepare
+from qvl_hydra.tasks.prepare import prepare
 from qvl_hydra.tracking.read import Found, find_runs, jobs_of, run_link
 from qvl_hydra.tracking.record import SweepParent, open_run, send_run
 
@@ -156,7 +155,8 @@ def _regret(comparison: Comparison, wanted: CompareSettings, seed: int, screen: 
     if scheme.needs_ranges:
         ranges = observe_ranges(module, paths, prepared.calibration.samples, own.component.name, scheme)
     quantizers = {path: make_quantizer(module, path, scheme, ranges) for path in paths}
-    samples = _other_samples(own, prepared, wanted.regret_samples)
+    seen = seen_by([item.run.folder for item in comparison.runs]) | {s.id for s in prepared.calibration.samples}
+    samples = held_out(own.calibration, prepared.processor, wanted.regret_samples, seen)
 
     def measure(sets: Sequence[Sequence[str]]) -> list[dict[str, float]]:
         profiles = []
@@ -171,15 +171,6 @@ def _regret(comparison: Comparison, wanted: CompareSettings, seed: int, screen: 
     others = comparison.runs[1:]
     sets = {k: proxy.kept_sets(target, others, k, wanted.random_draws, seed) for k in budgets}
     return proxy.regret_table(sets, measure)
-
-
-def _other_samples(own: Settings, prepared: Prepared, count: int) -> tuple[Sample, ...]:
-    """Samples that no score was made of, where the source can give them: rendered ones of the evaluation split."""
-    if own.calibration.source == "bundled":
-        held_out = dataclasses.replace(own.calibration, split="evaluation", size=count)
-        return load_calibration(held_out, prepared.processor).samples
-    unused = prepared.calibration.samples[len(prepared.scored) :]
-    return (unused or prepared.calibration.samples)[:count]
 
 
 def _description(comparison: Comparison) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,11 +11,14 @@ from typing import Any
 
 import pandas as pd
 
+from qvl_hydra.calibration.held_out import held_out, seen_by
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.calibration.sources import load_calibration
 from qvl_hydra.errors import ProfileError
+from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import make_quantizers
+from qvl_hydra.profiles.joint import Interactions, interactions_from
+from qvl_hydra.profiles.measure import measure_profiles
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.select import Budget, select
 from qvl_hydra.profiles.units import Unit, units_from_scores
@@ -29,6 +31,8 @@ from qvl_hydra.tasks import sweep
 from qvl_hydra.tasks.prepare import Prepared, prepare
 from qvl_hydra.tracking.read import find_runs
 
+MEASURED = ("squared_error", "kl", "kl_answer")  # metrics that a profile's error is measured in
+BISECTIONS = 8
 KEPT = ("scores.parquet", "sample_scores.parquet", "calibration.json")  # of the sweep, copied beside the profile
 
 
@@ -38,7 +42,8 @@ class Decision:
 
     Attributes:
         sweep: `run.json` of the sweep.
-        metric: of its scores.
+        metric: of its scores, named as a measurement names it (`kl_answer` for KL at the answer's positions).
+        interactions: between its scores; None where the sweep left none.
         quantizers: of every operator decided on.
         notes: sentences for the user: units that had to stay in high precision, scores of another model.
     """
@@ -46,6 +51,7 @@ class Decision:
     prepared: Prepared
     sweep: Mapping[str, Any]
     metric: str
+    interactions: Interactions | None
     units: tuple[Unit, ...]
     budget: Budget
     profile: Profile
@@ -74,15 +80,25 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
     notes = _compare_settings(settings, record, scheme, prepared)
     table = pd.read_parquet(folder.path / "scores.parquet")
     units = tuple(units_from_scores(find_operators(prepared.model.module, settings.component.name), table))
+    scored = table.dropna(subset=["metric"]).iloc[0]
+    samples = pd.read_parquet(folder.path / "sample_scores.parquet")
+    interactions = interactions_from(samples, units, scheme.name, str(scored["metric"]))
+    metric = "kl_answer" if scored["unit"] == unit_of("kl", "answer") else str(scored["metric"])
     budget = Budget(settings.profile.budget, settings.profile.value)
+    if budget.kind == "error":
+        _require_bound(record, metric)
     profile = select(units, budget, scheme, settings.profile.high_bits)
     quantizers = make_quantizers(
         prepared.model.module, profile.operators, prepared.calibration.samples, settings.component.name, scheme
     )
+    if budget.kind == "error":
+        profile, said = _held_bound(settings, prepared, units, profile, budget, metric, quantizers)
+        notes = (*notes, said)
     return Decision(
         prepared=prepared,
         sweep=record,
-        metric=str(table["metric"].dropna().iloc[0]),
+        metric=metric,
+        interactions=interactions,
         units=units,
         budget=budget,
         profile=profile,
@@ -91,17 +107,76 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
     )
 
 
-def held_out(settings: Settings, prepared: Prepared) -> Sequence[Sample]:
-    """Samples that neither scores nor ranges have seen.
+def _require_bound(record: Mapping[str, Any], metric: str) -> None:
+    """Refuse scores whose sum says nothing of the error of what is quantized together."""
+    direction = record.get("direction", "requantize")
+    if direction != "requantize" or metric not in MEASURED:
+        raise ProfileError(
+            f"profile.budget=error bounds a measured error, and these scores are direction={direction}, "
+            f"metric={metric}; take scores of direction=requantize in {', '.join(MEASURED)}, or another budget"
+        )
 
-    The bundled source has a split of its own for that; of other sources, those that follow the calibration samples.
+
+def _held_bound(
+    settings: Settings,
+    prepared: Prepared,
+    units: Sequence[Unit],
+    profile: Profile,
+    budget: Budget,
+    metric: str,
+    quantizers: Mapping[str, OperatorQuantizer],
+) -> tuple[Profile, str]:
+    """A profile whose error, measured on the calibration samples, is within the budget.
+
+    Scores do not add up, so the sum that `select` may spend is bisected between nothing and the budget, or a
+    multiple of it where errors cancel, until the largest that holds is known well enough.
     """
-    given, size = settings.calibration, settings.profile.evaluation_size
-    if given.source == "bundled":
-        apart = dataclasses.replace(given, split="evaluation", size=size)
-        return load_calibration(apart, prepared.processor).samples
-    both = dataclasses.replace(given, size=given.size + size)
-    return load_calibration(both, prepared.processor).samples[given.size :]
+    samples = prepared.scored
+
+    def error_of(candidate: Profile) -> float:
+        found = measure_profiles(prepared.model.module, [candidate], quantizers, samples, settings.component.name)
+        return float(getattr(found[0], metric))
+
+    low, high = 0.0, budget.value
+    best, error = profile, error_of(profile)
+    holds = error <= budget.value
+    for _ in range(BISECTIONS):
+        if holds:
+            break
+        middle = (low + high) / 2
+        candidate = select(units, Budget("error", middle), profile.scheme, profile.high_bits)
+        found = error_of(candidate)
+        if found <= budget.value:
+            best, error, low = candidate, found, middle
+            holds = high - low < 0.05 * budget.value
+        else:
+            high = middle
+    if error > budget.value:
+        best = select(units, Budget("error", 0.0), profile.scheme, profile.high_bits)
+        error = error_of(best)
+    kept = "held" if error <= budget.value else "not held even by what quantizes nothing that was scored above zero"
+    return best, (
+        f"{budget} is {kept}: measured on {len(samples)} calibration samples the error is {error:.4g} "
+        f"(sum of scores {best.predicted:.4g})"
+    )
+
+
+def evaluation_samples(settings: Settings, decision: Decision, folder: Path) -> tuple[tuple[Sample, ...], list[str]]:
+    """Samples that neither scores nor ranges have seen, by the sweep's calibration.json and this run's own.
+
+    Returns:
+        At most `profile.evaluation_size` of them; and a note where there are fewer.
+
+    Raises:
+        CalibrationError: none is left.
+    """
+    wanted = settings.profile.evaluation_size
+    seen = seen_by([folder]) | {sample.id for sample in decision.prepared.calibration.samples}
+    samples = held_out(settings.calibration, decision.prepared.processor, wanted, seen)
+    if len(samples) == wanted:
+        return samples, []
+    left = f"only {len(samples)} of profile.evaluation_size={wanted} samples are left that no score or range has seen"
+    return samples, [f"{left}; profiles were measured on those"]
 
 
 def _fetch(settings: Settings, reference: str, into: Path) -> dict[str, Any]:

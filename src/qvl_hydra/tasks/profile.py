@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.baselines import input_ranges, weight_errors
@@ -22,7 +24,7 @@ from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.folder import RunFolder, write_json, write_parquet
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
-from qvl_hydra.tasks.decide import Decision, decide, held_out
+from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples
 from qvl_hydra.tasks.sweep import versions
 
 FIGURE = Path("figures") / "profile_spectrum.png"
@@ -36,35 +38,36 @@ def run(settings: Settings, folder: RunFolder, screen: Screen) -> None:
     """
     began = time.perf_counter()
     decision = decide(settings, folder, screen)
-    table, samples = _measure(settings, decision, screen)
+    samples, few = evaluation_samples(settings, decision, folder.path)
+    table = _measure(settings, decision, samples, screen)
     write_parquet(folder.path / "profiles.parquet", table)
     write_json(folder.path / "profile.json", {"budget": str(decision.budget), **describe(decision.profile)})
     draw_spectrum(table, decision.metric, folder.path / FIGURE)
     everything = find_operators(decision.prepared.model.module, "full")
     exports = write_formats(decision.profile, everything, settings.profile.formats, folder.path / "exports")
-    summary = summarise(table, decision) | {"evaluation_samples": samples}
-    notes = [*decision.notes, *_export_notes(exports)]
+    summary = summarise(table, decision) | {"evaluation_samples": len(samples)}
+    notes = [*decision.notes, *few, *_export_notes(exports)]
     write_json(folder.path / "run.json", _run_record(decision, summary, notes, time.perf_counter() - began))
     write_sweep_report(folder.path, extra=profile_sections(folder.path))
     _show(decision, table, summary, notes, screen)
 
 
-def _measure(settings: Settings, decision: Decision, screen: Screen) -> tuple[pd.DataFrame, int]:
+def _measure(settings: Settings, decision: Decision, samples: Sequence[Sample], screen: Screen) -> pd.DataFrame:
     module = decision.prepared.model.module
     errors = weight_errors(module, decision.quantizers) if settings.profile.baselines else None
     found = candidates(
         decision.units, decision.profile, decision.budget, settings.profile.spectrum, errors,
         input_ranges(decision.quantizers),
     )  # fmt: skip
-    samples = held_out(settings, decision.prepared)
     component = settings.component.name
     profiles = [item.profile for item in found]
     screen.total(steps(module, profiles, samples, component), f"measuring {len(profiles)} profiles")
     try:
-        table = measure_curve(module, found, decision.quantizers, samples, component, decision.metric, screen.step)
+        return measure_curve(
+            module, found, decision.quantizers, samples, component, decision.metric, screen.step, decision.interactions
+        )
     finally:
         screen.finish()
-    return table, len(samples)
 
 
 def summarise(table: pd.DataFrame, decision: Decision) -> dict[str, Any]:
@@ -116,7 +119,7 @@ def _show(
         [
             f"{row['n_high']} of {total}",
             f"{row['average_bits']:.2f}",
-            f"{row['kl']:.3g}",
+            f"{row['kl_answer']:.3g}",
             f"{row['loss']:.4f}",
             f"{row['exact_match']:.3f}",
             _best(table, row),
@@ -124,7 +127,7 @@ def _show(
         for row in own
     ]
     name, samples = decision.prepared.description.settings.name, summary["evaluation_samples"]
-    columns = ["in high precision", "bits", "KL", "loss", "exact match", "best baseline"]
+    columns = ["in high precision", "bits", "KL at the answer", "loss", "exact match", "best baseline"]
     screen.table(f"profiles of {name} on {samples} held-out samples", columns, rows)
     for note in notes:
         screen.say(note)

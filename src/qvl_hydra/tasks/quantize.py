@@ -35,7 +35,7 @@ from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.folder import RunFolder, write_json
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
-from qvl_hydra.tasks.decide import Decision, decide, held_out
+from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples
 from qvl_hydra.tasks.sweep import versions
 
 # module, distribution and our extra of what each driver needs
@@ -78,9 +78,9 @@ def run(settings: Settings, folder: RunFolder, screen: Screen) -> None:
     for asked in settings.profile.quantize_with:
         _require_package(asked, f"profile.quantize_with={asked}")
     decision = decide(settings, folder, screen)
-    samples = held_out(settings, decision.prepared)
+    samples, few = evaluation_samples(settings, decision, folder.path)
     results: dict[str, Agreement] = {}
-    notes = list(decision.notes)
+    notes = [*decision.notes, *few]
     drivers: Sequence[str] = settings.profile.quantize_with or tuple(DRIVERS)
     for name in drivers:
         try:

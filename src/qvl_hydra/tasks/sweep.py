@@ -23,6 +23,7 @@ from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.folder import RunFolder, write_json, write_parquet
 from qvl_hydra.runs.resume import fingerprint_of, take_up
 from qvl_hydra.runs.versions import installed_versions
+from qvl_hydra.scores.spread import sharpening
 from qvl_hydra.scores.table import Scored, score_table
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
@@ -178,6 +179,7 @@ def _run_record(
         "backend": settings.backend.name,
         "device": str(prepared.model.device),
         "strategy": settings.strategy.name,
+        "direction": settings.strategy.direction,
         "estimator": report.estimator if report else settings.strategy.estimator,
         "scheme": scheme,
         "component": settings.component.name,
@@ -229,8 +231,15 @@ def _show(settings: Settings, folder: RunFolder, report: EngineReport, record: d
         screen.say(note)
     agreement = report.details.get("agreement")
     if agreement is not None:
-        seen = report.details["exact_operators"]
-        screen.say(f"sketch and exact on the {seen} operators that both measured: rank correlation {agreement:.3f}")
+        said = report.details
+        screen.say(
+            f"{said['exact_operators']} operators were measured exactly; on the {said['control_operators']} of them "
+            f"drawn at random sketch and exact have a rank correlation of {agreement:.3f}; expected on the wrong side "
+            f"of the top {said['top_k']}: {said['expected_wrong_in_top_k']:.2f}"
+        )
+    told = sharpening(pd.read_parquet(folder.path / "sample_scores.parquet"), report.metric, record["scheme"])
+    if told:
+        screen.say(told)
     counts = {name: record[f"n_{name}"] for name in ("scored", "skipped", "failed")}
     counted = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     screen.say(

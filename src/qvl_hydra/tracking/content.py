@@ -18,7 +18,9 @@ TAG_LIMIT = 8000
 KEY_LIMIT = 250
 LARGEST_ARTIFACT = 256 * 1024**2  # bytes; an exported model stays where it is
 TOP_ROWS = 15  # operators in a run's description
-PROFILE_CURVES = ("exact_match", "kl", "loss", "squared_error", "predicted", "average_bits")
+PROFILE_CURVES = (
+    "exact_match", "kl_answer", "kl", "loss", "squared_error", "predicted", "predicted_joint", "average_bits",
+)  # fmt: skip
 _TAG_KEYS = ("task", "status", "model", "component", "strategy", "backend", "estimator", "scheme")
 _IDENTITY = frozenset({"calibration_size", "calibration_seed", "calibration_bad", "seed"})  # no results
 _PRIVATE = ("parts", "__pycache__")

@@ -1,0 +1,101 @@
+"""The error of a whole profile, with interactions: what operators do to the output together is no sum.
+
+To first order the change of the output is the sum of what each operator does, so the joint error is quadratic,
+
+    E = sum_i e_i + sum_{i != j} R_ij sqrt(e_i e_j),
+
+over the quantized operators, with `e_i` their scores and `R_ij` the cosine between what two of them do. A sketch's
+signed sums `s_i`, one a probe and sample, have `E[s_i s_j]` as the product of both effects, so their mean over samples
+and probes gives `R` without a further pass. From few draws the cosines are noisy, so they are drawn towards zero by the
+share of their mean square that noise explains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from qvl_hydra.profiles.units import Unit
+
+Array = np.ndarray
+RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """What a sketch says of operators together.
+
+    Attributes:
+        names: rows of the sweep, operators or fused ones.
+        signed: signed sums of each, one column a sample and probe.
+        samples: which sample each column is of.
+        scores: of each row, in the sweep's metric.
+    """
+
+    names: tuple[str, ...]
+    signed: Float[Array, "row draw"]
+    samples: Float[Array, " draw"]
+    scores: Float[Array, " row"]
+
+    def joint(self, quantized: Collection[str]) -> tuple[float, float, float]:
+        """The predicted error with exactly these rows quantized, and an interval of 95 % over samples."""
+        chosen = np.array([name in quantized for name in self.names])
+        if not chosen.any():
+            return 0.0, 0.0, 0.0
+        signed, scores = self.signed[chosen], np.maximum(self.scores[chosen], 0.0)
+        value = _joint(signed, scores)
+        rng = np.random.default_rng(0)
+        groups = [np.flatnonzero(self.samples == sample) for sample in np.unique(self.samples)]
+        if len(groups) < 2:
+            return value, float("nan"), float("nan")
+        drawn = [
+            _joint(signed[:, np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])], scores)
+            for _ in range(RESAMPLES)
+        ]
+        spread = float(np.std(np.log(np.maximum(drawn, 1e-300))))
+        return value, value * float(np.exp(-1.96 * spread)), value * float(np.exp(1.96 * spread))
+
+
+def _joint(signed: Float[Array, "row draw"], scores: Float[Array, " row"]) -> float:
+    """E over all rows given."""
+    length = np.sqrt((signed**2).mean(1))
+    unit = signed / np.where(length > 0, length, 1.0)[:, None]
+    draws = signed.shape[1]
+    cosines = unit @ unit.T / draws
+    np.fill_diagonal(cosines, 0.0)
+    rows = len(scores)
+    if rows < 2:
+        return float(scores.sum())
+    mean_square = (cosines**2).sum() / (rows * (rows - 1))
+    kept = max(0.0, 1.0 - 1.0 / (draws * mean_square)) if mean_square > 0 else 0.0
+    root = np.sqrt(scores)
+    return max(float(scores.sum() + kept * (root @ cosines @ root)), 0.0)
+
+
+def interactions_from(samples: pd.DataFrame, units: Sequence[Unit], scheme: str, metric: str) -> Interactions | None:
+    """The interactions of a sweep's decision units; None where the sweep has no signed sums of them.
+
+    Args:
+        samples: `sample_scores.parquet`.
+        units: from `units_from_scores`; the signed sums of a unit's members add up.
+    """
+    if "signed" not in samples:
+        return None
+    frame = samples[(samples["scheme"] == scheme) & (samples["metric"] == metric) & samples["signed"].notna()]
+    table = frame.pivot_table(index="op", columns=["sample", "probe"], values="signed", sort=False)
+    scored = [unit for unit in units if unit.score is not None]
+    rows = [[unit.name] if unit.name in table.index else [op.path for op in unit.members] for unit in scored]
+    if not scored or table.empty or any(path not in table.index for members in rows for path in members):
+        return None
+    signed = np.stack([table.loc[members].to_numpy().sum(0) for members in rows])
+    whole = np.isfinite(signed).all(0)
+    return Interactions(
+        tuple(unit.name for unit in scored),
+        signed[:, whole],
+        table.columns.get_level_values("sample").astype(str).to_numpy()[whole],
+        np.array([float(unit.score or 0.0) for unit in scored]),
+    )
