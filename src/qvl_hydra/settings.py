@@ -142,17 +142,25 @@ class StrategySettings:
         return found
 
 
+NumberFormatName = Literal["int", "float8_e4m3", "nvfp4", "mxfp4", "mxfp8"]
+
+
 @dataclass(frozen=True)
 class QuantSettings:
     """The scheme an operator is put into. `null` for a part means that the part stays in float."""
 
     name: str
     weight_bits: int | None = 8
-    weight_group_size: int | None = None  # null: one scale an output channel
+    weight_format: NumberFormatName = "int"
+    weight_granularity: Literal["channel", "tensor", "block"] = "channel"  # what shares a scale; block: 128 x 128
+    weight_group_size: int | None = None  # inputs of a channel that share a scale; null: as the granularity says
     weight_symmetric: bool = True
     input_bits: int | None = 8
+    input_format: NumberFormatName = "int"
     input_granularity: Literal["tensor", "token"] = "tensor"  # `token` ranges are taken at run time
+    input_group_size: int | None = None  # channels of a token that share a scale; null: all
     input_symmetric: bool = False
+    rounding: Literal["pytorch", "runtime"] = "pytorch"  # of integers: as PyTorch, or as checkpoints and kernels do
     output_bits: int | None = None
     observer: Literal["minmax", "percentile", "histogram"] = "minmax"
     percentile: float = 99.99  # observer=percentile: share of values inside the range, per cent
@@ -167,8 +175,10 @@ class QuantSettings:
                 found.append(f"quant.{key}={bits}; must lie between 2 and 8, or null for float")
         if self.weight_bits is None and self.input_bits is None and self.output_bits is None:
             found.append("quant: weight, input and output all stay in float, so nothing would be measured")
-        if self.weight_group_size is not None and self.weight_group_size < 1:
-            found.append(f"quant.weight_group_size={self.weight_group_size}; must be 1 or more, or null")
+        for key in ("weight_group_size", "input_group_size"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                found.append(f"quant.{key}={value}; must be 1 or more, or null")
         if not 50 < self.percentile <= 100:
             found.append(f"quant.percentile={self.percentile}; must be above 50 and at most 100")
         if self.perturb == "weight" and self.weight_bits is None:
@@ -386,7 +396,9 @@ class Settings:
                 f"strategy={self.strategy.name} is not measured by backend={self.backend.name}; it measures "
                 f"strategy={' and '.join(able)}"
             )
-        elif self.strategy.name == "mse_v2" and self.strategy.positions != "all" and "kl" not in able:
+        if self.backend.name != "torch" and (self.quant.weight_format, self.quant.input_format) != ("int", "int"):
+            found.append(f"quant={self.quant.name} has formats that backend=torch has, and {self.backend.name} has not")
+        if self.strategy.name == "mse_v2" and self.strategy.positions != "all" and "kl" not in able:
             found.append(f"strategy.positions={self.strategy.positions}; backend={self.backend.name} compares all")
         if self.model.placement == "streamed" and self.backend.name != "torch":
             found.append(f"model.placement=streamed is done by backend=torch, not {self.backend.name}")

@@ -31,14 +31,9 @@ from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.apply import make_quantizer, replaced_forwards
-from qvl_hydra.quantization.qdq import (
-    OperatorQuantizer,
-    QuantParams,
-    affine_params,
-    as_tokens,
-    quantized_operator,
-    weight_change,
-)
+from qvl_hydra.quantization.formats.integer import affine_params
+from qvl_hydra.quantization.formats.record import QuantParams
+from qvl_hydra.quantization.qdq import OperatorQuantizer, as_tokens, quantized_operator, weight_change
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 from qvl_hydra.runs.folder import RunFolder
 from tests.conftest import DEVICES, load_tiny

@@ -161,7 +161,8 @@ def test_half_precision_weights_are_scored(layout: Path, tmp_path: Path) -> None
     from qvl_hydra.onnx.scoring.graph import read_graph, weighted_nodes
     from qvl_hydra.onnx.scoring.session import open_switched
     from qvl_hydra.onnx.scoring.switched import SWITCH, switched
-    from qvl_hydra.quantization.qdq import qdq_rows, qdq_weight
+    from qvl_hydra.quantization.formats.integer import qdq_rows
+    from qvl_hydra.quantization.qdq import qdq_weight
 
     read = read_graph(path)
     scheme = Scheme("dynamic", WeightFormat(8), ActivationFormat(8, dynamic=True))

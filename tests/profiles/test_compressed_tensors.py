@@ -12,9 +12,10 @@ from safetensors import safe_open
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import MODEL_CLASSES, LoadedModel
-from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.profiles.apply import applied, make_quantizers
 from qvl_hydra.profiles.checkpoint import weight_scale, write_checkpoint
+from qvl_hydra.profiles.formats.compressed_tensors import quantization_config
 from qvl_hydra.profiles.names import rename
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.qdq import OperatorQuantizer
@@ -110,3 +111,21 @@ def test_a_quantized_head_is_untied_from_the_embedding(tiny_model: LoadedModel, 
 def test_the_scale_of_a_channel_is_its_largest_weight_over_half_the_range() -> None:
     weight = torch.tensor([[0.5, -1.0, 0.25], [2.0, 0.0, 1.0]])
     assert torch.allclose(weight_scale(weight, W8A8.weight), torch.tensor([[1.0], [2.0]]) / 127.5)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_dynamic", "fp8_block", "nvfp4", "mxfp4", "mxfp8", "w8a8_int"])
+def test_deployed_formats_are_the_packages_presets(name: str) -> None:
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+
+    from qvl_hydra.entry.command_line import scheme_settings
+    from qvl_hydra.quantization.scheme import scheme_from_settings
+
+    op = Operator("model.language_model.layers.0.mlp.up_proj", "lm", 0, "up_proj", "g", "Linear", 128, 128, 128 * 128)
+    made = Profile(scheme_from_settings(scheme_settings(name)), (op,), frozenset(), 16, "scores")
+    config = QuantizationConfig.model_validate(quantization_config(made, [op], "hugging_face"))
+    (group,) = config.config_groups.values()
+    preset = preset_name_to_scheme("W8A8" if name == "w8a8_int" else name.upper(), ["Linear"])
+    for own, theirs in ((group.weights, preset.weights), (group.input_activations, preset.input_activations)):
+        same = ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "scale_dtype")
+        assert {key: getattr(own, key) for key in same} == {key: getattr(theirs, key) for key in same}

@@ -12,7 +12,8 @@ from qvl_hydra.errors import ProfileError
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantization.qdq import qdq_static, quantized_operator
+from qvl_hydra.quantization.formats.integer import qdq_static
+from qvl_hydra.quantization.qdq import quantized_operator
 from tests.profiles.rounding import W8A8, some_profile
 
 pytestmark = pytest.mark.inc

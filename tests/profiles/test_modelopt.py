@@ -13,7 +13,8 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.profiles.formats import modelopt
-from qvl_hydra.quantization.qdq import OperatorQuantizer, QuantParams
+from qvl_hydra.quantization.formats.record import QuantParams
+from qvl_hydra.quantization.qdq import OperatorQuantizer
 from tests.profiles.rounding import W8A8, W8A8_SYMMETRIC, assert_only_rounding, assert_weights_agree, some_profile
 
 pytestmark = pytest.mark.modelopt

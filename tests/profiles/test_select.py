@@ -40,7 +40,11 @@ def enumerate_profiles(units: list[Unit]) -> list[tuple[float, int, float, float
             continue
         predicted = sum(unit.score or 0.0 for unit, keep in zip(units, kept, strict=True) if not keep)
         values = [op.in_features * op.out_features for unit in units for op in unit.members]
-        bits = [16 if keep else 8 for unit, keep in zip(units, kept, strict=True) for _ in unit.members]
+        bits = [  # 8 bits and a half-precision scale a channel
+            16 if keep else 8 + 16 / op.in_features
+            for unit, keep in zip(units, kept, strict=True)
+            for op in unit.members
+        ]
         total = float(np.dot(values, bits))
         count = sum(len(unit.members) for unit, keep in zip(units, kept, strict=True) if keep)
         found.append((predicted, count, total / 8, total / sum(values)))

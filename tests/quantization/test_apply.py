@@ -12,7 +12,8 @@ from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.quantization.apply import make_quantizer, observe_ranges, quantized, replaced_forwards
-from qvl_hydra.quantization.qdq import qdq_static, qdq_weight
+from qvl_hydra.quantization.formats.integer import qdq_static
+from qvl_hydra.quantization.qdq import qdq_weight
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat, scheme_from_settings
 from qvl_hydra.settings import QuantSettings
 

@@ -9,16 +9,9 @@ from torch import Tensor, nn
 from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
 from torch.nn import functional
 
-from qvl_hydra.quantization.qdq import (
-    OperatorQuantizer,
-    QuantParams,
-    affine_params,
-    qdq_activation,
-    qdq_rows,
-    qdq_static,
-    qdq_weight,
-    quantized_operator,
-)
+from qvl_hydra.quantization.formats.integer import affine_params, qdq_rows, qdq_static
+from qvl_hydra.quantization.formats.record import QuantParams
+from qvl_hydra.quantization.qdq import OperatorQuantizer, qdq_activation, qdq_weight, quantized_operator
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 
 UNSIGNED, SIGNED = (0, 255), (-128, 127)

@@ -28,7 +28,7 @@ from qvl_hydra.onnx.scoring.scorable import Arrays, Scorable, repeat_rows, split
 from qvl_hydra.onnx.scoring.session import Device, open_switched, pick_provider
 from qvl_hydra.onnx.scoring.switched import SWITCH, switched
 from qvl_hydra.operators.targets import Target, make_targets
-from qvl_hydra.quantization.qdq import QuantParams
+from qvl_hydra.quantization.formats.record import QuantParams
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder, SampleScore
 

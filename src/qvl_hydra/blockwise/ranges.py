@@ -11,7 +11,7 @@ from qvl_hydra.blockwise.batches import Batch, make_batches, put_together
 from qvl_hydra.blockwise.walker import Context, Segment, State, Walker
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.quantization.apply import OperatorObserver, replaced_forwards, unread_output
-from qvl_hydra.quantization.qdq import QuantParams
+from qvl_hydra.quantization.formats.record import QuantParams
 from qvl_hydra.quantization.scheme import Scheme
 
 Params = tuple[QuantParams | None, QuantParams | None]

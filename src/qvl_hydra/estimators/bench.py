@@ -22,7 +22,9 @@ from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target, make_targets
 from qvl_hydra.quantization.apply import make_quantizer
-from qvl_hydra.quantization.qdq import OperatorQuantizer, QuantParams
+from qvl_hydra.quantization.formats.record import QuantParams
+from qvl_hydra.quantization.formats.table import FORMATS, not_offered
+from qvl_hydra.quantization.qdq import OperatorQuantizer, largest_value
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder
 
@@ -57,7 +59,25 @@ class Bench:
     def quantizer(self, scheme: Scheme) -> Callable[[Operator], OperatorQuantizer]:
         """Makes an operator's quantizer while its weights are in memory."""
         module = self.walker.module
-        return lambda op: make_quantizer(module, op.path, scheme, self.ranges[scheme.name])
+        return lambda op: make_quantizer(
+            module, op.path, scheme, self.ranges[scheme.name], self.shared_largest(op, scheme)
+        )
+
+    def offered(self, target: Target, scheme: Scheme) -> bool:
+        """Whether every operator of a target can be put into a scheme."""
+        return not_offered(target.operators, scheme) is None
+
+    def shared_largest(self, op: Operator, scheme: Scheme) -> Tensor | None:
+        """The largest |weight| of all operators that share a tensor scale with one; None where none does.
+
+        Operators that are scored as one target share what a runtime gives them together.
+        """
+        if scheme.weight is None or not FORMATS[scheme.weight.number].whole_tensor:
+            return None
+        own = next((t for t in self.targets if op in t.operators), None)
+        if own is None or len(own.operators) == 1:
+            return None
+        return largest_value(self.walker.module.get_submodule(member.path).weight for member in own.operators)
 
     def scored_positions(self, context: Context) -> list[Bool[Tensor, "token"]]:
         """For each sample of a context the positions that count."""

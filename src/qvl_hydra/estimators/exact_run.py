@@ -41,6 +41,7 @@ def measure_exact(bench: Bench, targets: Sequence[Target], scheme: Scheme, turn:
         turn: names the work items of targets that are measured after others.
     """
     job = bench.job
+    targets = [target for target in targets if bench.offered(target, scheme)]
     if not targets:  # all failed
         return
     walker, contexts, starts = _in_float32(bench)

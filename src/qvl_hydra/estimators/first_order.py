@@ -24,10 +24,12 @@ from torch.nn import functional
 
 from qvl_hydra.models.memory import row_parts
 from qvl_hydra.operators.targets import Target
-from qvl_hydra.quantization.qdq import QuantParams, as_tokens, qdq_activation
+from qvl_hydra.quantization.formats.record import QuantParams
+from qvl_hydra.quantization.qdq import as_tokens, qdq_activation
 from qvl_hydra.quantization.scheme import Scheme
 
 Products = Float[Tensor, "*target probe token"]
+PARTS = {"sequence": 2, "token": 2, "split": 2, "shrunk": 4}  # numbers that `combine` gives
 SamplesOf = Callable[[int], Sequence[slice]]  # from tokens in all, one behind the other, to those of each sample
 
 
@@ -40,6 +42,7 @@ class OperatorError:
         input: rounding error of the input, (token, in).
         output: rounding error of the output, (token, out).
         weight_products, activation_products: one (token,) tensor a probe.
+        taken: probes so far.
     """
 
     weight: Tensor | None
@@ -47,9 +50,11 @@ class OperatorError:
     output: Tensor | None
     weight_products: list[Tensor] = field(default_factory=list)
     activation_products: list[Tensor] = field(default_factory=list)
+    taken: int = 0
 
     def take(self, g: Float[Tensor, "token out"], to_input: Float[Tensor, "token in"]) -> None:
         """Take the products with a probe's gradient at the operator's output and input."""
+        self.taken += 1
         if self.weight is not None:
             self.weight_products.append(_dot(g, self.weight))
         pairs = ((to_input, self.input), (g, self.output))
@@ -165,6 +170,8 @@ class FirstOrder:
 
     def _values(self, errors: Sequence[OperatorError], samples_of: SamplesOf) -> list[Float[Tensor, "probe part"]]:
         """Of one target in one scheme, a sample each."""
+        if not any(e.weight_products or e.activation_products for e in errors):  # a scheme that is not offered
+            return [torch.zeros(errors[0].taken, PARTS[self.reduction])] * len(samples_of(0))
         parts = (_summed([e.weight_products for e in errors]), _summed([e.activation_products for e in errors]))
         tokens = next(part.shape[-1] for part in parts if part is not None)
         return [

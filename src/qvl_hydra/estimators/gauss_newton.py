@@ -33,6 +33,7 @@ from qvl_hydra.estimators.reverse_walk import MakeSampleProbes, cost, reverse_wa
 from qvl_hydra.estimators.table import CURVATURE_METRICS
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target
+from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.qdq import as_tokens, weight_change
 from qvl_hydra.runs.folder import RunFolder, SampleScore
 
@@ -131,6 +132,8 @@ class GaussNewton:
             weights = sum(bench.walker.module.get_submodule(op.path).weight.numel() for op in target.operators)
             for k, trace in enumerate(traces[row]):
                 for scheme, omegas in zip(bench.job.schemes, weighted, strict=True):
+                    if not bench.offered(target, scheme):
+                        continue
                     found = {"trace": trace, "mean_trace": trace / weights, "omega": omegas[row][k]}
                     for metric in ("trace", CURVATURE_METRICS[bench.job.strategy.weighting]):
                         yield SampleScore(
@@ -139,9 +142,13 @@ class GaussNewton:
 
 
 def _mean_errors(bench: Bench, op: Operator) -> list[float]:
-    """For each scheme `||Q(W) - W||^2 / n`; nothing where the scheme leaves the weight alone."""
+    """For each scheme `||Q(W) - W||^2 / n`; nothing where the scheme leaves the weight alone or is not offered."""
     weight: Tensor = bench.walker.module.get_submodule(op.path).weight
-    return [
-        0.0 if scheme.weight is None else float(weight_change(weight, scheme.weight).double().square().mean())
-        for scheme in bench.job.schemes
-    ]
+    errors = []
+    for scheme in bench.job.schemes:
+        if scheme.weight is None or not_offered([op], scheme):
+            errors.append(0.0)
+            continue
+        change = weight_change(weight, scheme.weight, bench.shared_largest(op, scheme))
+        errors.append(float(change.double().square().mean()))
+    return errors

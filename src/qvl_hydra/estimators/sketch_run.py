@@ -17,6 +17,7 @@ from qvl_hydra.estimators.probes import Signs, fisher_probes, leading_directions
 from qvl_hydra.estimators.reverse_walk import MakeSampleProbes, cost, reverse_walk
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target
+from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.qdq import weight_change
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder, SampleScore
@@ -78,8 +79,11 @@ def first_order(bench: Bench, operators: Sequence[Operator], reduction: str) -> 
 
 
 def _change(bench: Bench, op: Operator, scheme: Scheme) -> OperatorChange:
+    if not_offered([op], scheme):
+        return OperatorChange(Scheme(scheme.name, None, None), None)
     weight: Tensor = bench.walker.module.get_submodule(op.path).weight
-    change = None if scheme.weight is None else weight_change(weight, scheme.weight)
+    largest = bench.shared_largest(op, scheme)
+    change = None if scheme.weight is None else weight_change(weight, scheme.weight, largest)
     return OperatorChange(scheme, change, *bench.ranges[scheme.name].get(op.path, (None, None)))
 
 
@@ -107,6 +111,8 @@ def first_order_scores(
         signed = (by_target[..., 0].double() * scale**0.5).tolist()
         scaled = (by_target[..., 1:].double() * scale).tolist()
         for target, sums, probes in zip(targets, signed, scaled, strict=True):
+            if not bench.offered(target, scheme):
+                continue
             for k, (own, (value, *cross)) in enumerate(zip(sums, probes, strict=True)):
                 by_weight, by_activation = cross or (None, None)
                 yield SampleScore(

@@ -19,7 +19,8 @@ from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import HEAD, find_operators
 from qvl_hydra.profiles.formats.compressed_tensors import checkpoint_format, quantization_config
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantization.qdq import OperatorQuantizer, affine_params
+from qvl_hydra.quantization.formats.integer import affine_params
+from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.quantization.scheme import WeightFormat
 
 BESIDE = ("*.json", "*.jinja", "*.txt", "*.model")  # tokenizer, templates, image processor

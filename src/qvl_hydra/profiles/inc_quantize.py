@@ -31,7 +31,8 @@ from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.formats.neural_compressor import op_name_dict
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantization.qdq import OperatorQuantizer, QuantParams
+from qvl_hydra.quantization.formats.record import QuantParams
+from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 
 UNSIGNED = (0, 255)  # of torch.quint8

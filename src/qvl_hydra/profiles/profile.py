@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qvl_hydra.operators.discover import Operator
+from qvl_hydra.quantization.formats.table import weight_bits
 from qvl_hydra.quantization.scheme import Scheme
 
 
@@ -41,8 +42,8 @@ class Profile:
 
     @property
     def weight_bytes(self) -> float:
-        """Bytes of the weights decided on; scales, zero points and biases are not counted."""
-        return sum(weight_bits(op, self) for op in self.operators) / 8
+        """Bytes of the weights decided on, with their scales; biases are not counted."""
+        return sum(bits_of(op, self) for op in self.operators) / 8
 
     @property
     def average_bits(self) -> float:
@@ -55,15 +56,16 @@ def weight_values(op: Operator) -> int:
     return op.in_features * op.out_features
 
 
-def low_bits(scheme: Scheme, high_bits: int) -> int:
-    """Bits of a weight in the scheme; a scheme that leaves weights in float saves none."""
-    return high_bits if scheme.weight is None else scheme.weight.bits
+def low_bits(op: Operator, scheme: Scheme, high_bits: int) -> float:
+    """Bits of an operator's whole weight in the scheme, scales included; a scheme that leaves weights saves none."""
+    return weight_bits(scheme, op.in_features, high_bits) * weight_values(op)
 
 
-def weight_bits(op: Operator, profile: Profile) -> int:
+def bits_of(op: Operator, profile: Profile) -> float:
     """Bits of an operator's whole weight under a profile."""
-    bits = profile.high_bits if op.path in profile.high else low_bits(profile.scheme, profile.high_bits)
-    return bits * weight_values(op)
+    if op.path in profile.high:
+        return float(profile.high_bits * weight_values(op))
+    return low_bits(op, profile.scheme, profile.high_bits)
 
 
 def describe(profile: Profile) -> dict[str, Any]:

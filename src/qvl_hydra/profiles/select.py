@@ -60,7 +60,8 @@ def select(units: Sequence[Unit], budget: Budget, scheme: Scheme, high_bits: int
     forced = np.array([unit.score is None for unit in units])
     cost, limit = cost_and_limit(units, budget, scheme, high_bits)
     if budget.kind == "error":
-        kept = _fewest(units, scores, forced, budget.value)
+        extra, _ = cost_and_limit(units, Budget("weight_bytes", 0.0), scheme, high_bits)
+        kept = _fewest(units, scores, forced, budget.value, extra)
     else:
         _require(units, cost, limit, forced, budget)
         kept = _solve(-_scaled(scores), cost, limit, forced)
@@ -95,17 +96,24 @@ def cost_and_limit(
     if budget.kind == "share":
         return counts, math.floor(budget.value * counts.sum() + 1e-9)
     weights = np.array([float(sum(weight_values(op) for op in unit.members)) for unit in units])
-    low = low_bits(scheme, high_bits)
+    low = np.array([sum(low_bits(op, scheme, high_bits) for op in unit.members) for unit in units])
     allowed_bits = budget.value * (weights.sum() if budget.kind == "average_bits" else 8)
-    return weights * (high_bits - low), allowed_bits - low * weights.sum()
+    return weights * high_bits - low, allowed_bits - low.sum()
 
 
 def _fewest(
-    units: Sequence[Unit], scores: Float64[np.ndarray, " unit"], forced: Bool[np.ndarray, " unit"], allowed: float
+    units: Sequence[Unit],
+    scores: Float64[np.ndarray, " unit"],
+    forced: Bool[np.ndarray, " unit"],
+    allowed: float,
+    extra: Float64[np.ndarray, " unit"],
 ) -> Bool[np.ndarray, " unit"]:
-    """The smallest set of units whose removal brings the sum of the others' scores down to what is allowed."""
+    """The smallest set of units whose removal brings the sum of the others' scores down to what is allowed.
+
+    Args:
+        extra: bits that keeping each unit costs.
+    """
     counts = np.array([float(len(unit.members)) for unit in units])
-    weights = np.array([float(sum(weight_values(op) for op in unit.members)) for unit in units])
     reachable = math.fsum(scores[(scores < 0) & ~forced])
     if allowed < reachable:
         raise ProfileError(
@@ -113,7 +121,7 @@ def _fewest(
             f"error is {reachable:g}; allow at least that"
         )
     # Bytes decide between equal counts: all of them together weigh less than one operator.
-    objective = _SCALE * (counts + weights / (2 * weights.sum()))
+    objective = _SCALE * (counts + extra / (2 * np.abs(extra).sum() or 1.0))
     return _solve(objective, -scores, allowed - math.fsum(scores[~forced]), forced)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.forward import reference_output
+from qvl_hydra.quantization.formats.record import QuantParams
 from qvl_hydra.quantization.observers import RangeObserver
-from qvl_hydra.quantization.qdq import OperatorQuantizer, QuantParams, as_tokens, qdq_weight, quantized_operator
+from qvl_hydra.quantization.qdq import OperatorQuantizer, as_tokens, qdq_weight, quantized_operator
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme
 
 Ranges = Mapping[str, tuple[QuantParams | None, QuantParams | None]]  # operator path -> input, output
@@ -61,10 +62,16 @@ def quantized(module: nn.Module, quantizers: Mapping[str, OperatorQuantizer]) ->
         yield
 
 
-def make_quantizer(module: nn.Module, path: str, scheme: Scheme, ranges: Ranges) -> OperatorQuantizer:
-    """The quantizer of one operator: its QDQ weight and the parameters of its static activations."""
+def make_quantizer(
+    module: nn.Module, path: str, scheme: Scheme, ranges: Ranges, largest: Tensor | None = None
+) -> OperatorQuantizer:
+    """The quantizer of one operator: its QDQ weight and the parameters of its static activations.
+
+    Args:
+        largest: see `qdq_weight`.
+    """
     weight: Tensor = module.get_submodule(path).weight  # type: ignore[assignment]
-    rounded = None if scheme.weight is None else qdq_weight(weight.float(), scheme.weight)
+    rounded = None if scheme.weight is None else qdq_weight(weight.float(), scheme.weight, largest)
     inputs, output = ranges.get(path, (None, None))
     return OperatorQuantizer(scheme, rounded, inputs, output)
 

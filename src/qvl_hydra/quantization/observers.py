@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.ao.quantization.observer import HistogramObserver
 
-from qvl_hydra.quantization.qdq import QuantParams, affine_params
+from qvl_hydra.quantization.formats.record import QuantParams
+from qvl_hydra.quantization.formats.table import FORMATS
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme
 
 
@@ -55,8 +56,7 @@ class RangeObserver:
         low, high = self._range()
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise ValueError(f"the observed activation range is not finite: {low.item()} to {high.item()}")
-        scale, zero_point = affine_params(low, high, self.form.limits, self.form.symmetric)
-        return QuantParams(float(scale), int(zero_point), *self.form.limits)
+        return FORMATS[self.form.number].static(low, high, self.form)
 
     def _range(self) -> tuple[Tensor, Tensor]:
         if self.histogram is None or not (torch.isfinite(self.low) and torch.isfinite(self.high)):

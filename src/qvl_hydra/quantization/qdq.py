@@ -1,122 +1,70 @@
-"""Quantize-dequantize (QDQ): float tensors rounded to the values that integers of a format can stand for.
-
-Scales and zero points are PyTorch's (`torch.ao.quantization` min-max observers), which Neural Compressor uses:
-a symmetric scale is `max|x| / ((qmax - qmin) / 2)`, an asymmetric range always contains zero.
-"""
+"""Quantize-dequantize (QDQ): float tensors rounded to the values that a number format can stand for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from qvl_hydra.models.memory import row_parts
+from qvl_hydra.quantization.formats.record import QuantParams
+from qvl_hydra.quantization.formats.table import FORMATS
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 
-SMALLEST_SCALE = torch.finfo(torch.float32).eps  # as PyTorch's observers: a constant zero tensor keeps a scale
+
+def largest_value(weights: Iterable[Tensor]) -> Tensor:
+    """The largest |value| of all weights together, float32."""
+    return torch.stack([torch.stack([w.detach().amax(), -w.detach().amin()]).amax().float() for w in weights]).amax()
 
 
-@dataclass(frozen=True)
-class QuantParams:
-    """Scale and zero point of one static tensor, and the integer range."""
-
-    scale: float
-    zero_point: int
-    qmin: int
-    qmax: int
-
-
-def affine_params(
-    low: Float[Tensor, "*n"], high: Float[Tensor, "*n"], limits: tuple[int, int], symmetric: bool
-) -> tuple[Float[Tensor, "*n"], Int[Tensor, "*n"]]:
-    """Scale and zero point for values between `low` and `high`.
+def qdq_weight(
+    weight: Float[Tensor, "out *rest"], form: WeightFormat, largest: Tensor | None = None
+) -> Float[Tensor, "out *rest"]:
+    """QDQ of a weight; its dtype is kept.
 
     Args:
-        low, high: smallest and largest value, elementwise; widened to contain zero.
-        limits: smallest and largest integer.
-        symmetric: zero point 0 and the same range on both sides.
-
-    Returns:
-        Scale (float32, above zero) and zero point (int32), of the shape of `low`.
+        largest: |value| of the weight, or of all weights that share a tensor scale with it; None: its own.
     """
-    qmin, qmax = limits
-    low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
-    if symmetric:
-        scale = (torch.maximum(-low, high) / ((qmax - qmin) / 2)).clamp(min=SMALLEST_SCALE)
-        return scale, torch.zeros_like(scale, dtype=torch.int32)
-    scale = ((high - low) / (qmax - qmin)).clamp(min=SMALLEST_SCALE)
-    return scale, (qmin - torch.round(low / scale)).clamp(qmin, qmax).to(torch.int32)
+    flat, row = weight.detach().flatten(1), FORMATS[form.number]
+    largest = largest_value([flat]) if largest is None and row.whole_tensor_of(form) else largest
+    return row.weight(flat.float(), form, largest).to(weight.dtype).view_as(weight)
 
 
-def qdq_static(x: Float[Tensor, "*shape"], params: QuantParams) -> Float[Tensor, "*shape"]:
-    """QDQ with one scale and zero point for the whole tensor; dtype is kept."""
-    limits = (params.qmin, params.qmax)
-    if x.is_cuda:
-        return torch.fake_quantize_per_tensor_affine(x.float(), params.scale, params.zero_point, *limits).to(x.dtype)
-    inverse = 1 / torch.tensor(params.scale)  # as the operator has it, in float32
-    return _fake_quantize(x.float(), inverse.item(), params.scale, params.zero_point, limits).to(x.dtype)
-
-
-def _fake_quantize(
-    x: Tensor, inverse: float | Tensor, scale: float | Tensor, zero_point: int | Tensor, limits: tuple[int, int]
-) -> Tensor:
-    """Bit for bit PyTorch's `fake_quantize` operators, which take three times as long on a CPU."""
-    rounded = (x * inverse).round_()
-    if isinstance(zero_point, int) and zero_point == 0:
-        return rounded.clamp_(*limits).mul_(scale)
-    return rounded.add_(zero_point).clamp_(*limits).sub_(zero_point).mul_(scale)
-
-
-def qdq_rows(
-    x: Float[Tensor, "row value"], limits: tuple[int, int], symmetric: bool
-) -> Float[Tensor, "row value"]:
-    """QDQ with a scale and zero point for each row, taken from the row itself; dtype is kept."""
-    values = x.float()
-    low, high = values.amin(1), values.amax(1)  # `aminmax` of rows takes twenty times as long on a CPU
-    scale, zero_point = affine_params(low, high, limits, symmetric)
-    if x.is_cuda:
-        return torch.fake_quantize_per_channel_affine(values, scale, zero_point, 0, *limits).to(x.dtype)
-    zero = 0 if symmetric else zero_point[:, None]
-    return _fake_quantize(values, (1 / scale)[:, None], scale[:, None], zero, limits).to(x.dtype)
-
-
-def qdq_weight(weight: Float[Tensor, "out *rest"], form: WeightFormat) -> Float[Tensor, "out *rest"]:
-    """QDQ of a weight, one scale an output channel, or one a group of inputs.
-
-    A channel whose inputs are no multiple of the group size ends with a shorter group.
-    """
-    flat = weight.detach().flatten(1)
-    size = form.group_size
-    if size is None or size >= flat.shape[1]:
-        return qdq_rows(flat, form.limits, form.symmetric).view_as(weight)
-    whole = flat.shape[1] // size * size
-    parts = [qdq_rows(flat[:, :whole].reshape(-1, size), form.limits, form.symmetric).view(flat.shape[0], whole)]
-    if whole < flat.shape[1]:
-        parts.append(qdq_rows(flat[:, whole:].contiguous(), form.limits, form.symmetric))
-    return torch.cat(parts, dim=1).view_as(weight)
-
-
-def weight_change(weight: Float[Tensor, "out *rest"], form: WeightFormat) -> Float[Tensor, "out rest"]:
+def weight_change(
+    weight: Float[Tensor, "out *rest"], form: WeightFormat, largest: Tensor | None = None
+) -> Float[Tensor, "out rest"]:
     """`Q(W) - W`, flattened to two dimensions, in the weight's dtype.
 
     The difference is taken in float32, some channels at a time: it is small against both, and a head with a large
     vocabulary has no room for further copies.
+
+    Args:
+        largest: see `qdq_weight`.
     """
-    flat = weight.detach().flatten(1)
+    flat, row = weight.detach().flatten(1), FORMATS[form.number]
+    largest = largest_value([flat]) if largest is None and row.whole_tensor_of(form) else largest
     change = torch.empty_like(flat)
-    for rows in row_parts(flat):
+    for rows in _aligned(flat, row.rows):
         part = flat[rows].float()
-        change[rows] = qdq_weight(part, form) - part
+        change[rows] = row.weight(part, form, largest) - part
     return change
+
+
+def _aligned(matrix: Tensor, together: int) -> Iterator[slice]:
+    """As `row_parts`, with each part a multiple of the rows that share scales."""
+    step = next(row_parts(matrix)).stop
+    step = max(together, step // together * together)
+    return (slice(first, first + step) for first in range(0, len(matrix), step))
 
 
 def qdq_activation(
     x: Float[Tensor, "*shape"], form: ActivationFormat | None, params: QuantParams | None
 ) -> Float[Tensor, "*shape"]:
-    """QDQ of an activation: per token at run time when the format is dynamic, else with static `params`.
+    """QDQ of an activation: scales from the values at run time, or with static `params`.
 
     Args:
         x: the last dimension holds a token's channels.
@@ -125,10 +73,8 @@ def qdq_activation(
     """
     if form is None:
         return x
-    if form.dynamic:
-        return qdq_rows(x.reshape(-1, x.shape[-1]), form.limits, form.symmetric).view_as(x)
-    assert params is not None, "a static format was used before its range was observed"
-    return qdq_static(x, params)
+    flat = x.reshape(-1, x.shape[-1])
+    return FORMATS[form.number].activation(flat, form, params).view_as(x)
 
 
 @dataclass(frozen=True)

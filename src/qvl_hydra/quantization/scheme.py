@@ -1,8 +1,4 @@
-"""What a scheme is: the number formats of an operator's weight, input and output.
-
-Formats follow PyTorch's quantization (and so Neural Compressor's): an integer range of `bits`, a scale, a zero point;
-symmetric signed weights, asymmetric unsigned static activations.
-"""
+"""What a scheme is: the number formats of an operator's weight, input and output, and how far a scale reaches."""
 
 from __future__ import annotations
 
@@ -17,11 +13,23 @@ Perturb = Literal["both", "weight", "activation"]
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Integers for a weight, one scale an output channel or one a group of `group_size` inputs of a channel."""
+    """A weight's number format.
+
+    Attributes:
+        bits: of integers; other formats have their own.
+        symmetric: no zero point; other formats have none.
+        group_size: inputs of a channel that share a scale; None: as `granularity` says.
+        number: row of the table of number formats.
+        granularity: what shares a scale: `channel` (an output's), `tensor`, `block` of 128 x 128.
+        divide: integers are rounded as checkpoints (compressed-tensors) and kernels (vLLM) do, not as PyTorch does.
+    """
 
     bits: int
     symmetric: bool = True
     group_size: int | None = None
+    number: str = "int"
+    granularity: str = "channel"
+    divide: bool = False
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -30,11 +38,20 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class ActivationFormat:
-    """Integers for an activation: one static range a tensor, or one taken from each token at run time."""
+    """An activation's number format: one static range a tensor, or scales taken at run time.
+
+    Attributes:
+        dynamic: scales are taken from each token, or each group of it, at run time.
+        group_size: channels of a token that share a scale; None: all.
+        number, divide: as of a weight.
+    """
 
     bits: int
     symmetric: bool = False
     dynamic: bool = False
+    number: str = "int"
+    group_size: int | None = None
+    divide: bool = False
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -68,12 +85,18 @@ class Scheme:
 
 def scheme_from_settings(quant: QuantSettings) -> Scheme:
     """The scheme that the settings describe, with `quant.perturb` applied."""
-    weight = None
+    weight = inputs = None
+    divide = quant.rounding == "runtime"
     if quant.weight_bits is not None:
-        weight = WeightFormat(quant.weight_bits, quant.weight_symmetric, quant.weight_group_size)
-    inputs = None
+        weight = WeightFormat(
+            quant.weight_bits, quant.weight_symmetric, quant.weight_group_size, quant.weight_format,
+            quant.weight_granularity, divide,
+        )  # fmt: skip
     if quant.input_bits is not None:
-        inputs = ActivationFormat(quant.input_bits, quant.input_symmetric, quant.input_granularity == "token")
+        inputs = ActivationFormat(
+            quant.input_bits, quant.input_symmetric, quant.input_granularity == "token", quant.input_format,
+            quant.input_group_size, divide,
+        )  # fmt: skip
     output = None if quant.output_bits is None else ActivationFormat(quant.output_bits)
     return Scheme(quant.name, weight, inputs, output, quant.observer, quant.percentile).only(quant.perturb)
 

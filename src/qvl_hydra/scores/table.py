@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,7 @@ class Scored:
         metric, unit: of the scores that rank.
         scheme: which scheme's scores to take.
         controls: operators drawn at random to be measured exactly, too.
+        not_offered: gives the reason why operators cannot have the scheme, or None.
     """
 
     operators: Sequence[Operator]
@@ -42,6 +43,7 @@ class Scored:
     scheme: str
     fuse: bool = False
     controls: Collection[str] = ()
+    not_offered: Callable[[Sequence[Operator]], str | None] = lambda operators: None
 
 
 def score_table(scored: Scored) -> tuple[pd.DataFrame, float | None]:
@@ -145,7 +147,9 @@ def _row(
         "unit": scored.unit,
         "reason": "",
     }
-    if name in scored.endings:
+    if reason := scored.not_offered(members):
+        row["status"], row["reason"] = "skipped", reason
+    elif name in scored.endings:
         row["status"], row["reason"] = scored.endings[name]
     elif not len(values):
         row["status"], row["reason"] = "skipped", "the run ended before it was scored"

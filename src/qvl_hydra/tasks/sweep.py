@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -19,6 +21,7 @@ from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.estimators.table import estimator_of, ranking_metric
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
+from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.folder import RunFolder, write_json, write_parquet
 from qvl_hydra.runs.resume import fingerprint_of, take_up
@@ -113,13 +116,14 @@ def _tables(
     unit = report.unit if report else unit_of(metric, settings.strategy.positions)
     schemes = list(dict.fromkeys([prepared.schemes[0].name, *frame["scheme"].unique()]))
     main = prepared.schemes[0].name
+    by_name = defaultdict(lambda: prepared.schemes[0], {item.name: item for item in prepared.schemes})
     if len(frame) and main not in set(frame["scheme"]):
         schemes.remove(main)  # a backend that knows one scheme only scored that one
     return {
         scheme: score_table(
             Scored(
                 prepared.operators, frame, folder.endings(), metric, unit, scheme, settings.operators.fuse,
-                folder.recall(CONTROLS, {}).get(scheme, ()),
+                folder.recall(CONTROLS, {}).get(scheme, ()), partial(not_offered, scheme=by_name[scheme]),
             )
         )
         for scheme in schemes

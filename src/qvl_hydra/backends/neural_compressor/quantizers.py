@@ -19,7 +19,8 @@ from qvl_hydra.backends.neural_compressor.adaptor import SCHEME, FxSession, open
 from qvl_hydra.backends.neural_compressor.mse import converted, prepared, release
 from qvl_hydra.backends.neural_compressor.wrapper import ComponentWrapper, WrapperBatch, usable, wrapper_input
 from qvl_hydra.estimators.job import SweepJob
-from qvl_hydra.quantization.qdq import OperatorQuantizer, QuantParams
+from qvl_hydra.quantization.formats.record import QuantParams
+from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qvl_hydra.quantization.qdq import affine_params
+from qvl_hydra.quantization.formats.integer import affine_params
 from qvl_hydra.quantization.scheme import WeightFormat
 
 

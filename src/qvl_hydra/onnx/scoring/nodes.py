@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, NodeProto, helper, numpy_helper
 
-from qvl_hydra.quantization.qdq import SMALLEST_SCALE, QuantParams
+from qvl_hydra.quantization.formats.integer import SMALLEST_SCALE
+from qvl_hydra.quantization.formats.record import QuantParams
 from qvl_hydra.quantization.scheme import ActivationFormat
 
 AXES_AS_INPUT = 18  # opset from which reductions take their axes as an input

@@ -14,8 +14,8 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.onnx.scoring.graph import WeightedNode
 from qvl_hydra.onnx.scoring.scorable import Scorable
 from qvl_hydra.onnx.scoring.session import Device, open_session
+from qvl_hydra.quantization.formats.record import QuantParams
 from qvl_hydra.quantization.observers import RangeObserver
-from qvl_hydra.quantization.qdq import QuantParams
 from qvl_hydra.quantization.scheme import Scheme
 
 Params = tuple[QuantParams | None, QuantParams | None]

@@ -21,7 +21,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from qvl_hydra.onnx.export.integers import integer_weight
 from qvl_hydra.onnx.scoring.graph import Graph, WeightedNode
 from qvl_hydra.onnx.scoring.nodes import Builder, activation_qdq
-from qvl_hydra.quantization.qdq import QuantParams
+from qvl_hydra.quantization.formats.record import QuantParams
 from qvl_hydra.quantization.scheme import Scheme, WeightFormat
 
 SWITCH = "switch"  # input: (line, row) of bool

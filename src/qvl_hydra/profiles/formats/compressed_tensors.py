@@ -15,6 +15,8 @@ from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.formats.rendered import Rendered, refuse, require_linear
 from qvl_hydra.profiles.names import rename
 from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.quantization.formats.float8 import BLOCK
+from qvl_hydra.quantization.formats.table import FORMATS
 from qvl_hydra.quantization.scheme import ActivationFormat, WeightFormat
 
 
@@ -44,9 +46,20 @@ def quantization_config(profile: Profile, operators: Sequence[Operator], convent
     }
 
 
+STORED = {  # how a number format's weights are stored, by compressed-tensors' names
+    "float8_e4m3": "float-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "mxfp8": "mxfp8-quantized",
+}
+SCALES = {"nvfp4": "torch.float8_e4m3fn", "mxfp4": "torch.uint8", "mxfp8": "torch.uint8"}  # dtypes
+
+
 def checkpoint_format(profile: Profile) -> str:
     """How weights are stored: whole INT8 numbers beside quantized inputs, packed ones for weights alone."""
     scheme = profile.scheme
+    if scheme.weight is not None and scheme.weight.number in STORED:
+        return STORED[scheme.weight.number]
     whole = scheme.input is not None and scheme.weight is not None and scheme.weight.bits == 8
     return "int-quantized" if whole else "pack-quantized"
 
@@ -79,6 +92,8 @@ def ignored(profile: Profile, operators: Sequence[Operator], convention: str) ->
 
 
 def _weights(form: WeightFormat) -> dict[str, Any]:
+    if form.number in STORED:
+        return _floating(form.number, form.granularity) | {"dynamic": False}
     return {
         "num_bits": form.bits,
         "type": "int",
@@ -92,6 +107,12 @@ def _weights(form: WeightFormat) -> dict[str, Any]:
 def _activation(form: ActivationFormat | None) -> dict[str, Any] | None:
     if form is None:
         return None
+    if form.number in STORED:
+        granularity = ("token" if form.group_size is None else "group") if form.dynamic else "tensor"
+        content = _floating(form.number, granularity) | {"dynamic": form.dynamic}
+        if content["strategy"] == "group" and content["group_size"] is None:
+            content["group_size"] = form.group_size
+        return content | ({"dynamic": "local"} if content["strategy"] == "tensor_group" else {})
     return {
         "num_bits": form.bits,
         "type": "int",
@@ -99,3 +120,16 @@ def _activation(form: ActivationFormat | None) -> dict[str, Any] | None:
         "strategy": "token" if form.dynamic else "tensor",
         "dynamic": form.dynamic,
     }
+
+
+def _floating(number: str, granularity: str) -> dict[str, Any]:
+    """A floating format: those whose groups are part of it have their own strategy."""
+    row = FORMATS[number]
+    strategy = granularity if row.group is None else "tensor_group" if row.whole_tensor else "group"
+    content: dict[str, Any] = {"num_bits": row.bits, "type": "float", "symmetric": True, "strategy": strategy}
+    content["group_size"] = row.group
+    if number in SCALES:
+        content["scale_dtype"] = content["zp_dtype"] = SCALES[number]
+    if strategy == "block":
+        content["block_structure"] = [BLOCK, BLOCK]
+    return content

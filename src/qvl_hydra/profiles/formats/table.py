@@ -30,6 +30,19 @@ FORMATS = {
 }
 
 
+FLOATS = ("compressed_tensors", "llm_compressor")  # those that can say more than integers
+
+
+def _require_integers(profile: Profile, name: str) -> None:
+    scheme = profile.scheme
+    numbers = {part.number for part in (scheme.weight, scheme.input) if part is not None} - {"int"}
+    if numbers and name not in FLOATS:
+        raise ProfileError(
+            f"{name} is written for integers only, and quant={scheme.name} has {', '.join(sorted(numbers))}; "
+            f"take profile.formats=[{','.join(FLOATS)}]"
+        )
+
+
 def write_formats(
     profile: Profile, operators: Sequence[Operator], names: Sequence[str], folder: Path
 ) -> list[dict[str, Any]]:
@@ -51,6 +64,7 @@ def write_formats(
         form = FORMATS[name]
         record: dict[str, Any] = {"format": name, "consumer": form.consumer, "loaded_with": form.loaded}
         try:
+            _require_integers(profile, name)
             rendered = form.render(profile, operators)
         except ProfileError as error:
             if names:

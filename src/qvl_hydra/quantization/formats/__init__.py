@@ -1,0 +1,1 @@
+"""Number formats: one file each, one row each in `table`."""

@@ -1,0 +1,65 @@
+"""FP8 E4M3 (`torch.float8_e4m3fn`): a scale a tensor, a channel, a token, a group, or a block of 128 x 128.
+
+As compressed-tensors has it: scale `max|x| / 448`, values divided by it, held to +-448 and cast to the nearest, ties to
+even. A last, ragged block is filled up with zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from qvl_hydra.quantization.formats.record import NumberFormat, QuantParams
+from qvl_hydra.quantization.scheme import ActivationFormat, WeightFormat
+
+LARGEST = 448.0
+BLOCK = 128
+SMALLEST_SCALE = torch.finfo(torch.float32).eps  # what a scale of zero becomes
+
+
+def scale_of(largest: Tensor) -> Tensor:
+    """The scale that a largest |value| asks for."""
+    scale = largest / LARGEST
+    return torch.where(scale == 0, SMALLEST_SCALE, scale)
+
+
+def rounded(x: Tensor, scale: Tensor | float) -> Tensor:
+    """The nearest values that FP8 has with this scale, which broadcasts."""
+    return (x / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float() * scale
+
+
+def _weight(x: Float[Tensor, "out in"], form: WeightFormat, largest: Tensor | None) -> Float[Tensor, "out in"]:
+    if form.granularity == "tensor":
+        assert largest is not None, "a tensor's scale is taken from all of it"
+        return rounded(x, scale_of(largest))
+    if form.granularity == "channel":
+        return rounded(x, scale_of(x.abs().amax(1, keepdim=True)))
+    rows, columns = x.shape
+    padded = functional.pad(x, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+    scale = scale_of(blocks.abs().amax((1, 3), keepdim=True))
+    return rounded(blocks, scale).view_as(padded)[:rows, :columns].contiguous()
+
+
+def _activation(
+    x: Float[Tensor, "token in"], form: ActivationFormat, params: QuantParams | None
+) -> Float[Tensor, "token in"]:
+    if not form.dynamic:
+        assert params is not None, "a static format was used before its range was observed"
+        return rounded(x, params.scale)
+    groups = x if form.group_size is None else x.unflatten(-1, (-1, form.group_size))
+    return rounded(groups, scale_of(groups.abs().amax(-1, keepdim=True))).view_as(x)
+
+
+def _static(low: Tensor, high: Tensor, form: ActivationFormat) -> QuantParams:
+    return QuantParams(float(scale_of(torch.maximum(low.abs(), high.abs()).float())), 0, -int(LARGEST), int(LARGEST))
+
+
+def _scale_bits(form: WeightFormat, inputs: int) -> float:
+    """Float32 scales of a tensor, half-precision ones of a channel, float32 ones of a block."""
+    return {"tensor": 0.0, "channel": 16 / inputs, "block": 32 / BLOCK**2}[form.granularity]
+
+
+FLOAT8 = NumberFormat("float8_e4m3", 8, _weight, _activation, _static, _scale_bits, rows=BLOCK)

@@ -1,0 +1,188 @@
+"""Number formats against compressed-tensors' own fake-quantize, bit for bit; and against their definitions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qvl_hydra.entry.command_line import scheme_settings
+from qvl_hydra.models import memory
+from qvl_hydra.models.load import LoadedModel
+from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.quantization.formats import float4
+from qvl_hydra.quantization.formats.table import FORMATS, refusal, weight_bits
+from qvl_hydra.quantization.qdq import largest_value, qdq_activation, qdq_weight, weight_change
+from qvl_hydra.quantization.scheme import Scheme, WeightFormat, scheme_from_settings
+
+PRESETS = {
+    "fp8": "FP8", "fp8_dynamic": "FP8_DYNAMIC", "fp8_block": "FP8_BLOCK", "nvfp4": "NVFP4", "mxfp4": "MXFP4",
+    "mxfp8": "MXFP8", "w8a8_int": "W8A8",
+}  # fmt: skip
+
+
+def scheme(name: str) -> Scheme:
+    return scheme_from_settings(scheme_settings(name))
+
+
+def hard_cases() -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    normal = torch.randn(256, 384, generator=draw)
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25, -1.25, -2.5, -5.0, 448.0, 6.5, 7.0, 1e-3])
+    zeros = normal.clone()
+    zeros[::3] = 0
+    return {
+        "normal": normal,
+        "wide": normal * torch.logspace(-6, 6, 384),
+        "ties": ties.repeat(128, 24),
+        "zeros": zeros,
+        "all zero": torch.zeros(128, 128),
+        "subnormal": normal * 1e-40,
+        "large": normal * 1e30,
+        "ragged rows": normal[:200],
+    }
+
+
+CASES = hard_cases()
+
+
+def peers_weight(weight: Tensor, args: Any) -> Tensor:
+    """compressed-tensors' fake-quantize of a weight, scales by its own min-max."""
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils.helpers import calculate_qparams, generate_gparam
+
+    whole = generate_gparam(weight.amin(), weight.amax()) if args.strategy == "tensor_group" else None
+    if args.strategy == "tensor":
+        low, high = weight.amin().view(1), weight.amax().view(1)
+    elif args.strategy == "channel":
+        low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    elif args.strategy == "block":
+        padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 128, 0, -weight.shape[0] % 128))
+        blocks = padded.view(padded.shape[0] // 128, 128, padded.shape[1] // 128, 128)
+        low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
+    else:
+        groups = weight.unflatten(-1, (-1, args.group_size))
+        low, high = groups.amin(-1), groups.amax(-1)
+    scale, zero = calculate_qparams(low, high, args, global_scale=whole)
+    return fake_quantize(weight, scale, zero, args, global_scale=whole)
+
+
+def peers_activation(x: Tensor, args: Any, observed: Tensor) -> Tensor:
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils.helpers import (
+        calculate_qparams,
+        compute_dynamic_scales_and_zp,
+        generate_gparam,
+    )
+
+    whole = generate_gparam(observed.amin(), observed.amax()) if args.strategy == "tensor_group" else None
+    if args.dynamic:
+        scale, zero = compute_dynamic_scales_and_zp(x[None], args, torch.nn.Module(), global_scale=whole)
+        return fake_quantize(x[None], scale, zero, args, global_scale=whole)[0]
+    scale, zero = calculate_qparams(observed.amin().view(1), observed.amax().view(1), args)
+    return fake_quantize(x, scale, zero, args)
+
+
+def preset(name: str) -> Any:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+
+    return preset_name_to_scheme(PRESETS[name], ["Linear"])
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_weights_are_compressed_tensors_bit_for_bit(name: str, case: str) -> None:
+    args, weight, form = preset(name).weights, CASES[case], scheme(name).weight
+    assert form is not None
+    assert torch.equal(qdq_weight(weight, form), peers_weight(weight.clone(), args))
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_weights_of_the_bundled_model_are_compressed_tensors(name: str, tiny_model: LoadedModel) -> None:
+    args, own = preset(name).weights, scheme(name)
+    assert own.weight is not None
+    seen = 0
+    for op in find_operators(tiny_model.module, "full"):
+        if refusal(own, op.kind, op.in_features, op.out_features) is None and op.kind == "Linear":
+            weight = tiny_model.module.get_submodule(op.path).weight.detach()
+            assert torch.equal(qdq_weight(weight, own.weight), peers_weight(weight.clone(), args)), op.path
+            seen += 1
+    assert seen > 30
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "w8a8_int"])
+def test_activations_are_compressed_tensors_bit_for_bit(name: str, case: str) -> None:
+    """With a batch dimension: without one, its "one a token" is one a tensor, which no kernel does."""
+    args, x, form = preset(name).input_activations, CASES[case], scheme(name).input
+    assert form is not None
+    observed = x * 0.7  # what calibration saw, so that some values lie beyond it
+    params = None if form.dynamic else FORMATS[form.number].static(observed.amin(), observed.amax(), form)
+    assert torch.equal(qdq_activation(x, form, params), peers_activation(x.clone(), args, observed))
+
+
+def test_integer_tokens_have_the_runtimes_scale() -> None:
+    """vLLM's kernel takes max / 127, where compressed-tensors takes max / 127.5."""
+    form = scheme("w8a8_int").input
+    found = qdq_activation(torch.tensor([[127.0, 1.4, -0.6], [0.0, 0.0, 0.0]]), form, None)
+    assert found.tolist() == [[127.0, 1.0, -1.0], [0.0, 0.0, 0.0]]
+
+
+def test_float4_values_by_hand() -> None:
+    found = float4.rounded(torch.tensor([0.25, 0.26, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 5.01, 9.0, -0.3, -7.0]))
+    assert found.tolist() == [0.0, 0.5, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0, 6.0, -0.5, -6.0]
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "w4a16"])
+def test_a_large_weight_in_parts_changes_as_in_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    form, weight = scheme(name).weight, CASES["wide"]
+    assert form is not None
+    whole = weight_change(weight, form)
+    monkeypatch.setitem(memory.PART_VALUES, "cpu", 3 * weight.shape[1])
+    assert torch.equal(weight_change(weight, form), whole)
+    torch.testing.assert_close(whole, qdq_weight(weight, form) - weight)
+
+
+def test_fused_weights_share_the_tensor_scale() -> None:
+    form = scheme("nvfp4").weight
+    assert form is not None
+    small, large = CASES["normal"], CASES["normal"] * 7
+    together = qdq_weight(torch.cat([small, large]), form)
+    shared = largest_value([small, large])
+    assert torch.equal(qdq_weight(small, form, shared), together[: len(small)])
+    assert not torch.equal(qdq_weight(small, form), together[: len(small)])
+
+
+def test_shapes_that_a_format_cannot_take_are_named() -> None:
+    assert refusal(scheme("nvfp4"), "Linear", 3420, 1280) == (
+        "3420 inputs are no multiple of the 16 that share a scale in nvfp4"
+    )
+    assert refusal(scheme("nvfp4"), "Linear", 4304, 1152) is None
+    assert refusal(scheme("mxfp8"), "Linear", 4304, 1152) is not None
+    assert refusal(scheme("fp8_block"), "Linear", 192, 128) is not None
+    assert refusal(scheme("fp8_dynamic"), "Linear", 3420, 1280) is None
+    assert refusal(scheme("fp8_dynamic"), "Conv3d", 1176, 1280) == (
+        "Conv3d has no float8_e4m3: runtimes have it for linear operators"
+    )
+    assert refusal(scheme("w8a8_static"), "Conv3d", 1176, 1280) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("nvfp4", 4.5), ("mxfp4", 4.25), ("mxfp8", 8.25), ("w4a16", 4.125), ("fp8", 8.0), ("fp8_dynamic", 8 + 16 / 1024)],
+)
+def test_bits_count_scales(name: str, bits: float) -> None:
+    assert weight_bits(scheme(name), 1024, 16) == bits
+    assert weight_bits(Scheme("x", None, None), 1024, 16) == 16
+
+
+def test_a_format_added_to_the_table_is_all_that_a_scheme_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    row = replace(FORMATS["int"], name="halves", bits=9, weight=lambda x, form, largest: (x * 2).round() / 2)
+    monkeypatch.setitem(FORMATS, "halves", row)
+    form = WeightFormat(9, number="halves")
+    assert qdq_weight(torch.tensor([[0.2, 0.3, 1.1]]), form).tolist() == [[0.0, 0.5, 1.0]]
