@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qvl_hydra.blockwise.batches import Batch, make_batches, put_together
+from qvl_hydra.blockwise.census import Census
 from qvl_hydra.blockwise.walker import Context, Segment, State, Walker
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.quantization.apply import OperatorObserver, replaced_forwards, unread_output
@@ -24,11 +25,13 @@ class Ranges:
     Attributes:
         params: scheme name, then operator path, to the parameters of input and output.
         failed: operator path to what is wrong with its range.
+        census: how large everything gets.
     """
 
     def __init__(self, schemes: Sequence[Scheme]) -> None:
         self.params: SchemeRanges = {scheme.name: {} for scheme in schemes}
         self.failed: dict[str, str] = {}
+        self.census = Census()
 
 
 @torch.no_grad()
@@ -45,7 +48,7 @@ def walk(
 
     Args:
         contexts, starts: of the samples, the scored ones first; their inputs to the component.
-        operators: observed for each scheme with static ranges.
+        operators: observed for each scheme with static ranges, and counted in the census.
         step: called after each segment.
         keep: of so many samples, from the first, the input of each segment is kept.
 
@@ -66,17 +69,19 @@ def walk(
             # made, among it, states leave holes that took six times their own size on 36 blocks.
             inputs.append(states[index].clone())
         states[: len(kept)] = [inputs[-1] for inputs in kept]
-        if segment is walker.segments[-1] and not static:
+        inside = [op for op in operators if segment.holds(op)]
+        if segment is walker.segments[-1] and not inside:
             break  # nobody needs the outputs
         # Nor what the last operator makes of its input, where only that is observed.
         last = segment is walker.segments[-1] and all(scheme.output is None for scheme in static)
         unread = walker.operators[-1].path if last else None
-        inside = [op for op in operators if segment.holds(op)] if static else []
         observers = {op.path: [OperatorObserver(scheme) for scheme in static] for op in inside}
         with walker.weights(segment):
+            for op in inside:
+                ranges.census.see_weight(op.path, walker.module.get_submodule(op.path))
             walking = [batch for batch in batches if batch.has_images or not segment.vision]
             for batch in walking:
-                _advance(walker, segment, batch, states, observers, unread)
+                _advance(walker, segment, batch, states, observers, unread, ranges.census)
         for path, seen in observers.items() if walking else ():
             for scheme, observer in zip(static, seen, strict=True):
                 try:
@@ -94,12 +99,14 @@ def _advance(
     states: list[State],
     observers: dict[str, list[OperatorObserver]],
     unread: str | None,
+    census: Census,
 ) -> None:
     """Take a batch's states through a segment, in place; every sample is observed by itself."""
 
     def forward_of(path: str, seen: list[OperatorObserver]) -> Callable[[nn.Module, Tensor], Tensor]:
         def forward(target: nn.Module, x: Tensor) -> Tensor:
             y: Tensor = unread_output(target, x) if path == unread else type(target).forward(target, x)
+            census.see(path, x, None if path == unread else y)
             before, after = (z.flatten(0, 1) if z.dim() == 3 else z for z in (x, y))
             for tokens in batch.slices(len(before), segment.vision):
                 for observer in seen:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from qvl_hydra.blockwise.census import OperatorCensus, warnings
 from qvl_hydra.blockwise.ranges import Params, walk
 from qvl_hydra.blockwise.stopwatch import forward_seconds, synchronize
 from qvl_hydra.blockwise.walker import Context, State, Walker
@@ -28,6 +29,7 @@ from qvl_hydra.quantization.qdq import OperatorQuantizer, largest_value
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder
 
+CENSUS = "census"  # where a run keeps how large everything gets, by operator
 CPU_CHUNK_TOKENS = 4096  # more tokens at a time than this no longer make CPU products faster, and cost memory
 STREAMED_STATE_BYTES = 1 << 30  # states between segments that a streamed run keeps in memory
 
@@ -130,6 +132,10 @@ def measuring(
         kept = len(scored) if keep_states and group_size(job, folder, walker, first_starts) >= len(scored) else 0
         ranges, states = _observe(job, folder, walker, contexts, starts, kept, progress)
         targets = _scorable(job, folder, first)
+        counted = folder.recall(CENSUS, {})
+        report.notes += warnings(
+            {op.path: OperatorCensus(**counted[op.path]) for op in job.operators if op.path in counted}
+        )
         chunk = RowChunk(_row_chunk(job, folder, contexts))
         del starts
         yield Bench(job, folder, progress, walker, first, first_starts, states, ranges, targets, chunk, report)
@@ -194,6 +200,7 @@ def _observe(
             for name, params in ranges.params.items()
         }
         folder.remember("ranges", known)
+        folder.remember(CENSUS, {path: vars(own) for path, own in ranges.census.found.items()})
     found = {
         name: {path: (_params(pair[0]), _params(pair[1])) for path, pair in params.items()}
         for name, params in known.items()

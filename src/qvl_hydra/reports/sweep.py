@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from qvl_hydra.blockwise.census import FLOAT16
 from qvl_hydra.comparison.reading import RunScores, read_run
 from qvl_hydra.comparison.stability import Criterion, predicted_curve, smallest_stable_size, top_probability
 from qvl_hydra.reports.bars import ranked_bars
@@ -22,6 +23,14 @@ REPORT = "report.html"
 FIGURES = "figures"
 DRAWS = 500  # resampled score vectors behind the probabilities and the stability curve
 MIB = 1024**2
+CENSUS_ROWS = 10
+CENSUS_SHOWN = {
+    "input_max": "largest input",
+    "weight_max": "largest weight",
+    "output_max": "largest output",
+    "row_ratio": "largest row / median row",
+    "nonfinite": "not finite",
+}
 
 
 def write_sweep_report(folder: Path, extra: Sequence[Section] = ()) -> Path:
@@ -54,6 +63,7 @@ def write_sweep_report(folder: Path, extra: Sequence[Section] = ()) -> Path:
         Section("Most sensitive operators", ranked_bars(run.table)),
         Section("How many samples are enough", stability_section(curve, criterion, run)),
         *extra,
+        *_census(run.table),
         Section("Operators", _operators(run, criterion.top_k)),
         Section(
             "Settings",
@@ -62,6 +72,24 @@ def write_sweep_report(folder: Path, extra: Sequence[Section] = ()) -> Path:
     ]
     title = " · ".join(str(run.run[key]) for key in ("model", "component", "strategy", "backend") if key in run.run)
     return write_page(folder / REPORT, title or folder.name, sections)
+
+
+def _census(scores: pd.DataFrame) -> list[Section]:
+    """The operators that get largest, and those with one row far above the others; nothing where none were counted."""
+    if "output_max" not in scores:
+        return []
+    largest = scores[["input_max", "output_max"]].max(axis=1)
+    shown = scores.assign(largest=largest).nlargest(CENSUS_ROWS, "largest")
+    rows = [
+        [row["op"], *(number(row[name]) for name in CENSUS_SHOWN), number(row["largest"] / FLOAT16)]
+        for row in shown.to_dict("records")
+    ]
+    columns = [Column("operator", code=True), *(Column(title, number=True) for title in CENSUS_SHOWN.values())]
+    how = (
+        f"The {len(rows)} operators that get largest on the calibration samples. Beyond 1 in the last column float16 "
+        "overflows; beyond 448 FP8 without a scale clips. A large output comes from a row far above the median."
+    )
+    return [Section("Range census", table([*columns, Column("of float16", number=True)], rows) + notes([how]))]
 
 
 def _summary(run: RunScores) -> str:

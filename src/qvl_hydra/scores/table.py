@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from qvl_hydra.scores.interval import CONFIDENCE, intervals
 SKETCH = "sketch"  # the estimator whose scores are scaled to the exact ones
 MEDIAN_NOISE = 1.2533  # standard error of a median in that of a mean, of normal values
 FEWEST_FOR_SCALE = 4  # operators seen by both estimators below which the sketch is not rescaled
+CENSUS_COLUMNS = ("input_max", "weight_max", "output_max", "row_ratio", "nonfinite")
 COLUMNS = (
     "op", "component", "block", "role", "group", "n_params", "status", "reason", "score", "score_low", "score_high",
     "standard_error", "rank", "metric", "unit", "estimator", "n_samples",
@@ -32,6 +33,7 @@ class Scored:
         metric, unit: of the scores that rank.
         scheme: which scheme's scores to take.
         controls: operators drawn at random to be measured exactly, too.
+        census: largest values of each operator, by module path; of a fused one its members' largest are taken.
         not_offered: gives the reason why operators cannot have the scheme, or None.
     """
 
@@ -43,6 +45,7 @@ class Scored:
     scheme: str
     fuse: bool = False
     controls: Collection[str] = ()
+    census: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     not_offered: Callable[[Sequence[Operator]], str | None] = lambda operators: None
 
 
@@ -72,6 +75,10 @@ def score_table(scored: Scored) -> tuple[pd.DataFrame, float | None]:
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table["block"] = table["block"].astype("Int64")
     table["rank"] = _ranks(table)
+    if scored.census:
+        members = [[scored.census[op.path] for op in own if op.path in scored.census] for _, own in _units(scored)]
+        for name in CENSUS_COLUMNS:
+            table[name] = [max((float(own[name]) for own in row), default=np.nan) for row in members]
     for metric, part in frame[frame["metric"] != scored.metric].groupby("metric"):
         means = part.groupby("op")["value"].mean()
         table[str(metric)] = table["op"].map(means).astype("float64")

@@ -17,6 +17,7 @@ from qvl_hydra import __version__
 from qvl_hydra.backends.protocol import load_engine
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators.auto import CONTROLS
+from qvl_hydra.estimators.bench import CENSUS
 from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.estimators.table import estimator_of, ranking_metric
@@ -123,7 +124,8 @@ def _tables(
         scheme: score_table(
             Scored(
                 prepared.operators, frame, folder.endings(), metric, unit, scheme, settings.operators.fuse,
-                folder.recall(CONTROLS, {}).get(scheme, ()), partial(not_offered, scheme=by_name[scheme]),
+                folder.recall(CONTROLS, {}).get(scheme, ()), folder.recall(CENSUS, {}),
+                partial(not_offered, scheme=by_name[scheme]),
             )
         )
         for scheme in schemes
