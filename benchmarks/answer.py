@@ -36,7 +36,7 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.models.load import LoadedModel
 
-UNSEEN, SPLITS, TOP = 128, 4, 20
+UNSEEN, SPLITS, TOP = 128, 2, 20
 ANSWER = {"metric": "kl", "positions": "answer"}
 
 

@@ -321,6 +321,8 @@ class ProfileSettings:
     budget: Literal["count", "share", "average_bits", "weight_bytes", "error"] = "share"
     value: float = 0.1  # of the budget: operators, share of operators, bits, bytes, or the score sum allowed
     spectrum: list[float] = field(default_factory=list)  # shares kept in high precision; empty: one profile
+    choices: list[str] = field(default_factory=list)  # schemes, and `leave`; empty: quant and leave
+    values: list[float] = field(default_factory=list)  # with choices: bits a weight; empty: from least to most
     high_bits: int = 16  # bits that a kept operator's weights count with
     evaluation_size: int = 256  # held-out samples that profiles are measured on
     baselines: bool = True
@@ -329,6 +331,12 @@ class ProfileSettings:
 
     def faults(self) -> list[str]:
         found = []
+        if self.values and not self.choices:
+            found.append("profile.values are budgets of profile.choices=[<scheme>,...,leave], which is empty")
+        if any(value <= 0 for value in self.values):
+            found.append(f"profile.values={self.values}; every value (bits a weight) must be above 0")
+        if self.choices and set(self.choices) <= {"leave"}:
+            found.append("profile.choices=[leave] leaves nothing to choose; name schemes: [nvfp4,fp8_dynamic,leave]")
         if any(not 0 <= share <= 1 for share in self.spectrum):
             found.append(f"profile.spectrum={self.spectrum}; every share must lie between 0 and 1")
         if (self.budget != "error" and self.value < 0) or (self.budget == "share" and self.value > 1):

@@ -28,9 +28,9 @@ from omegaconf import DictConfig, OmegaConf
 from qvl_hydra.entry.command_line import (
     check_command_line,
     config_folder,
-    scheme_settings,
     settings_from_config,
     take_saved_settings,
+    with_choices,
 )
 from qvl_hydra.errors import QvlHydraError, TrackingError
 from qvl_hydra.runs.folder import RESUMED_FROM, RunFolder, note_sweep, write_atomically, write_json
@@ -115,8 +115,9 @@ class Entry:
 
     def _run_task(self, settings: Settings, folder: RunFolder) -> None:
         task = importlib.import_module(TASKS[settings.task.name])
-        if settings.task.name == "sweep":
-            task.run(settings, folder, self.screen, [scheme_settings(name) for name in settings.quant.also])
+        if settings.task.name in ("sweep", "profile"):
+            settings, further = with_choices(settings)
+            task.run(settings, folder, self.screen, further)
         else:
             task.run(settings, folder, self.screen)
 

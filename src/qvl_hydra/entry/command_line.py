@@ -7,6 +7,7 @@ a sweep only after two have run.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qvl_hydra.errors import SettingsError
+from qvl_hydra.profiles.choices import LEAVE
 from qvl_hydra.settings import QuantSettings, Settings, build_settings, judge_settings
 from qvl_hydra.tasks.prepare import environment_faults
 
@@ -57,7 +59,7 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 def scheme_settings(name: str) -> QuantSettings:
-    """Settings of a scheme named in `quant.also`.
+    """Settings of a scheme named in `quant.also` or `profile.choices`.
 
     Raises:
         SettingsError: no such scheme.
@@ -65,13 +67,30 @@ def scheme_settings(name: str) -> QuantSettings:
     folder = config_folder() / "quant"
     if not (folder / f"{name}.yaml").is_file():
         allowed = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        raise SettingsError([f"quant.also names {name!r}; allowed: {allowed}"])
+        raise SettingsError([f"quant.also or profile.choices names {name!r}; allowed: {allowed}"])
     own = yaml.safe_load((folder / f"{name}.yaml").read_text())
     content: dict[str, Any] = {}
     for base in own.pop("defaults", []):
         if base != "_self_":
             content |= vars(scheme_settings(base))
     return QuantSettings(**{**content, **own})
+
+
+def with_choices(settings: Settings) -> tuple[Settings, list[QuantSettings]]:
+    """The settings whose `quant` is the first scheme to score, and the further ones.
+
+    Of task=profile they are `profile.choices`; else `quant.also`.
+
+    Raises:
+        SettingsError: no such scheme.
+    """
+    wanted = [name for name in settings.profile.choices if name != LEAVE]
+    if settings.task.name != "profile" or not wanted:
+        return settings, [scheme_settings(name) for name in settings.quant.also]
+    if settings.quant.name not in wanted:
+        quant = dataclasses.replace(scheme_settings(wanted[0]), perturb=settings.quant.perturb)
+        settings = dataclasses.replace(settings, quant=quant)
+    return settings, [scheme_settings(name) for name in dict.fromkeys(wanted) if name != settings.quant.name]
 
 
 def take_saved_settings(arguments: Sequence[str]) -> tuple[list[str], str]:
@@ -242,7 +261,7 @@ def _job_faults(overrides: Sequence[str], name: str) -> list[str]:
     if settings is None:
         return faults
     faults += environment_faults(settings)
-    for scheme in settings.quant.also:
+    for scheme in (*settings.quant.also, *(name for name in settings.profile.choices if name != LEAVE)):
         try:
             scheme_settings(scheme)
         except SettingsError as error:

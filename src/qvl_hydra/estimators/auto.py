@@ -28,7 +28,7 @@ from qvl_hydra.runs.folder import RunFolder
 
 CONTROLS = "controls"  # where a run keeps which operators were drawn, by scheme
 FIRST = 6  # operators that the sketch puts first, whose scores decide most and whose errors are largest
-ROUND = 4  # operators measured together: a wavefront costs two forwards beside half a one for each
+ROUND = 4  # operators measured together, at least
 LEAST_SPREAD = 0.05  # of the log ratio of exact and sketch, which a few ratios can make look like nothing
 USUAL = 16  # operators that are measured mostly, for the time left on screen
 
@@ -71,7 +71,8 @@ def _race(bench: Bench, scheme: Scheme) -> None:
         wrong = wrong_side({name: sketched[name] for name in names}, exact, k)
         missed = sum(wrong.values())
         ranked = sorted(wrong, key=lambda name: -wrong[name])
-        chosen = set(ranked[:ROUND]) if missed > strategy.missed else set()
+        # Of those expected wrong as many again: a wavefront of few operators costs nearly what one of many does.
+        chosen = set(ranked[: max(ROUND, math.ceil(2 * missed))]) if missed > strategy.missed else set()
     if scheme is bench.job.scheme:
         _report(bench, sketched, exact if turn else {}, controls, k, missed)
 

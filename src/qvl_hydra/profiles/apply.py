@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.apply import make_quantizer, observe_ranges, quantized
-from qvl_hydra.quantization.qdq import OperatorQuantizer
+from qvl_hydra.quantization.formats.table import FORMATS
+from qvl_hydra.quantization.qdq import OperatorQuantizer, largest_value
 from qvl_hydra.quantization.scheme import Scheme
 
 
@@ -35,11 +36,32 @@ def make_quantizers(
             f"activation ranges cannot be calibrated ({error}); exclude the operator with operators.exclude, "
             "or give calibration samples that reach it"
         ) from error
-    return {path: make_quantizer(module, path, scheme, ranges) for path in paths}
+    shared = _shared_largest(module, operators, scheme)
+    return {op.path: make_quantizer(module, op.path, scheme, ranges, shared.get(op.group)) for op in operators}
+
+
+def _shared_largest(module: nn.Module, operators: Sequence[Operator], scheme: Scheme) -> dict[str, Tensor]:
+    """The largest |weight| of what a runtime fuses, where it gives that one tensor scale."""
+    if scheme.weight is None or not FORMATS[scheme.weight.number].whole_tensor:
+        return {}
+    groups: dict[str, list[Tensor]] = {}
+    for op in operators:
+        groups.setdefault(op.group, []).append(module.get_submodule(op.path).get_parameter("weight"))
+    return {name: largest_value(weights) for name, weights in groups.items()}
 
 
 @contextmanager
 def applied(module: nn.Module, profile: Profile, quantizers: Mapping[str, OperatorQuantizer]) -> Iterator[None]:
-    """Within the context the profile's low operators compute in its scheme; the model itself is not changed."""
-    with quantized(module, {op.path: quantizers[op.path] for op in profile.low}):
+    """Within the context the profile's low operators compute in its schemes; the model itself is not changed.
+
+    Args:
+        quantizers: by path; in another scheme than the profile's first by `quantizer_key`.
+    """
+    with quantized(module, {op.path: quantizers[quantizer_key(profile, op, quantizers)] for op in profile.low}):
         yield
+
+
+def quantizer_key(profile: Profile, op: Operator, quantizers: Mapping[str, OperatorQuantizer]) -> str:
+    """Where the quantizer of an operator in its scheme is found: `path#scheme`, or the path where there is one only."""
+    named = f"{op.path}#{profile.scheme_of(op).name}"
+    return named if named in quantizers else op.path

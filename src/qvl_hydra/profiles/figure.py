@@ -40,6 +40,32 @@ def draw_spectrum(table: pd.DataFrame, metric: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def draw_front(table: pd.DataFrame, path: Path) -> None:
+    """Draw plans among several schemes: KL at the answer and exact match against bits a weight.
+
+    Args:
+        table: one row a plan, with `average_bits`, `kl_answer`, `exact_match`.
+        path: PNG file to write.
+    """
+    ordered = table.sort_values("average_bits")
+    figure = Figure(figsize=(10.4, 4.2), layout="constrained")
+    for axes, column, label in zip(
+        figure.subplots(1, 2),
+        ("kl_answer", "exact_match"),
+        ("KL to the float model at the answer (nats a token)", "exact match on held-out samples"),
+        strict=True,
+    ):
+        line = ordered[ordered[column] > 0] if column == "kl_answer" else ordered
+        axes.plot(line["average_bits"], line[column], **STYLES["scores"])
+        axes.set_xlabel("bits a weight, scales included")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        if column == "kl_answer" and len(line):
+            axes.set_yscale("log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def lines(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """One table a line, ordered by share: random choices averaged, both ends part of each line."""
     named = table.assign(line=table["chooser"].str.replace(r"-\d+$", "", regex=True))

@@ -90,7 +90,7 @@ def measure_profiles(
         ProfileError: no sample can be measured on, or a profile's outputs are not finite.
     """
     batches = _batches(module, samples, component)
-    kinds = {frozenset(op.path for op in profile.low): profile for profile in profiles}
+    kinds = {profile.key: profile for profile in profiles}
     sums = {low: _Sums() for low in kinds}
     count = 0
     with torch.no_grad():
@@ -102,12 +102,12 @@ def measure_profiles(
                     _add(sums[low], module, batch)
                 each()
     found = {low: _mean(sums[low], count, kinds[low].chooser) for low in kinds}
-    return [found[frozenset(op.path for op in profile.low)] for profile in profiles]
+    return [found[profile.key] for profile in profiles]
 
 
 def steps(module: nn.Module, profiles: Sequence[Profile], samples: Sequence[Sample], component: str) -> int:
     """How often `measure_profiles` calls `each`."""
-    return len(_batches(module, samples, component)) * len({frozenset(profile.low) for profile in profiles})
+    return len(_batches(module, samples, component)) * len({profile.key for profile in profiles})
 
 
 def _batches(module: nn.Module, samples: Sequence[Sample], component: str) -> list[list[Sample]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from qvl_hydra.operators.discover import Operator
@@ -22,6 +22,7 @@ class Profile:
         high_bits: width that their weights count with.
         chooser: what decided: `scores`, or the name of a baseline.
         predicted: sum of the scores of the quantized operators; None where no score exists.
+        others: schemes of quantized operators that are put into another than `scheme`, by path.
     """
 
     scheme: Scheme
@@ -30,11 +31,26 @@ class Profile:
     high_bits: int
     chooser: str
     predicted: float | None = None
+    others: Mapping[str, Scheme] = field(default_factory=dict)
 
     @property
     def low(self) -> tuple[Operator, ...]:
         """The quantized operators, in data order."""
         return tuple(op for op in self.operators if op.path not in self.high)
+
+    def scheme_of(self, op: Operator) -> Scheme:
+        """The scheme of a quantized operator."""
+        return self.others.get(op.path, self.scheme)
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Schemes that some operator is put into, by name, the first one first."""
+        return {scheme.name: scheme for scheme in (self.scheme, *self.others.values())}
+
+    @property
+    def key(self) -> frozenset[tuple[str, str]]:
+        """What of a profile a measurement depends on: quantized operators and their schemes."""
+        return frozenset((op.path, self.scheme_of(op).name) for op in self.low)
 
     @property
     def share_high(self) -> float:
@@ -65,7 +81,7 @@ def bits_of(op: Operator, profile: Profile) -> float:
     """Bits of an operator's whole weight under a profile."""
     if op.path in profile.high:
         return float(profile.high_bits * weight_values(op))
-    return low_bits(op, profile.scheme, profile.high_bits)
+    return low_bits(op, profile.scheme_of(op), profile.high_bits)
 
 
 def describe(profile: Profile) -> dict[str, Any]:
@@ -81,6 +97,9 @@ def describe(profile: Profile) -> dict[str, Any]:
         "predicted": profile.predicted,
         "high": in_order(profile.operators, profile.high),
         "low": [op.path for op in profile.low],
+        "choices": {
+            name: [op.path for op in profile.low if profile.scheme_of(op).name == name] for name in profile.schemes
+        },
     }
 
 

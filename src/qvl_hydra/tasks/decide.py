@@ -72,9 +72,9 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
         raise ProfileError("a profile is measured on the whole model: take model.placement=resident")
     if settings.profile.scores is None:
         sweep.run(settings, folder, screen)
-        record = _record(folder.path)
+        record = record_of(folder.path)
     else:
-        record = _fetch(settings, settings.profile.scores, folder.path)
+        record = fetch(settings, settings.profile.scores, folder.path)
     prepared = prepare(settings)
     scheme = prepared.schemes[0]
     notes = _compare_settings(settings, record, scheme, prepared)
@@ -179,7 +179,7 @@ def evaluation_samples(settings: Settings, decision: Decision, folder: Path) -> 
     return samples, [f"{left}; profiles were measured on those"]
 
 
-def _fetch(settings: Settings, reference: str, into: Path) -> dict[str, Any]:
+def fetch(settings: Settings, reference: str, into: Path) -> dict[str, Any]:
     """Copy the tables of a sweep, from a folder or from the tracker, and give its `run.json`."""
     path = Path(reference).expanduser()
     reference = str(path.parent) if path.name == "scores.parquet" else reference
@@ -188,15 +188,17 @@ def _fetch(settings: Settings, reference: str, into: Path) -> dict[str, Any]:
         names = ", ".join(str(source) for source, _ in found[:5])
         raise ProfileError(f"profile.scores={reference} holds {len(found)} sweeps ({names}); give one of them")
     source, scheme = found[0]
-    record = _record(source)
-    for name in KEPT:
+    record = record_of(source)
+    further = [path.name for path in source.glob("scores_*.parquet")]
+    for name in (*KEPT, *further):
         origin = source / (f"scores_{scheme}.parquet" if scheme and name == "scores.parquet" else name)
         if origin.exists():
             shutil.copyfile(origin, into / name)
     return record | ({"scheme": scheme} if scheme else {}) | {"source": reference}
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def record_of(folder: Path) -> dict[str, Any]:
+    """`run.json` of a folder; empty where there is none."""
     path = folder / "run.json"
     record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return record

@@ -23,19 +23,26 @@ from qvl_hydra.reports.profile import profile_sections
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.folder import RunFolder, write_json, write_parquet
 from qvl_hydra.screen import Screen
-from qvl_hydra.settings import Settings
+from qvl_hydra.settings import QuantSettings, Settings
+from qvl_hydra.tasks import choose
 from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples
 from qvl_hydra.tasks.sweep import versions
 
 FIGURE = Path("figures") / "profile_spectrum.png"
 
 
-def run(settings: Settings, folder: RunFolder, screen: Screen) -> None:
+def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence[QuantSettings] = ()) -> None:
     """Decide, measure, write, show.
+
+    Args:
+        further: schemes of `profile.choices` beside `settings.quant`.
 
     Raises:
         QvlHydraError: see `decide`; and a format asked for by name that cannot express the profile.
     """
+    if settings.profile.choices:
+        choose.run(settings, folder, screen, further)
+        return
     began = time.perf_counter()
     decision = decide(settings, folder, screen)
     samples, few = evaluation_samples(settings, decision, folder.path)

@@ -8,6 +8,7 @@ with its own mapper and is also given the list in its own names.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,15 +36,30 @@ def quantization_config(profile: Profile, operators: Sequence[Operator], convent
     Raises:
         ProfileError: a convolution is quantized, or the weights are not.
     """
+    groups = {"group_0": config_group(profile, "compressed_tensors")}
+    if profile.others:
+        groups = _groups(profile, convention)
     return {
         "quant_method": "compressed-tensors",
-        "format": checkpoint_format(profile),
+        "format": "mixed-precision" if profile.others else checkpoint_format(profile),
         "quantization_status": "compressed",
-        "config_groups": {"group_0": config_group(profile, "compressed_tensors")},
+        "config_groups": groups,
         "ignore": ignored(profile, operators, convention),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def _groups(profile: Profile, convention: str) -> dict[str, Any]:
+    """One config group a scheme; its operators are named one by one, so that no pattern reaches another's."""
+    found = {}
+    for index, (name, scheme) in enumerate(profile.schemes.items()):
+        own = tuple(op for op in profile.low if profile.scheme_of(op).name == name)
+        alone = Profile(scheme, own, frozenset(), profile.high_bits, profile.chooser)
+        group = config_group(alone, "compressed_tensors")
+        targets = [f"re:.*{re.escape(rename(op.path, convention))}$" for op in own]
+        found[f"group_{index}"] = group | {"targets": targets, "format": checkpoint_format(alone)}
+    return found
 
 
 STORED = {  # how a number format's weights are stored, by compressed-tensors' names

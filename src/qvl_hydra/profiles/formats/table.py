@@ -35,6 +35,11 @@ FLOATS = ("compressed_tensors", "llm_compressor")  # those that can say more tha
 
 def _require_integers(profile: Profile, name: str) -> None:
     scheme = profile.scheme
+    if profile.others and name != "compressed_tensors":
+        raise ProfileError(
+            f"{name} is written for one scheme, and this profile has {', '.join(profile.schemes)}; "
+            "take profile.formats=[compressed_tensors]"
+        )
     numbers = {part.number for part in (scheme.weight, scheme.input) if part is not None} - {"int"}
     if numbers and name not in FLOATS:
         raise ProfileError(

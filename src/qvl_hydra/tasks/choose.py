@@ -1,0 +1,214 @@
+"""task=profile with `profile.choices`: plans among several schemes for several budgets, from one sweep."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from qvl_hydra.calibration.held_out import held_out, seen_by
+from qvl_hydra.errors import ProfileError
+from qvl_hydra.estimators.metrics import unit_of
+from qvl_hydra.models.memory import peak_memory_bytes
+from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.profiles.apply import make_quantizers
+from qvl_hydra.profiles.choices import LEAVE, ChoiceUnit, assign, choice_units, frontier, plan_profile
+from qvl_hydra.profiles.figure import draw_front
+from qvl_hydra.profiles.formats.table import write_formats
+from qvl_hydra.profiles.measure import steps
+from qvl_hydra.profiles.profile import Profile, describe
+from qvl_hydra.profiles.select import Budget
+from qvl_hydra.profiles.spectrum import Candidate, measure_curve
+from qvl_hydra.quantization.formats.table import not_offered
+from qvl_hydra.quantization.qdq import OperatorQuantizer
+from qvl_hydra.quantization.scheme import Scheme
+from qvl_hydra.reports.profile import profile_sections
+from qvl_hydra.reports.sweep import write_sweep_report
+from qvl_hydra.runs.folder import RunFolder, write_json, write_parquet
+from qvl_hydra.screen import Screen
+from qvl_hydra.settings import QuantSettings, Settings
+from qvl_hydra.tasks import sweep
+from qvl_hydra.tasks.decide import fetch, record_of
+from qvl_hydra.tasks.prepare import Prepared, prepare
+
+FRONT = 9  # plans between the cheapest and the one that loses least, where no values are given
+SMALL_LOSS = 0.1  # of the cheapest plan's predicted loss: the plan that is exported loses less, at the fewest bits
+FIGURE = Path("figures") / "profile_spectrum.png"
+
+
+@dataclass(frozen=True)
+class Plans:
+    """What was decided, and from what.
+
+    Attributes:
+        values: budgets in bits a weight, of each plan.
+        chosen: which plan is exported.
+    """
+
+    prepared: Prepared
+    sweep: Mapping[str, Any]
+    metric: str
+    units: Sequence[ChoiceUnit]
+    schemes: Mapping[str, Scheme]
+    values: Sequence[float]
+    profiles: Sequence[Profile]
+    chosen: int
+
+
+def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence[QuantSettings]) -> None:
+    """Score or read scores, assign, measure, write, show.
+
+    Args:
+        further: schemes of the choices beside `settings.quant`.
+
+    Raises:
+        ProfileError: scores without one of the schemes; a budget that nothing meets; streamed weights.
+        QvlHydraError: what the sweep raises.
+    """
+    began = time.perf_counter()
+    plans = _decide(settings, folder, screen, further)
+    table, samples = _measure(settings, plans, folder.path, screen)
+    write_parquet(folder.path / "profiles.parquet", table)
+    chosen = plans.profiles[plans.chosen]
+    budget = f"average_bits={plans.values[plans.chosen]:g}"
+    write_json(folder.path / "profile.json", {"budget": budget, **describe(chosen)})
+    draw_front(table, folder.path / FIGURE)
+    everything = find_operators(plans.prepared.model.module, "full")
+    exports = write_formats(chosen, everything, settings.profile.formats, folder.path / "exports")
+    notes = [f"not exported: {record['error']}" for record in exports if "error" in record]
+    notes += [
+        f"{unit.name} cannot be {', '.join(unit.reasons)}: {'; '.join(dict.fromkeys(unit.reasons.values()))}"
+        for unit in plans.units
+        if unit.reasons
+    ]
+    record = {
+        **plans.sweep,
+        "task": "profile",
+        "status": "complete",
+        "profile": _summary(table, plans, budget, samples),
+        "wall_s": time.perf_counter() - began,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "versions": sweep.versions(),
+        "notes": [*plans.sweep.get("notes", []), *notes],
+    }
+    write_json(folder.path / "run.json", record)
+    write_sweep_report(folder.path, extra=profile_sections(folder.path))
+    _show(table, plans, notes, samples, screen)
+
+
+def _decide(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence[QuantSettings]) -> Plans:
+    if settings.model.placement == "streamed":
+        raise ProfileError("a profile is measured on the whole model: take model.placement=resident")
+    if settings.profile.scores is None:
+        sweep.run(settings, folder, screen, further)
+        record = record_of(folder.path)
+    else:
+        record = fetch(settings, settings.profile.scores, folder.path)
+    prepared = prepare(settings, further)
+    schemes = {scheme.name: scheme for scheme in prepared.schemes}
+    tables = _tables(folder.path, str(record.get("scheme")), list(schemes))
+    operators = find_operators(prepared.model.module, settings.component.name)
+    bits = settings.profile.high_bits
+    units = choice_units(operators, tables, schemes, settings.profile.choices, bits)
+    values = settings.profile.values or frontier(units, FRONT)
+    profiles = [plan_profile(units, assign(units, value), schemes, bits) for value in values]
+    scored = pd.concat(tables.values()).dropna(subset=["metric"]).iloc[0]
+    metric = "kl_answer" if scored["unit"] == unit_of("kl", "answer") else str(scored["metric"])
+    chosen = 0
+    if not settings.profile.values:
+        limit = SMALL_LOSS * (profiles[0].predicted or 0.0)
+        chosen = next(i for i, p in enumerate(profiles) if (p.predicted or 0.0) <= limit or i == len(profiles) - 1)
+    return Plans(prepared, record, metric, units, schemes, values, profiles, chosen)
+
+
+def _tables(folder: Path, main: str, schemes: Sequence[str]) -> dict[str, pd.DataFrame]:
+    found = {}
+    for name in schemes:
+        path = folder / ("scores.parquet" if name == main else f"scores_{name}.parquet")
+        if not path.exists():
+            raise ProfileError(
+                f"profile.choices names {name}, which the sweep did not score; score it with "
+                f"quant={main} quant.also=[{','.join(other for other in schemes if other != main)}]"
+            )
+        found[name] = pd.read_parquet(path)
+    return found
+
+
+def _quantizers(settings: Settings, plans: Plans) -> dict[str, OperatorQuantizer]:
+    """Of every operator in every scheme that it can have, by `path#scheme`."""
+    module, samples = plans.prepared.model.module, plans.prepared.calibration.samples
+    operators = [op for unit in plans.units for op in unit.members]
+    found: dict[str, OperatorQuantizer] = {}
+    for name, scheme in plans.schemes.items():
+        able = [op for op in operators if not_offered([op], scheme) is None]
+        made = make_quantizers(module, able, samples, settings.component.name, scheme)
+        found |= {f"{path}#{name}": quantizer for path, quantizer in made.items()}
+    return found
+
+
+def _measure(settings: Settings, plans: Plans, folder: Path, screen: Screen) -> tuple[pd.DataFrame, int]:
+    """Plans, everything in its cheapest choice and everything in high precision, on held-out samples."""
+    prepared, bits = plans.prepared, settings.profile.high_bits
+    cheapest = frontier(plans.units, 2)[0]
+    least = plan_profile(plans.units, assign(plans.units, cheapest), plans.schemes, bits)
+    operators = least.operators
+    whole = Profile(least.scheme, operators, frozenset(op.path for op in operators), bits, "scores", 0.0)
+    ends = [Candidate(Budget("average_bits", cheapest), least), Candidate(Budget("average_bits", float(bits)), whole)]
+    found = [
+        *ends,
+        *(Candidate(Budget("average_bits", v), p) for v, p in zip(plans.values, plans.profiles, strict=True)),
+    ]
+    seen = seen_by([folder]) | {sample.id for sample in prepared.calibration.samples}
+    samples = held_out(settings.calibration, prepared.processor, settings.profile.evaluation_size, seen)
+    module, component = prepared.model.module, settings.component.name
+    quantizers = _quantizers(settings, plans)
+    profiles = [item.profile for item in found]
+    screen.total(steps(module, profiles, samples, component), f"measuring {len(profiles)} plans")
+    try:
+        table = measure_curve(module, found, quantizers, samples, component, plans.metric, screen.step)
+    finally:
+        screen.finish()
+    for name in plans.schemes:
+        table[f"n_{name}"] = [sum(p.scheme_of(op).name == name for op in p.low) for p in profiles]
+    return table.drop_duplicates(["value", "average_bits", "n_high", "predicted"]).reset_index(drop=True), len(samples)
+
+
+def _summary(table: pd.DataFrame, plans: Plans, budget: str, samples: int) -> dict[str, Any]:
+    own = table[table["value"] == plans.values[plans.chosen]].iloc[-1]
+    names = ("n_high", "share_high", "average_bits", "weight_bytes", "predicted", "measured", "squared_error", "kl",
+             "kl_answer", "loss", "exact_match", "recovered")  # fmt: skip
+    found = {name: None if pd.isna(own[name]) else own[name].item() for name in names}
+    found |= {f"n_{name}": int(own[f"n_{name}"]) for name in plans.schemes}
+    ends = {"quantized": table.iloc[0], "float": table[table["kl"] == 0].iloc[0] if (table["kl"] == 0).any() else own}
+    for name, row in ends.items():
+        found |= {f"exact_match_{name}": float(row["exact_match"]), f"loss_{name}": float(row["loss"])}
+    return {"budget": budget, **found, "evaluation_samples": samples}
+
+
+def _show(table: pd.DataFrame, plans: Plans, notes: Sequence[str], samples: int, screen: Screen) -> None:
+    ordered = table.sort_values("average_bits").to_dict("records")
+    rows = [
+        [
+            f"{row['average_bits']:.3f}",
+            *(str(row[f"n_{name}"]) for name in plans.schemes),
+            str(row["n_high"]),
+            f"{row['predicted']:.3g}",
+            f"{row['kl_answer']:.3g}",
+            f"{row['exact_match']:.3f}",
+        ]
+        for row in ordered
+    ]
+    name = plans.prepared.description.settings.name
+    columns = ["bits", *plans.schemes, LEAVE, "predicted", "KL at the answer", "exact match"]
+    screen.table(f"plans of {name} on {samples} held-out samples", columns, rows)
+    for note in notes:
+        screen.say(note)
+    chosen = plans.profiles[plans.chosen]
+    said = ", ".join(f"{sum(chosen.scheme_of(op).name == s for op in chosen.low)} {s}" for s in plans.schemes)
+    screen.say(
+        f"exported: the plan of {plans.values[plans.chosen]:.3f} bits a weight ({said}, {len(chosen.high)} {LEAVE})"
+    )
