@@ -5,8 +5,8 @@
 On the bundled model and on a 36-block shape with injected outlier channels; 8 samples; each variant and number of
 probes over several seeds, the mean and the worst shown. `auto` is the default estimator, which measures the most
 sensitive operators of the `shrunk` sketch exactly; `element` is the elementwise label-gradient score that other tools
-use (one backward pass of the task loss); `other samples` is the exact score on 8 others, which shows how much the
-choice of samples moves a ranking. Writes the figure of docs/estimators.md.
+use (one backward pass of the task loss, `benchmarks.peers`); `other samples` is the exact score on 8 others, which shows
+how much the choice of samples moves a ranking. Writes the figure of docs/estimators.md.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from benchmarks.jobs import (
     text_samples,
     with_strategy,
 )
+from benchmarks.peers import peer_scores
 from qvl_hydra.estimators.job import SweepJob
 
 SAMPLES, TOP = 8, 20
@@ -78,10 +79,13 @@ def study(model: str, metric: str, job: SweepJob, other: SweepJob) -> list[dict[
     for variant, probes in settings:
         found = []
         for seed in range(1 if variant == "element" else SEEDS[model][probes]):
+            if variant == "element":
+                found.append((*compare(exact, peer_scores(job, job.scored)["elementwise"]), float("nan"), 0.0))
+                continue
             if variant == "auto":
                 made = with_strategy(job, estimator="auto", probes=probes)
             else:
-                made = with_strategy(job, estimator="sketch", variant=variant, probes=probes)
+                made = with_strategy(job, estimator="sketch", reduction=variant, probes=probes)
             sketch, report = measure(dataclasses.replace(made, seed=seed))
             ratios = [sketch[op] / exact[op] for op in exact if exact[op] > 0 and sketch[op] > 0]
             bias = float(np.median(np.log(ratios)))

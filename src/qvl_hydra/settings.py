@@ -262,7 +262,6 @@ class TrackingSettings:
     run_name: str | None = None
     artifact_location: str | None = None  # null: beside the store
     enabled: bool = True
-    sweep_id: str | None = None  # shared by the jobs of one multirun; set by the program
 
 
 @dataclass(frozen=True)
