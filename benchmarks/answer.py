@@ -1,6 +1,6 @@
 """How well each estimator ranks what the answer loses: against exact KL at the answer on samples it has not seen.
 
-    python -m benchmarks.answer
+    python -m benchmarks.answer [model ...]     # tiny_qwen2_5_vl, tiny_qwen2_vl, 36_blocks; all without a name
 
 Bundled models and 36 blocks with injected outlier channels; W8A8 static and dynamic, W4A16; the language tower, every
 operator on its own. Truth is the exact score on 128 samples; estimators see others. Cost is told in forwards of a
@@ -10,13 +10,13 @@ sample. `exact, other samples` is what no estimator of that many samples can bea
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from scipy.stats import spearmanr
 
 from benchmarks.jobs import (
@@ -40,13 +40,16 @@ UNSEEN, SPLITS, TOP = 128, 2, 20
 ANSWER = {"metric": "kl", "positions": "answer"}
 
 
-def models() -> Iterator[tuple[str, LoadedModel, tuple[Sample, ...], int]]:
+def models(wanted: Sequence[str]) -> Iterator[tuple[str, LoadedModel, tuple[Sample, ...], int]]:
     """Name, model, samples (the unseen last), and how many of them truth is measured on."""
     for name in ("tiny_qwen2_5_vl", "tiny_qwen2_vl"):
+        if wanted and name not in wanted:
+            continue
         model = bundled_model(name)
         yield name, model, bundled_samples(model, 2 * UNSEEN), UNSEEN
-    wide = outlier_model()
-    yield "36 blocks", wide, text_samples(wide, 64, 32), 32
+    if not wanted or "36_blocks" in wanted:
+        wide = outlier_model()
+        yield "36_blocks", wide, text_samples(wide, 64, 32), 32
 
 
 def designs(job: SweepJob, samples: tuple[Sample, ...]) -> Iterator[tuple[str, float, dict[str, float]]]:
@@ -96,15 +99,16 @@ def study(name: str, model: LoadedModel, samples: tuple[Sample, ...], unseen: in
 
 def main() -> None:
     rows: list[dict[str, Any]] = []
-    table = Table("model", "scheme", "design", "forwards", "rank corr.", f"top {TOP}")
-    for arguments in models():
+    console = Console(width=110)
+    console.print(f"{'model':16} {'scheme':13} {'design':28} {'forwards':>8} {'rank corr.':>10} {f'top {TOP}':>7}")
+    for arguments in models(sys.argv[1:]):
         for row in study(*arguments):
             rows.append(row)
-            table.add_row(
-                row["model"], row["scheme"], row["design"], f"{row['forwards']:.0f}", f"{row['rank']:.3f}",
-                f"{row['top']:.1f}",
-            )  # fmt: skip
-    Console(width=110).print(table, f"written: {save_results('answer', rows)}")
+            console.print(
+                f"{row['model']:16} {row['scheme']:13} {row['design']:28} {row['forwards']:8.0f} {row['rank']:10.3f} "
+                f"{row['top']:7.1f}"
+            )
+    console.print(f"written: {save_results('answer', rows)}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 On the bundled model and on a 36-block shape with injected outlier channels; 8 samples; each variant and number of
 probes over several seeds, the mean and the worst shown. `auto` is the default estimator, which measures the most
 sensitive operators of the `shrunk` sketch exactly; `element` is the elementwise label-gradient score that other tools
-use (one backward pass of the task loss, `benchmarks.peers`); `other samples` is the exact score on 8 others, which shows
-how much the choice of samples moves a ranking. Writes the figure of docs/estimators.md.
+use (one backward pass of the task loss, `benchmarks.peers`); `other samples` is the exact score on 8 others, which
+shows how much the choice of samples moves a ranking. Writes the figure of docs/estimators.md.
 """
 
 from __future__ import annotations

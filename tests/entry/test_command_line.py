@@ -100,7 +100,7 @@ BEFORE_ANYTHING: list[tuple[str, list[str]]] = [
     ("calibration=jsonl", ["calibration=jsonl needs calibration.path"]),
     ("calibration=jsonl calibration.path=/nowhere.jsonl", ["calibration.path=/nowhere.jsonl: no such file"]),
     ("calibration=imagefolder calibration.path=/nowhere", ["calibration.path=/nowhere: no such folder"]),
-    ("quant.also=[w2a2]", ["quant.also names 'w2a2'; allowed: inc_static"]),
+    ("quant.also=[w2a2]", ["quant.also or profile.choices names 'w2a2'; allowed: fp8"]),
     ("resume=/nowhere", ["resume=/nowhere: no unfinished run there"]),
     ("hydra.nonsense=1", ["hydra.nonsense"]),
     ("model.overrides='{text_config.num_hidden_layers:2}'", ["+model.overrides="]),
