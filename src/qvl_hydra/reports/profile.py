@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -39,9 +40,8 @@ def profile_sections(folder: Path) -> list[Section]:
     picture = base64.b64encode((folder / "figures" / "profile_spectrum.png").read_bytes()).decode()
     source = f"data:image/png;base64,{picture}"
     figure = f'<img style="max-width:100%" alt="exact match, KL and additivity of profiles" src="{source}">'
-    kept = "".join(f"<li><code>{text(path)}</code></li>" for path in profile["high"])
-    said = f"{len(profile['high'])} operators stay in high precision"
-    listed = f"<details><summary>{said}</summary><ul>{kept}</ul></details>"
+    listed = _listed(f"{len(profile['high'])} operators stay in high precision", profile["high"])
+    listed += "".join(_listed(f"{len(own)} operators go to {name}", own) for name, own in profile["choices"].items())
     rows = [[_value(row[name]) for name in SHOWN] for row in profiles.to_dict("records")]
     columns = [Column(title, number=name != "chooser") for name, title in SHOWN.items()]
     return [
@@ -49,6 +49,11 @@ def profile_sections(folder: Path) -> list[Section]:
         Section("Profiles measured", table(columns, rows, identity="profiles")),
         exports_section(folder),
     ]
+
+
+def _listed(said: str, paths: Sequence[str]) -> str:
+    items = "".join(f"<li><code>{text(path)}</code></li>" for path in paths)
+    return f"<details><summary>{text(said)}</summary><ul>{items}</ul></details>"
 
 
 def _summary(record: dict[str, object]) -> str:
