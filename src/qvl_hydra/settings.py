@@ -115,7 +115,7 @@ class StrategySettings:
     top_k: int = 20  # auto: the most sensitive operators, which shall be the right ones; at most half of all
     missed: float = 0.05  # auto: expected number of operators on the wrong side of their border when it stops
     controls: int = 6  # auto: operators drawn at random that are measured exactly, too
-    agreement_warn: float = 0.8  # auto: warn when sketch and exact agree less (Spearman) on the controls
+    agreement_warn: float = 0.5  # auto: warn when sketch and exact agree less (Spearman) on the controls
     curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"  # hawq_v2
     weighting: Literal["weight_error", "trace"] = "weight_error"  # hawq_v2: `trace` is Neural Compressor's order
     max_probes: int = 64  # hawq_v2, curvature=hessian: at most so many Hutchinson probes; `probes` is the first round
@@ -217,7 +217,7 @@ class CalibrationSettings:
     """Where samples come from."""
 
     source: Literal["bundled", "coco_captions", "imagefolder", "jsonl"]
-    size: int = 16  # samples; activation ranges come from all of them
+    size: int = 32  # samples; activation ranges come from all of them
     seed: int = 0
     batch_size: int = 4  # samples a batch, the unit of strategy.confidence_batches
     split: Literal["calibration", "evaluation"] = "calibration"  # bundled: which of its two disjoint parts
