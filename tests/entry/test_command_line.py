@@ -215,7 +215,7 @@ def test_an_empty_calibration_set(source: str, call: Call, tmp_path: Path) -> No
     else:
         path.mkdir()
     outcome = call(f"calibration={source} calibration.path={path} tracking.enabled=false")
-    refused(outcome, "no good sample", "calibration.size=16")
+    refused(outcome, "no good sample", "calibration.size=32")
 
 
 def test_hydra_full_error_shows_where(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
