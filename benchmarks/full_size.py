@@ -1,7 +1,8 @@
 """Qwen2.5-VL-3B's shape on this machine: wall time and peak memory of a whole sketch, resident and streamed.
 
     python -m benchmarks.full_size [--component lm|full] [--samples 8] [--tokens 256] [--dtype bfloat16]
-                                   [--placement resident|streamed] [--estimator sketch|auto|exact] [--device cpu|cuda]
+                                   [--placement resident|streamed] [--device cpu|cuda] [--positions all|answer]
+                                   [--estimator sketch|auto|exact|gradient|gauss_newton]
 
 Random weights, written once as a sharded checkpoint (about 7 GB in --folder), so that streamed placement reads what a
 downloaded model would be. Each placement runs in a process of its own, whose peak memory is the operating system's.
@@ -53,6 +54,9 @@ def image_samples(model: LoadedModel, count: int, tokens: int) -> tuple[Sample, 
     return tuple(found)
 
 
+ESTIMATORS = ("sketch", "auto", "exact", "gradient", "gauss_newton")
+
+
 def write_checkpoint(folder: Path, dtype: str) -> None:
     shaped_model({}, dtype=dtype).module.save_pretrained(folder, max_shard_size="1GB")
 
@@ -66,10 +70,12 @@ def run_one(arguments: argparse.Namespace) -> dict[str, Any]:
     loaded_s = time.perf_counter() - began
     make = text_samples if arguments.component == "lm" else image_samples
     samples = make(model, arguments.samples, arguments.tokens)
-    job = make_job(
-        model, samples, SCHEMES[arguments.scheme], arguments.component,
-        estimator=arguments.estimator, probes=arguments.probes,
-    )  # fmt: skip
+    strategy: dict[str, Any] = {"estimator": arguments.estimator, "probes": arguments.probes}
+    if arguments.estimator == "gauss_newton":
+        strategy = {"name": "hawq_v2", "probes": arguments.probes}
+    if arguments.positions == "answer":
+        strategy |= {"metric": "kl", "positions": "answer"}
+    job = make_job(model, samples, SCHEMES[arguments.scheme], arguments.component, **strategy)
     scores, report = measure(job)
     found = {
         "component": arguments.component, "placement": arguments.placement, "estimator": arguments.estimator,
@@ -92,7 +98,8 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--scheme", default="w8a8_static", choices=list(SCHEMES))
-    parser.add_argument("--estimator", default="sketch", choices=["sketch", "auto", "exact"])
+    parser.add_argument("--estimator", default="sketch", choices=ESTIMATORS)
+    parser.add_argument("--positions", default="all", choices=["all", "answer"], help="answer: KL; all: squared error")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--placement", choices=["resident", "streamed"], help="default: both, one after the other")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "qwen2_5_vl_3b_random")

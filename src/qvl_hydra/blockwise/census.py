@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qvl_hydra.models.memory import row_parts
+
 FLOAT16 = 65504.0
 FLOAT8 = 448.0
 
@@ -47,7 +49,7 @@ class Census:
         """Take in an operator's weight, while it is in memory."""
         weight: Tensor = module.weight.detach().flatten(1)  # type: ignore[operator, union-attr]
         own = self.found.setdefault(path, OperatorCensus())
-        norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        norms = torch.cat([weight[rows].float().norm(dim=1) for rows in row_parts(weight)])
         median = float(norms.median())
         own.weight_max = float(torch.maximum(weight.amax(), -weight.amin()))
         own.largest_row = int(norms.argmax())

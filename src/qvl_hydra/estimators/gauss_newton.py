@@ -31,6 +31,7 @@ from qvl_hydra.estimators.metrics import UNITS
 from qvl_hydra.estimators.probes import Signs, fisher_probes
 from qvl_hydra.estimators.reverse_walk import MakeSampleProbes, cost, reverse_walk
 from qvl_hydra.estimators.table import CURVATURE_METRICS
+from qvl_hydra.models.memory import row_parts
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.formats.table import not_offered
@@ -150,5 +151,6 @@ def _mean_errors(bench: Bench, op: Operator) -> list[float]:
             errors.append(0.0)
             continue
         change = weight_change(weight, scheme.weight, bench.shared_largest(op, scheme))
-        errors.append(float(change.double().square().mean()))
+        total = sum(float(change[rows].float().square().sum(dtype=torch.float64)) for rows in row_parts(change))
+        errors.append(total / change.numel())
     return errors
