@@ -282,7 +282,7 @@ def test_the_config_folder_is_the_checkouts() -> None:
 @pytest.mark.slow
 def test_wheel_and_command_work_away_from_the_checkout(tmp_path: Path) -> None:
     """The built wheel carries configs and assets; installed beside the dependencies, its command composes from them."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     pytest.importorskip("hatchling")  # the build backend, so that nothing is fetched
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, "."], cwd=root, check=True)

@@ -12,17 +12,19 @@ each, padded at the end, where a causal model lets no other token see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from qvl_hydra.blockwise.recording import recording, replaced
 from qvl_hydra.calibration.sample import Sample, collate
+from qvl_hydra.errors import ModelError
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
 
@@ -104,6 +106,19 @@ class Walker:
             "full": [*vision, *join, *language],
         }[component]
         self.operators = find_operators(self.module, component)
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        """An operator in no segment would score zero in silence, and one in two twice.
+
+        Raises:
+            ModelError: an operator does not lie in exactly one segment.
+        """
+        for op in self.operators:
+            holding = [segment.name for segment in self.segments if segment.holds(op)]
+            if len(holding) != 1:
+                where = ", ".join(holding) or "no segment"
+                raise ModelError(f"{op.path} lies in {where} of the walk, and every operator must lie in exactly one")
 
     def weights(self, segment: Segment) -> AbstractContextManager[None]:
         """Have the segment's weights in memory for a while."""
@@ -180,16 +195,16 @@ class Walker:
             return torch.arange(merged, device=x.device, dtype=torch.float64)[:, None]
 
         with ExitStack() as stack:
-            stack.enter_context(_recording(visual.blocks, f"{VISUAL}.blocks", inputs))
-            stack.enter_context(_replaced(visual.patch_embed, lambda x: x))
-            stack.enter_context(_replaced(visual.merger, number_features))
+            stack.enter_context(recording(visual.blocks, f"{VISUAL}.blocks", inputs))
+            stack.enter_context(replaced(visual.patch_embed, lambda x: x))
+            stack.enter_context(replaced(visual.merger, number_features))
             numbers = torch.arange(patches, device=self.model.device, dtype=torch.float64)
             result = visual(numbers[:, None].repeat(1, 2), grid_thw=grid)
         return seen[0], result.pooler_output[:, 0].long()
 
     def _record_language(self, positions: Tensor, text: Tensor, inputs: dict[str, dict[str, Any]]) -> None:
         language: Any = self.module.get_submodule(LANGUAGE)
-        with _recording(language.layers, f"{LANGUAGE}.layers", inputs), _replaced(language.norm, lambda x: x):
+        with recording(language.layers, f"{LANGUAGE}.layers", inputs), replaced(language.norm, lambda x: x):
             language(inputs_embeds=text, position_ids=positions.to(self.model.device), use_cache=False)
 
     def _vision_segments(self) -> list[Segment]:
@@ -271,30 +286,3 @@ def _repeat_rows(inputs: dict[str, Any], rows: int, patches: int) -> dict[str, A
         return value.repeat(rows, *[1] * (value.dim() - 1)) if value.dim() and value.shape[0] == patches else value
 
     return {name: repeat(name, value) for name, value in inputs.items()}
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.forward
-
-
-@contextmanager
-def _recording(blocks: nn.ModuleList, path: str, inputs: dict[str, dict[str, Any]]) -> Iterator[None]:
-    """Within the context every block gives its input back and notes its keyword arguments."""
-
-    def recorder(name: str) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            assert not args, "blocks are called with keyword arguments"
-            inputs[name] = kwargs
-            return hidden_states
-
-        return forward
-
-    with ExitStack() as stack:
-        for index, block in enumerate(blocks):
-            stack.enter_context(_replaced(block, recorder(f"{path}.{index}")))
-        yield
