@@ -16,8 +16,9 @@ from torch.nn import functional
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.models.forward import logits, text_inputs
+from qvl_hydra.operators.kinds import as_tokens
 from qvl_hydra.quantization.apply import make_quantizer, observe_ranges, replaced_forwards
-from qvl_hydra.quantization.qdq import as_tokens, qdq_activation, quantized_operator
+from qvl_hydra.quantization.qdq import qdq_activation, quantized_operator
 
 PEERS = {
     "elementwise": "sum of (gradient x change)^2 over an output's elements (ModelOpt)",

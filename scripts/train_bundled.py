@@ -17,7 +17,7 @@ from bundled_models.training import Recipe, train
 
 from qvl_hydra.calibration.encode import load_processor
 
-SEEDS = {"qwen2_5_vl": 25, "qwen2_vl": 20}
+SEEDS = {"qwen2_5_vl": 25, "qwen2_vl": 20, "qwen3_vl": 30}
 
 
 def arguments() -> argparse.Namespace:
@@ -43,7 +43,7 @@ def main() -> None:
     model = build_model(args.model, tokenizer, SEEDS[args.model])
     recipe = Recipe(steps=args.steps, seed=SEEDS[args.model])
     train(model, tokenizer, recipe, training, report=lambda line: print(line, flush=True))
-    save_processor(tokenizer, args.out)
+    save_processor(args.model, tokenizer, args.out)
     model.requires_grad_(False).save_pretrained(args.out)  # the config, which the processor is loaded beside
     finished, figures = finish(model, load_processor(args.out))
     finished.save_pretrained(args.out)

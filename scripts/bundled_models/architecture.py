@@ -1,4 +1,4 @@
-"""Configurations and tokenizer of the bundled models: the real structure of Qwen2.5-VL and Qwen2-VL, made small."""
+"""Configurations and tokenizer of the bundled models: the real structure of each family, made small."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from qvl_hydra.calibration.scenes import COLORS, NUMBERS, SHAPES
@@ -72,7 +76,36 @@ VISION_2 = {
     "hidden_size": 128,
     "initializer_range": INITIALIZER_RANGE,
 }
-FAMILIES = ("qwen2_5_vl", "qwen2_vl")
+VISION_3 = {
+    "depth": 4,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 4,
+    "patch_size": 16,
+    "out_hidden_size": 128,
+    "num_position_embeddings": 64,  # a table of 8 x 8, read between its points for every size of image
+    "deepstack_visual_indexes": [0, 1, 2],
+    "initializer_range": INITIALIZER_RANGE,
+}
+TEXT_3 = {
+    "head_dim": 32,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [6, 5, 5],
+        "mrope_interleaved": True,
+    },
+}
+CLASSES = {
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, VISION_2_5, {}),
+    "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration, VISION_2, {}),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration, VISION_3, TEXT_3),
+}
+FAMILIES = tuple(CLASSES)
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+IMAGE_MEAN = {"qwen2_5_vl": CLIP_MEAN, "qwen2_vl": CLIP_MEAN, "qwen3_vl": [0.5, 0.5, 0.5]}
+IMAGE_STD = {"qwen2_5_vl": CLIP_STD, "qwen2_vl": CLIP_STD, "qwen3_vl": [0.5, 0.5, 0.5]}
+MERGE = 2  # patches a side that one image token sees
 
 
 def corpus() -> list[str]:
@@ -113,49 +146,53 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_config(family: str, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig | Qwen2VLConfig:
+def patch_size(family: str) -> int:
+    """Pixels a side of a patch."""
+    return CLASSES[family][2].get("patch_size", 14)
+
+
+def build_config(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
     """The small configuration of a family, its token ids taken from the tokenizer."""
     token_id = tokenizer.convert_tokens_to_ids
-    text = TEXT | {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": token_id("<|endoftext|>"),
-        "eos_token_id": token_id("<|im_end|>"),
-        "pad_token_id": token_id("<|endoftext|>"),
-    }
+    config_class, _, vision, changed = CLASSES[family]
+    text = (
+        TEXT
+        | changed
+        | {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": token_id("<|endoftext|>"),
+            "eos_token_id": token_id("<|im_end|>"),
+            "pad_token_id": token_id("<|endoftext|>"),
+        }
+    )
     ids = {
         "image_token_id": token_id("<|image_pad|>"),
         "video_token_id": token_id("<|video_pad|>"),
         "vision_start_token_id": token_id("<|vision_start|>"),
         "vision_end_token_id": token_id("<|vision_end|>"),
     }
-    if family == "qwen2_5_vl":
-        return Qwen2_5_VLConfig(text_config=text, vision_config=VISION_2_5, tie_word_embeddings=False, **ids)
-    return Qwen2VLConfig(text_config=text, vision_config=VISION_2, tie_word_embeddings=False, **ids)
+    return config_class(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
 
 
-def build_model(
-    family: str, tokenizer: PreTrainedTokenizerFast, seed: int
-) -> Qwen2_5_VLForConditionalGeneration | Qwen2VLForConditionalGeneration:
+def build_model(family: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     """A freshly initialised model, the same for the same seed."""
     torch.manual_seed(seed)
-    config = build_config(family, tokenizer)
-    if family == "qwen2_5_vl":
-        return Qwen2_5_VLForConditionalGeneration(config)
-    return Qwen2VLForConditionalGeneration(config)
+    return CLASSES[family][1](build_config(family, tokenizer))
 
 
-def save_processor(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_processor(family: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write tokenizer, chat template and image processor files beside the weights, in the hub's layout."""
     tokenizer.save_pretrained(folder)
+    token = patch_size(family) * MERGE  # the grids of scenes.py, a cell a token
     preprocessor = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-        "patch_size": 14,
+        "processor_class": "Qwen3VLProcessor" if family == "qwen3_vl" else "Qwen2_5_VLProcessor",
+        "patch_size": patch_size(family),
         "temporal_patch_size": 2,
-        "merge_size": 2,
-        "min_pixels": 56 * 56,
-        "max_pixels": 112 * 168,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "merge_size": MERGE,
+        "min_pixels": (2 * token) ** 2,
+        "max_pixels": 4 * 6 * token**2,
+        "image_mean": IMAGE_MEAN[family],
+        "image_std": IMAGE_STD[family],
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")

@@ -15,30 +15,32 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from qvl_hydra.calibration.scenes import GRIDS, MAX_OBJECTS, QUESTION_SHARES, Split, scene_stream
+from bundled_models.architecture import IMAGE_MEAN, IMAGE_STD, MERGE, patch_size
+from qvl_hydra.calibration.scenes import GRIDS, MAX_OBJECTS, QUESTION_SHARES, Split, enlarged, scene_stream
 
-PATCH, MERGE, TEMPORAL = 14, 2, 2
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+TEMPORAL = 2
 # Small images are cheaper and teach the same shapes; the large grid needs its share for its own positions.
 GRID_SHARES = (0.3, 0.25, 0.2, 0.25)
 
 
-def patches_of(pixels: UInt8[np.ndarray, "image height width 3"]) -> Float[Tensor, "patch 1176"]:
+def patches_of(pixels: UInt8[np.ndarray, "image height width 3"], family: str) -> Float[Tensor, "patch value"]:
     """Normalised patches in the order of Qwen2-VL's image processor, for a stack of images of one size."""
     images, height, width, _ = pixels.shape
-    values = ((pixels.astype(np.float32) / 255.0 - MEAN) / STD).transpose(0, 3, 1, 2)
-    rows, columns = height // PATCH, width // PATCH
-    values = values.reshape(images, 3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
+    patch = patch_size(family)
+    mean, std = (np.array(values[family], dtype=np.float32) for values in (IMAGE_MEAN, IMAGE_STD))
+    values = ((pixels.astype(np.float32) / 255.0 - mean) / std).transpose(0, 3, 1, 2)
+    rows, columns = height // patch, width // patch
+    values = values.reshape(images, 3, rows // MERGE, MERGE, patch, columns // MERGE, MERGE, patch)
     values = values.transpose(0, 2, 5, 3, 6, 1, 4, 7)
     values = np.repeat(values[:, :, :, :, :, :, None], TEMPORAL, axis=6)
-    return torch.from_numpy(values.reshape(images * rows * columns, 3 * TEMPORAL * PATCH * PATCH))
+    return torch.from_numpy(values.reshape(images * rows * columns, 3 * TEMPORAL * patch * patch))
 
 
 class BatchMaker:
     """Batches of one split, each drawn from its own number; a batch holds scenes of one grid."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, split: Split = "train") -> None:
+    def __init__(self, family: str, tokenizer: PreTrainedTokenizerFast, seed: int, split: Split = "train") -> None:
+        self.family = family
         self.tokenizer = tokenizer
         self.seed = seed
         self.split = split
@@ -58,7 +60,9 @@ class BatchMaker:
         stream = scene_stream(self.split, int(rng.integers(2**31)), max_objects, grid, shares, by_shape)
         items = list(itertools.islice(stream, batch_size))
         tokens = self._tokens(grid, items)
-        tokens["pixel_values"] = patches_of(np.stack([pixels for pixels, _, _ in items]))
+        tokens["pixel_values"] = patches_of(
+            np.stack([enlarged(pixels, patch_size(self.family) * MERGE) for pixels, _, _ in items]), self.family
+        )
         tokens["image_grid_thw"] = torch.tensor([[1, grid[0] * MERGE, grid[1] * MERGE]] * batch_size)
         return tokens
 

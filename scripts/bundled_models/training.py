@@ -105,7 +105,7 @@ def train(
     Every `save_every` steps the weights and the optimizer's state are saved and the held-out figure is reported; a
     training that was cut off and goes on takes the same batches as one that was not.
     """
-    maker, optimizer = BatchMaker(tokenizer, recipe.seed), optimizer_of(model, recipe)
+    maker, optimizer = BatchMaker(model.config.model_type, tokenizer, recipe.seed), optimizer_of(model, recipe)
     state, first = folder / "training_state.pt", 0
     if state.is_file():
         saved = torch.load(state, weights_only=True)
@@ -141,7 +141,7 @@ def train(
 @torch.no_grad()
 def teacher_forced_match(model: nn.Module, tokenizer: PreTrainedTokenizerFast, batches: int = 8) -> float:
     """Share of held-out answers whose every token is the most likely one: what greedy decoding would get right."""
-    maker, right = BatchMaker(tokenizer, seed=1, split="evaluation"), 0
+    maker, right = BatchMaker(model.config.model_type, tokenizer, seed=1, split="evaluation"), 0
     for number in range(batches):
         right += int(_forward(model, maker.batch(number, 32))[1].sum())
     return right / (32 * batches)

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from qvl_hydra.errors import SettingsError
 from qvl_hydra.estimators.table import estimator_of
+from qvl_hydra.families.table import FAMILIES
 
 T = TypeVar("T")
 STRATEGIES = {  # that each backend measures
@@ -35,7 +36,7 @@ class ModelSettings:
 
     name: str
     path: str  # local folder, `bundled:<name>`, or hub id
-    family: Literal["qwen2_5_vl", "qwen2_vl"]
+    family: str | None = None  # null: what the checkpoint says
     weights: Literal["pretrained", "random"] = "pretrained"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     revision: str | None = None
@@ -45,6 +46,8 @@ class ModelSettings:
 
     def faults(self) -> list[str]:
         found = [] if self.path else ["model.path is empty; give a local folder or a hub id"]
+        if self.family not in (None, *FAMILIES):
+            found.append(f"model.family={self.family}; allowed: {', '.join(FAMILIES)}, or null (docs/extending.md)")
         if self.overrides and self.weights != "random":
             found.append("model.overrides changes a shape, which needs model.weights=random")
         if self.memory_limit_gib is not None and self.memory_limit_gib <= 0:
@@ -397,6 +400,10 @@ class Settings:
         """Faults between groups, and of the keys that belong to none."""
         found = [] if 0 <= self.seed < SEEDS else [f"seed={self.seed}; must lie between 0 and {SEEDS - 1}"]
         found += self._strategy_faults()
+        family = FAMILIES.get(self.model.family or "")
+        if family is not None and self.component.name not in family.components:
+            has = ", ".join(family.components)
+            found.append(f"component={self.component.name}, but a model of model.family={family.name} has {has}")
         able = STRATEGIES[self.backend.name]
         if self.strategy.name not in able:
             found.append(

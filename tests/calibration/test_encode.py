@@ -160,6 +160,6 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
 def test_another_family_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(ASSETS / "tiny_qwen2_5_vl", folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(CalibrationError, match=r"'llama'; allowed: qwen2_5_vl, qwen2_vl"):
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(CalibrationError, match=r"'gpt2'; allowed: qwen2_5_vl, qwen2_vl"):
         load_processor(folder)

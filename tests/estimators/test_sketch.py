@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.jobs import SCHEMES, Silent, make_job
 from qvl_hydra.backends import torch as native
-from qvl_hydra.blockwise.walker import Segment, Walker
+from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators.first_order import FirstOrder, OperatorChange, _dot, combine
 from qvl_hydra.estimators.probes import (
@@ -26,14 +26,16 @@ from qvl_hydra.estimators.probes import (
     sign_probes,
 )
 from qvl_hydra.estimators.reverse import ReverseSegment, step_back
+from qvl_hydra.families.stages import Segment
 from qvl_hydra.models import memory
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator
+from qvl_hydra.operators.kinds import as_tokens
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.apply import make_quantizer, replaced_forwards
 from qvl_hydra.quantization.formats.integer import affine_params
 from qvl_hydra.quantization.formats.record import QuantParams
-from qvl_hydra.quantization.qdq import OperatorQuantizer, as_tokens, quantized_operator, weight_change
+from qvl_hydra.quantization.qdq import OperatorQuantizer, quantized_operator, weight_change
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 from qvl_hydra.runs.folder import RunFolder
 from tests.conftest import DEVICES, load_tiny
@@ -58,7 +60,7 @@ class MixedLinear(nn.Module):
 
 
 def operator(path: str) -> Operator:
-    return Operator(path, "lm", 0, path, path, "Linear", WIDTH, OUT, 1)
+    return Operator(path, "lm", 0, path, path, "Linear", WIDTH, OUT, 1, "qwen2_5_vl")
 
 
 def quantizers(model: MixedLinear, x: Tensor, scheme: Scheme) -> dict[str, OperatorQuantizer]:

@@ -22,7 +22,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionA
 
 from qvl_hydra.calibration.encode import Processor, encode, load_processor
 from qvl_hydra.calibration.sample import Sample, collate
-from qvl_hydra.calibration.scenes import GRIDS, scene_stream
+from qvl_hydra.calibration.scenes import GRIDS, enlarged, scene_stream
 from qvl_hydra.calibration.sources import load_calibration
 from qvl_hydra.settings import CalibrationSettings
 
@@ -178,12 +178,15 @@ def test_the_image_is_what_is_answered_from(model: nn.Module, evaluation: tuple[
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_training_batches_are_encoded_as_the_package_encodes(processor: Processor, number: int) -> None:
     """Training makes a whole batch at once; here each of its samples goes the package's way."""
-    batch = BatchMaker(processor.tokenizer, seed=3).batch(number, 6)
+    batch = BatchMaker(processor.config.model_type, processor.tokenizer, seed=3).batch(number, 6)
     rng = np.random.default_rng([3, number])
     grid = GRIDS[int(rng.choice(len(GRIDS), p=GRID_SHARES))]
     scenes = itertools.islice(scene_stream("train", int(rng.integers(2**31)), grid=grid), 6)
     expected = collate(
-        [encode(processor, "x", prompt, answer, [Image.fromarray(pixels)]) for pixels, prompt, answer in scenes]
+        [
+            encode(processor, "x", prompt, answer, [Image.fromarray(enlarged(pixels, processor.token_side))])
+            for pixels, prompt, answer in scenes
+        ]
     )
     valid = expected["attention_mask"].bool()
     assert batch["position_ids"][:, valid].equal(expected["position_ids"][:, valid])

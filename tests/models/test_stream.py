@@ -13,6 +13,7 @@ from qvl_hydra.calibration.encode import encode, load_processor
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.calibration.scenes import scene_examples
 from qvl_hydra.errors import ModelError
+from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.models.load import LoadedModel, describe_model, load_model
 from qvl_hydra.models.stream import Checkpoint, parameters_on_meta
 from qvl_hydra.settings import ModelSettings
@@ -77,7 +78,7 @@ def test_tied_embeddings_serve_as_head(tmp_path: Path) -> None:
     tied = load_model(description, torch.device("cpu"), 0).module
     tied.tie_weights()
     tied.save_pretrained(tmp_path)
-    checkpoint = Checkpoint(tmp_path)
+    checkpoint = Checkpoint(tmp_path, FAMILIES["qwen2_5_vl"])
     assert "lm_head.weight" not in checkpoint.places
     for placement in ("resident", "streamed"):
         settings = ModelSettings("t", str(tmp_path), "qwen2_5_vl", placement=placement)  # type: ignore[arg-type]
@@ -87,7 +88,7 @@ def test_tied_embeddings_serve_as_head(tmp_path: Path) -> None:
 
 
 def test_a_weight_that_is_not_there() -> None:
-    checkpoint = Checkpoint(load_tiny().description.folder)
+    checkpoint = Checkpoint(load_tiny().description.folder, FAMILIES["qwen2_5_vl"])
     with pytest.raises(ModelError, match=r"no weight model\.language_model\.layers\.99"):
         checkpoint.read("model.language_model.layers.99.mlp.up_proj.weight", torch.device("cpu"), torch.float32)
 

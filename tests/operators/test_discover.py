@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.errors import OperatorError
+from qvl_hydra.errors import ModelError, OperatorError
+from qvl_hydra.families import qwen2_vl
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel, describe_model
 from qvl_hydra.operators.discover import Operator, find_operators, select_operators
@@ -183,3 +185,15 @@ def test_everything_that_names_nothing_is_told_at_once(operators: list[Operator]
 def test_filters_that_leave_nothing(operators: list[Operator]) -> None:
     with pytest.raises(OperatorError, match="leave no operator"):
         select_operators(operators, OperatorSettings(include=["lm_head"], exclude=["lm_*"]), 0)
+
+
+@pytest.mark.parametrize("change", ["none", "two"])
+def test_an_operator_that_does_not_lie_in_one_stage_is_named(
+    change: str, tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In none it would score zero in silence."""
+    whole = qwen2_vl.stages(tiny_model.module)
+    language = whole.language[1:] if change == "none" else (*whole.language, whole.language[0])
+    monkeypatch.setattr(qwen2_vl, "stages", lambda module: dataclasses.replace(whole, language=language))
+    with pytest.raises(ModelError, match=r"model.language_model.layers.0.self_attn.q_proj lies in .* exactly one"):
+        find_operators(tiny_model.module, "lm")

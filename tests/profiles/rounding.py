@@ -14,9 +14,10 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
+from qvl_hydra.operators.kinds import as_tokens
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.formats.integer import qdq_static
-from qvl_hydra.quantization.qdq import OperatorQuantizer, as_tokens, quantized_operator
+from qvl_hydra.quantization.qdq import OperatorQuantizer, quantized_operator
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 
 W8A8 = Scheme("w8a8_static", WeightFormat(8), ActivationFormat(8))

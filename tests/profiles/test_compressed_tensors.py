@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 
 from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.models.forward import reference_output
-from qvl_hydra.models.load import MODEL_CLASSES, LoadedModel
+from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.profiles.apply import applied, make_quantizers
 from qvl_hydra.profiles.checkpoint import weight_scale, write_checkpoint
@@ -42,7 +43,7 @@ def test_stored_numbers_are_those_of_qdq(
         stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     low = {op.path for op in profile.low}
     for op in find_operators(tiny_model.module, "full"):
-        name = rename(op.path, "checkpoint")
+        name = rename(op, "checkpoint")
         weight = tiny_model.module.get_submodule(op.path).weight
         if op.path not in low:
             assert torch.equal(stored[f"{name}.weight"], weight)
@@ -64,7 +65,7 @@ def test_transformers_computes_what_qdq_computes(
 ) -> None:
     pytest.importorskip("compressed_tensors")
     profile, quantizers = written(tiny_model, scheme, tiny_samples, tmp_path)
-    loaded, info = MODEL_CLASSES["qwen2_5_vl"].from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = FAMILIES["qwen2_5_vl"].load_class().from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())  # nothing missing, unexpected or of another shape
     outputs = compare(
         lambda sample: forward(loaded.eval(), sample), tiny_model.module, profile, quantizers, tiny_samples, "full"
@@ -88,7 +89,7 @@ def test_dynamic_inputs_of_the_language_tower(
     """Per token; only here, because compressed-tensors takes one scale a tensor from the vision tower's 2-d inputs."""
     pytest.importorskip("compressed_tensors")
     _, quantizers = written(tiny_model, W8A8_DYNAMIC, tiny_samples, tmp_path, component="lm")
-    loaded = MODEL_CLASSES["qwen2_5_vl"].from_pretrained(tmp_path).eval()
+    loaded = FAMILIES["qwen2_5_vl"].load_class().from_pretrained(tmp_path).eval()
     for path in ("model.language_model.layers.1.mlp.down_proj", "lm_head"):
         target, ours = tiny_model.module.get_submodule(path), quantizers[path]
         x = torch.randn(1, 5, target.in_features, generator=torch.Generator().manual_seed(0))
@@ -121,7 +122,8 @@ def test_deployed_formats_are_the_packages_presets(name: str) -> None:
     from qvl_hydra.entry.command_line import scheme_settings
     from qvl_hydra.quantization.scheme import scheme_from_settings
 
-    op = Operator("model.language_model.layers.0.mlp.up_proj", "lm", 0, "up_proj", "g", "Linear", 128, 128, 128 * 128)
+    path = "model.language_model.layers.0.mlp.up_proj"
+    op = Operator(path, "lm", 0, "up_proj", "g", "Linear", 128, 128, 128 * 128, "qwen2_5_vl")
     made = Profile(scheme_from_settings(scheme_settings(name)), (op,), frozenset(), 16, "scores")
     config = QuantizationConfig.model_validate(quantization_config(made, [op], "hugging_face"))
     (group,) = config.config_groups.values()

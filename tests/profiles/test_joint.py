@@ -42,7 +42,7 @@ def test_nothing_quantized_is_no_error() -> None:
 
 def test_members_of_a_unit_add_their_signed_sums() -> None:
     def operator(path: str) -> Operator:
-        return Operator(path, "lm", 0, path, "fused", "Linear", 4, 4, 16)
+        return Operator(path, "lm", 0, path, "fused", "Linear", 4, 4, 16, "qwen2_5_vl")
 
     rows = [
         (op, "s0", probe, value * (1 if probe else -1), "kl", "w8")

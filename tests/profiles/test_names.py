@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from qvl_hydra.models.load import LoadedModel, describe_model
-from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.profiles.names import neural_compressor_pattern, rename
 from qvl_hydra.settings import ModelSettings
 
@@ -22,9 +22,13 @@ VLLM_PREFIXES = (
 )
 
 
-def paths(family: str) -> list[str]:
+def operators(family: str) -> list[Operator]:
     settings = ModelSettings("shape", f"bundled:tiny_{family}", family, weights="random")  # type: ignore[arg-type]
-    return [op.path for op in find_operators(describe_model(settings).skeleton, "full")]
+    return find_operators(describe_model(settings).skeleton, "full")
+
+
+def paths(family: str) -> list[str]:
+    return [op.path for op in operators(family)]
 
 
 def vllm_name(name: str) -> str:
@@ -39,20 +43,20 @@ def test_checkpoint_names_are_those_that_transformers_saves(small_model: LoadedM
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         saved = {key.removesuffix(".weight") for key in file.keys()}  # noqa: SIM118
     for op in find_operators(small_model.module, "full"):
-        assert rename(op.path, "checkpoint") in saved
+        assert rename(op, "checkpoint") in saved
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
 def test_vllm_finds_every_name_from_either_spelling(family: str) -> None:
-    for path in paths(family):
-        assert vllm_name(path) == rename(path, "vllm")
+    for op in operators(family):
+        assert vllm_name(op.path) == rename(op, "vllm")
         # The hub's spelling of the vision tower, `visual.`, is vLLM's own already.
-        assert vllm_name(rename(path, "checkpoint")) == rename(path, "vllm")
+        assert vllm_name(rename(op, "checkpoint")) == rename(op, "vllm")
 
 
 @pytest.mark.parametrize("convention", ["hugging_face", "checkpoint", "vllm"])
 def test_no_two_operators_share_a_name(convention: str) -> None:
-    names = [rename(path, convention) for path in paths("qwen2_5_vl")]
+    names = [rename(op, convention) for op in operators("qwen2_5_vl")]
     assert len(set(names)) == len(names)
 
 

@@ -19,7 +19,8 @@ HIGH_BITS = 16
 
 
 def operator(path: str, width: int = 8, group: str | None = None) -> Operator:
-    return Operator(path, "lm", 0, path.rsplit(".", 1)[-1], group or path, "Linear", width, width, width * width)
+    role = path.rsplit(".", 1)[-1]
+    return Operator(path, "lm", 0, role, group or path, "Linear", width, width, width * width, "qwen2_5_vl")
 
 
 def random_units(rng: np.random.Generator, count: int, spread: float) -> list[Unit]:

@@ -30,7 +30,7 @@ COARSE = Scheme("w4a4", WeightFormat(4), ActivationFormat(4))
 
 
 def operator(path: str, component: str = "lm", width: int = 8) -> Operator:
-    return Operator(path, component, 0, path, path, "Linear", width, width, width * width)
+    return Operator(path, component, 0, path, path, "Linear", width, width, width * width, "qwen2_5_vl")
 
 
 def single_units(count: int, forced: int = 0) -> list[Unit]:

@@ -20,7 +20,7 @@ LAYER = "model.language_model.layers.0.self_attn"
 
 def operator(name: str, group: str | None = None, block: int | None = 0) -> Operator:
     path = f"{LAYER}.{name}"
-    return Operator(path, "lm", block, name, group or path, "Linear", 4, 4, 16)
+    return Operator(path, "lm", block, name, group or path, "Linear", 4, 4, 16, "qwen2_5_vl")
 
 
 def rows(

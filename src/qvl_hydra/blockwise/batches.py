@@ -9,7 +9,8 @@ from itertools import accumulate
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from qvl_hydra.blockwise.walker import Context, State, Walker
+from qvl_hydra.blockwise.walker import Context, Walker
+from qvl_hydra.families.stages import State
 
 # Tokens of a batch: beyond them products no longer get faster, and the logits of a batch take memory.
 BATCH_TOKENS = {"cpu": 256, "cuda": 4096}
@@ -30,7 +31,7 @@ class Batch:
     @property
     def has_images(self) -> bool:
         """Whether its samples have images: all or none of them do."""
-        return self.context.order is not None
+        return self.context.vision is not None
 
     def slices(self, tokens: int, packed: bool) -> list[slice]:
         """Where each sample's tokens are in the batch, its rows one behind the other.
@@ -85,4 +86,4 @@ def _batch(walker: Walker, contexts: Sequence[Context], places: Sequence[int]) -
 
 
 def _kind(context: Context) -> tuple[bool, int]:
-    return context.order is not None, context.sample.longest
+    return context.vision is not None, context.sample.longest

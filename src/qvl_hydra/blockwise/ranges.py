@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from qvl_hydra.blockwise.batches import Batch, make_batches, put_together
 from qvl_hydra.blockwise.census import Census
-from qvl_hydra.blockwise.walker import Context, Segment, State, Walker
+from qvl_hydra.blockwise.walker import Context, Walker
+from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.quantization.apply import OperatorObserver, replaced_forwards, unread_output
 from qvl_hydra.quantization.formats.record import QuantParams
@@ -69,7 +70,7 @@ def walk(
             # made, among it, states leave holes that took six times their own size on 36 blocks.
             inputs.append(states[index].clone())
         states[: len(kept)] = [inputs[-1] for inputs in kept]
-        inside = [op for op in operators if segment.holds(op)]
+        inside = [op for op in operators if segment.holds(op.path)]
         if segment is walker.segments[-1] and not inside:
             break  # nobody needs the outputs
         # Nor what the last operator makes of its input, where only that is observed.

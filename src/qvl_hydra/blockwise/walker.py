@@ -1,10 +1,4 @@
-"""The block walker: a Qwen-VL model as one straight row of segments that states of many rows walk through.
-
-Segments are the patch embedding, the vision blocks, the merger, the join (image features into the token sequence), the
-decoder blocks, and the head (final norm and `lm_head`). A state `(row, token, width)` has a row for each copy of a
-sample that is under way. Every block is the Hugging Face module itself; what it needs beside the hidden state (rotary
-embeddings, windows, masks) is recorded from the model's own forward with all blocks passed over, so nothing of the
-model's logic is written again here, and both families and all image sizes are served alike.
+"""The block walker: samples go through the stages of a model as states of many rows.
 
 Several samples can also walk together: packed in one row, one behind the other, up to the join, and after it with a row
 each, padded at the end, where a causal model lets no other token see it.
@@ -12,71 +6,32 @@ each, padded at the end, where a causal model lets no other token see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from qvl_hydra.blockwise.recording import recording, replaced
 from qvl_hydra.calibration.sample import Sample, collate
-from qvl_hydra.errors import ModelError
+from qvl_hydra.families.stages import BlockInputs, Inputs, Segment, State, recording, replaced
 from qvl_hydra.models.load import LoadedModel
-from qvl_hydra.operators.discover import Operator, find_operators
-
-State = Float[Tensor, "row token width"]
-VISUAL, LANGUAGE, HEAD = "model.visual", "model.language_model", "lm_head"
+from qvl_hydra.operators.discover import find_operators
 
 
 @dataclass(frozen=True)
-class Context:
-    """What the segments need to know of the samples that walk together: one mostly.
-
-    Attributes:
-        block_inputs: keyword arguments of each block, by module path.
-        order: for each patch in walking order its place in the images (windows are walked one by one).
-        back: for each merged feature in image order its place in walking order.
-        text: token embeddings, zero where image features go and where a shorter sample is padded.
-        places: which tokens take image features.
-    """
+class Context(Inputs):
+    """What the segments need to know of the samples that walk together, and these samples: one mostly."""
 
     samples: tuple[Sample, ...]
-    block_inputs: dict[str, dict[str, Any]]
-    order: Int64[Tensor, "patch"] | None
-    back: Int64[Tensor, "feature"] | None
-    text: Float[Tensor, "sample token width"]
-    places: Bool[Tensor, "sample token"]
 
     @property
     def sample(self) -> Sample:
         """The sample of a context of one."""
         (only,) = self.samples
         return only
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One step of the walk.
-
-    Attributes:
-        name: module path, or `join`.
-        vision: passed over by samples without images; samples that walk together arrive packed, not padded.
-        roots: module paths whose weights it needs; its operators lie below them.
-        run: from the state before and the sample's context to the state after.
-    """
-
-    name: str
-    vision: bool
-    roots: tuple[str, ...]
-    run: Callable[[State, Context], State]
-
-    def holds(self, op: Operator) -> bool:
-        """Whether the operator is computed in this segment."""
-        return any(op.path == root or op.path.startswith(f"{root}.") for root in self.roots)
 
 
 class Walker:
@@ -97,28 +52,11 @@ class Walker:
         self.dtype = dtype or model.dtype
         self.module: Any = model.module
         self.component = component
-        vision, language = self._vision_segments(), self._language_segments()
-        join = [Segment("join", True, (), _join)]
-        self.prefix: list[Segment] = [*vision, *join] if component == "lm" else []
-        self.segments: list[Segment] = {
-            "vision": vision,
-            "lm": language,
-            "full": [*vision, *join, *language],
-        }[component]
+        self.family = model.family
+        self.stages = self.family.load_stages()(self.module)
+        self.prefix: list[Segment] = [*self.stages.vision, *self.stages.join] if component == "lm" else []
+        self.segments: list[Segment] = self.stages.of(component)
         self.operators = find_operators(self.module, component)
-        self._check_stages()
-
-    def _check_stages(self) -> None:
-        """An operator in no segment would score zero in silence, and one in two twice.
-
-        Raises:
-            ModelError: an operator does not lie in exactly one segment.
-        """
-        for op in self.operators:
-            holding = [segment.name for segment in self.segments if segment.holds(op)]
-            if len(holding) != 1:
-                where = ", ".join(holding) or "no segment"
-                raise ModelError(f"{op.path} lies in {where} of the walk, and every operator must lie in exactly one")
 
     def weights(self, segment: Segment) -> AbstractContextManager[None]:
         """Have the segment's weights in memory for a while."""
@@ -135,7 +73,7 @@ class Walker:
     @torch.no_grad()
     def contexts(self, samples: Sequence[Sample]) -> list[Context]:
         """Contexts of samples; costs no pass through any block."""
-        table = f"{LANGUAGE}.embed_tokens"
+        table = f"{self.family.language}.embed_tokens"
         with self.model.weights([table]):
             embedding = self.module.get_submodule(table)
             texts = [embedding(sample.input_ids.to(self.model.device)).to(self.dtype) for sample in samples]
@@ -173,116 +111,24 @@ class Walker:
 
     def _context(self, samples: Sequence[Sample], text: Tensor) -> Context:
         batch = collate(samples)
-        places = (batch["input_ids"] == self.model.config.image_token_id).to(self.model.device)
-        inputs: dict[str, dict[str, Any]] = {}
-        order = back = None
+        image_token = getattr(self.model.config, "image_token_id", None)
+        places = batch["input_ids"] == (-1 if image_token is None else image_token)
+        places = places.to(self.model.device)
+        inputs: BlockInputs = {}
+        vision = None
         if "image_grid_thw" in batch:
-            order, back = self._record_vision(batch["image_grid_thw"], inputs)
+            assert self.stages.record_vision is not None, "models for text are given no images"
+            with self.model.weights(self.stages.tables, self.dtype):
+                vision = self.stages.record_vision(batch["image_grid_thw"].to(self.model.device), self.dtype, inputs)
         if self.component != "vision":
             self._record_language(batch["position_ids"], text, inputs)
-        return Context(tuple(samples), inputs, order, back, text.masked_fill(places[..., None], 0), places)
+        return Context(inputs, vision, text.masked_fill(places[..., None], 0), places, tuple(samples))
 
-    def _record_vision(self, grid: Tensor, inputs: dict[str, dict[str, Any]]) -> tuple[Tensor, Tensor]:
-        """Run the vision tower with numbered patches and every computing part passed over."""
-        visual: Any = self.module.get_submodule(VISUAL)
-        grid = grid.to(self.model.device)
-        patches = int(grid.prod(-1).sum())
-        merged = patches // visual.spatial_merge_size**2
-        seen: list[Tensor] = []
-
-        def number_features(x: Tensor) -> Tensor:
-            seen.append(x[:, 0].long())
-            return torch.arange(merged, device=x.device, dtype=torch.float64)[:, None]
-
-        with ExitStack() as stack:
-            stack.enter_context(recording(visual.blocks, f"{VISUAL}.blocks", inputs))
-            stack.enter_context(replaced(visual.patch_embed, lambda x: x))
-            stack.enter_context(replaced(visual.merger, number_features))
-            numbers = torch.arange(patches, device=self.model.device, dtype=torch.float64)
-            result = visual(numbers[:, None].repeat(1, 2), grid_thw=grid)
-        return seen[0], result.pooler_output[:, 0].long()
-
-    def _record_language(self, positions: Tensor, text: Tensor, inputs: dict[str, dict[str, Any]]) -> None:
-        language: Any = self.module.get_submodule(LANGUAGE)
-        with recording(language.layers, f"{LANGUAGE}.layers", inputs), replaced(language.norm, lambda x: x):
-            language(inputs_embeds=text, position_ids=positions.to(self.model.device), use_cache=False)
-
-    def _vision_segments(self) -> list[Segment]:
-        visual: Any = self.module.get_submodule(VISUAL)
-
-        def embed(x: State, context: Context) -> State:
-            rows, patches, _ = x.shape
-            embedded: Tensor = visual.patch_embed(x.reshape(rows * patches, -1))
-            return embedded.view(rows, patches, -1)[:, context.order]
-
-        def merge(x: State, context: Context) -> State:
-            rows = x.shape[0]
-            merged: Tensor = visual.merger(x.reshape(rows * x.shape[1], -1))
-            return merged.view(rows, -1, merged.shape[-1])[:, context.back]
-
-        paths = [f"{VISUAL}.blocks.{index}" for index in range(len(visual.blocks))]
-        return [
-            Segment(f"{VISUAL}.patch_embed", True, (f"{VISUAL}.patch_embed",), embed),
-            *(Segment(path, True, (path,), self._vision_block(path)) for path in paths),
-            Segment(f"{VISUAL}.merger", True, (f"{VISUAL}.merger",), merge),
-        ]
-
-    def _vision_block(self, path: str) -> Callable[[State, Context], State]:
-        block = self.module.get_submodule(path)
-
-        def run(x: State, context: Context) -> State:
-            rows, patches, width = x.shape
-            inputs = _repeat_rows(context.block_inputs[path], rows, patches)
-            y: Tensor = block(x.reshape(rows * patches, width), **inputs)
-            return y.view(rows, patches, width)
-
-        return run
-
-    def _language_segments(self) -> list[Segment]:
-        language: Any = self.module.get_submodule(LANGUAGE)
-
-        def head(x: State, context: Context) -> State:
-            y: Tensor = self.module.lm_head(language.norm(x))
-            return y
-
-        paths = [f"{LANGUAGE}.layers.{index}" for index in range(len(language.layers))]
-        return [
-            *(Segment(path, False, (path,), self._language_block(path)) for path in paths),
-            Segment(HEAD, False, (f"{LANGUAGE}.norm", HEAD), head),
-        ]
-
-    def _language_block(self, path: str) -> Callable[[State, Context], State]:
-        block = self.module.get_submodule(path)
-
-        def run(x: State, context: Context) -> State:
-            # Rotary embeddings and masks have one row, which broadcasts over all.
-            y = block(x, **context.block_inputs[path])
-            return y[0] if isinstance(y, tuple) else y
-
-        return run
-
-
-def _join(features: State, context: Context) -> State:
-    rows = features.shape[0]
-    tokens = context.text.flatten(0, 1).expand(rows, -1, -1)
-    index = context.places.flatten().nonzero()[:, 0]
-    joined = tokens.index_copy(1, index, features.to(tokens.dtype))
-    return joined.view(rows * len(context.samples), *context.text.shape[1:])
-
-
-def _repeat_rows(inputs: dict[str, Any], rows: int, patches: int) -> dict[str, Any]:
-    """A vision block's inputs for several copies of the images, packed one behind the other."""
-    if rows == 1:
-        return inputs
-
-    def repeat(name: str, value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(repeat(name, item) for item in value)
-        if not isinstance(value, Tensor):
-            return value
-        if name == "cu_seqlens":
-            starts = torch.arange(rows, device=value.device, dtype=value.dtype)[:, None] * patches
-            return torch.cat([value[:1], (starts + value[None, 1:]).flatten()])
-        return value.repeat(rows, *[1] * (value.dim() - 1)) if value.dim() and value.shape[0] == patches else value
-
-    return {name: repeat(name, value) for name, value in inputs.items()}
+    def _record_language(self, positions: Tensor, text: Tensor, inputs: BlockInputs) -> None:
+        path = self.family.language
+        language: Any = self.module.get_submodule(path)
+        positions = positions.to(self.model.device)
+        with recording(language.layers, f"{path}.layers", inputs), replaced(language.norm, lambda x: x):
+            language(
+                inputs_embeds=text, position_ids=positions if len(positions) > 1 else positions[0], use_cache=False
+            )

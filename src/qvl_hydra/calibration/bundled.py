@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 
+import numpy as np
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
+from PIL import Image
 
 from qvl_hydra.calibration.record import Record
-from qvl_hydra.calibration.scenes import SceneExample, Split, scene_examples
+from qvl_hydra.calibration.scenes import CELL, SceneExample, Split, enlarged, scene_examples
 from qvl_hydra.settings import CalibrationSettings
 
 FEATURES = Features(
@@ -17,16 +19,21 @@ FEATURES = Features(
 )
 
 
-def bundled_dataset(split: Split, size: int, seed: int) -> Dataset:
-    """The first `size` scenes of a split as a data set with columns id, image (PNG), prompt, answer."""
-    return Dataset.from_list([_row(example) for example in scene_examples(split, size, seed)], features=FEATURES)
+def bundled_dataset(split: Split, size: int, seed: int, cell: int = CELL) -> Dataset:
+    """The first `size` scenes of a split as a data set with columns id, image (PNG), prompt, answer.
+
+    Args:
+        cell: pixels a side of a scene's cell.
+    """
+    return Dataset.from_list([_row(example, cell) for example in scene_examples(split, size, seed)], features=FEATURES)
 
 
-def _row(example: SceneExample) -> dict[str, object]:
+def _row(example: SceneExample, cell: int) -> dict[str, object]:
     png = io.BytesIO()
-    example.image.save(png, format="PNG")
-    image = {"bytes": png.getvalue(), "path": f"{example.id}.png"}
-    return {"id": example.id, "image": image, "prompt": example.prompt, "answer": example.answer}
+    image = example.image if cell == CELL else Image.fromarray(enlarged(np.asarray(example.image), cell))
+    image.save(png, format="PNG")
+    file = {"bytes": png.getvalue(), "path": f"{example.id}.png"}
+    return {"id": example.id, "image": file, "prompt": example.prompt, "answer": example.answer}
 
 
 def check(settings: CalibrationSettings) -> list[str]:
@@ -34,7 +41,7 @@ def check(settings: CalibrationSettings) -> list[str]:
     return []
 
 
-def read(settings: CalibrationSettings) -> Iterator[Record]:
-    """Scenes in the order their seed draws them, which is random already."""
-    for row in bundled_dataset(settings.split, settings.size, settings.seed):
+def read(settings: CalibrationSettings, token_side: int | None) -> Iterator[Record]:
+    """Scenes in the order their seed draws them, which is random already; a cell is what one image token sees."""
+    for row in bundled_dataset(settings.split, settings.size, settings.seed, token_side or CELL):
         yield Record(row["id"], row["prompt"], row["answer"], (row["image"]["bytes"],))

@@ -31,7 +31,7 @@ def check(settings: CalibrationSettings) -> list[str]:
     return faults
 
 
-def read(settings: CalibrationSettings) -> Iterator[Record]:
+def read(settings: CalibrationSettings, token_side: int | None) -> Iterator[Record]:
     """One record an image, with its first caption, in an order drawn from the seed.
 
     Raises:

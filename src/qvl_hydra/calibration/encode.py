@@ -1,8 +1,9 @@
-"""From prompt, answer and images to the tensors that Qwen2-VL and Qwen2.5-VL take.
+"""From prompt, answer and images to the tensors that a model takes.
 
-The chat template is the checkpoint's own, image tokens are expanded from the patch grid, and M-RoPE positions come
-from the model class's own `get_rope_index`. The image processor is the one built on PIL: the processor class that
-bundles all of this needs torchvision for its video part, whose build has to match torch's.
+The chat template is the checkpoint's own, image tokens are expanded from the patch grid, and positions on three axes
+come from the model class's own `get_rope_index`; models for text alone count them up. The image processor is the one
+built on PIL: the processor class that bundles all of this needs torchvision for its video part, whose build has to
+match torch's.
 """
 
 from __future__ import annotations
@@ -17,21 +18,13 @@ import torch
 from jaxtyping import Int64
 from PIL import Image
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    Qwen2_5_VLModel,
-    Qwen2VLModel,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
 from qvl_hydra.calibration.sample import IGNORED, Sample
 from qvl_hydra.errors import CalibrationError
-
-POSITION_CLASSES: dict[str, type[nn.Module]] = {"qwen2_5_vl": Qwen2_5_VLModel, "qwen2_vl": Qwen2VLModel}
+from qvl_hydra.families.table import FAMILIES, family_of
 
 
 class EncodingError(ValueError):
@@ -43,13 +36,20 @@ class Processor:
     """What turns text and images into model inputs, all of it from one checkpoint.
 
     Attributes:
-        rope_shell: the model class without layers or weights, for its `get_rope_index`.
+        image_processor: None for text alone.
+        rope_shell: the model class without layers or weights, for its `get_rope_index`; None for text alone.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    image_processor: Qwen2VLImageProcessorPil
+    image_processor: Qwen2VLImageProcessorPil | None
     config: PretrainedConfig
-    rope_shell: nn.Module
+    rope_shell: nn.Module | None
+
+    @property
+    def token_side(self) -> int | None:
+        """Pixels a side that one image token sees."""
+        processor = self.image_processor
+        return None if processor is None else int(processor.patch_size * processor.merge_size)
 
 
 def load_processor(path: str | Path, revision: str | None = None) -> Processor:
@@ -66,16 +66,20 @@ def load_processor(path: str | Path, revision: str | None = None) -> Processor:
     try:
         config = AutoConfig.from_pretrained(origin, revision=revision, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(origin, revision=revision, trust_remote_code=False)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(origin, revision=revision or "main")
+        sees = config.model_type in FAMILIES and family_of(config).visual is not None
+        image_processor = (
+            Qwen2VLImageProcessorPil.from_pretrained(origin, revision=revision or "main") if sees else None
+        )
     except (OSError, ValueError) as error:
         raise CalibrationError(
             f"{origin}: config, tokenizer or image processor cannot be read ({error}); the folder needs config.json, "
             "tokenizer.json with tokenizer_config.json, and preprocessor_config.json"
         ) from error
-    if config.model_type not in POSITION_CLASSES:
-        allowed = ", ".join(POSITION_CLASSES)
+    if config.model_type not in FAMILIES:
+        allowed = ", ".join(FAMILIES)
         raise CalibrationError(f"{origin}: model_type is {config.model_type!r}; allowed: {allowed}")
-    tokenizer.chat_template = tokenizer.chat_template or _processor_template(origin, revision)
+    if sees:
+        tokenizer.chat_template = tokenizer.chat_template or _processor_template(origin, revision)
     return Processor(tokenizer, image_processor, config, rope_shell(config))
 
 
@@ -94,13 +98,17 @@ def _processor_template(origin: str, revision: str | None) -> str:
     return template
 
 
-def rope_shell(config: PretrainedConfig) -> nn.Module:
+def rope_shell(config: PretrainedConfig) -> nn.Module | None:
     """The model class of a config's family without layers, on the meta device: it costs neither memory nor time."""
+    family = family_of(config)
+    if family.position_class is None:
+        return None
     bare = copy.deepcopy(config)
     bare.text_config.num_hidden_layers, bare.text_config.layer_types = 0, []
-    bare.vision_config.depth = 0
+    bare.vision_config.depth, bare.vision_config.deepstack_visual_indexes = 0, []
     with torch.device("meta"):
-        return POSITION_CLASSES[config.model_type](bare)
+        shell: nn.Module = family.load_class(family.position_class)(bare)
+    return shell
 
 
 def with_pixel_limits(processor: Processor, min_pixels: int | None, max_pixels: int | None) -> Processor:
@@ -109,6 +117,8 @@ def with_pixel_limits(processor: Processor, min_pixels: int | None, max_pixels: 
     Raises:
         CalibrationError: the lower limit is above the upper one.
     """
+    if processor.image_processor is None:
+        return processor
     size = processor.image_processor.size
     low, high = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
     if low > high:
@@ -133,14 +143,21 @@ def encode(processor: Processor, name: str, prompt: str, answer: str, images: li
     Raises:
         EncodingError: the text holds an image token of its own, or an image's sides differ more than 200-fold.
     """
+    if images and processor.image_processor is None:
+        raise EncodingError("the model reads text alone, and the sample has an image")
     question, reply = render_turn(processor, prompt, answer, len(images))
     tokenizer, config = processor.tokenizer, processor.config
     asked = tokenizer.encode(question, add_special_tokens=False)
     answered = tokenizer.encode(reply, add_special_tokens=False)
-    if asked.count(config.image_token_id) != len(images) or config.image_token_id in answered:
+    image_token = getattr(config, "image_token_id", None)
+    there = asked.count(image_token) if image_token is not None else 0
+    if there < len(images):
+        raise EncodingError(f"the chat template gives {there} image tokens for {len(images)} images")
+    if there > len(images) or (image_token is not None and image_token in answered):
         raise EncodingError("the text holds an image token of its own")
     pixels, grid = None, None
     if images:
+        assert processor.image_processor is not None
         try:
             patches = processor.image_processor(images=images, return_tensors="pt")
         except ValueError as error:
@@ -157,16 +174,21 @@ def render_turn(processor: Processor, prompt: str, answer: str, images: int) -> 
 
     The two are tokenized apart, as in generation, where the answer's tokens follow a finished prompt.
     """
-    content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+    if processor.tokenizer.chat_template is None:  # a base model for text
+        return f"{prompt}\n", answer
+    content: Any = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+    reply: Any = [{"type": "text", "text": answer}]
+    if processor.image_processor is None:  # templates for text take texts
+        content, reply = prompt, answer
     asking: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    answering = [*asking, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    answering = [*asking, {"role": "assistant", "content": reply}]
     template = processor.tokenizer.apply_chat_template
     question = str(template(asking, tokenize=False, add_generation_prompt=True))
     whole = str(template(answering, tokenize=False))
     if not whole.startswith(question):
         raise CalibrationError(
             "the chat template does not put the answer after the generation prompt; "
-            "the checkpoint needs the template of Qwen2-VL or Qwen2.5-VL"
+            "the checkpoint needs its family's own template"
         )
     return question, whole[len(question) :].rstrip()  # the line break after the end of turn is nobody's answer
 
@@ -182,8 +204,10 @@ def expand_image_tokens(ids: list[int], grid: Int64[Tensor, "image 3"], config: 
 
 def position_ids(
     processor: Processor, ids: Int64[Tensor, "token"], grid: Int64[Tensor, "image 3"] | None
-) -> Int64[Tensor, "3 token"]:
-    """M-RoPE positions from the model's own function."""
+) -> Int64[Tensor, "axis token"]:
+    """M-RoPE positions from the model's own function; on one axis for text alone."""
+    if processor.rope_shell is None:
+        return torch.arange(len(ids))[None]
     kinds = (ids == processor.config.image_token_id).int()
     get_rope_index: Any = processor.rope_shell.get_rope_index
     positions, _ = get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid)

@@ -31,7 +31,7 @@ def held_out(
         settings = dataclasses.replace(settings, split="evaluation", size=count + len(seen))
     processor = with_pixel_limits(processor, settings.min_pixels, settings.max_pixels)
     found: list[Sample] = []
-    for record in SOURCES[settings.source].read(settings):
+    for record in SOURCES[settings.source].read(settings, processor.token_side):
         if record.name in seen:
             continue
         sample = sample_of(record, processor, settings.max_length)

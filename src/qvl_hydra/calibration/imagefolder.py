@@ -29,7 +29,7 @@ def check(settings: CalibrationSettings) -> list[str]:
     return [f"calibration.path={settings.path}: no such folder; give a folder of images"]
 
 
-def read(settings: CalibrationSettings) -> Iterator[Record]:
+def read(settings: CalibrationSettings, token_side: int | None) -> Iterator[Record]:
     """One record an image, in an order drawn from the seed.
 
     Raises:

@@ -22,7 +22,7 @@ def check(settings: CalibrationSettings) -> list[str]:
     return faults
 
 
-def read(settings: CalibrationSettings) -> Iterator[Record]:
+def read(settings: CalibrationSettings, token_side: int | None) -> Iterator[Record]:
     """One record a line that is not blank, in an order drawn from the seed.
 
     `image` is a path, a list of paths, or null or absent for a text-only sample; relative paths are taken from

@@ -20,7 +20,7 @@ class Sample:
 
     Attributes:
         id: name of the sample in its source.
-        position_ids: M-RoPE positions: temporal, height, width.
+        position_ids: M-RoPE positions: temporal, height, width; for text alone on one axis.
         labels: the token ids of the answer with its end of turn, -100 elsewhere.
         pixel_values: patches of all images in a row; None for a text-only sample.
         image_grid_thw: one row an image: frames, patch rows, patch columns.
@@ -28,7 +28,7 @@ class Sample:
 
     id: str
     input_ids: Int64[Tensor, "token"]
-    position_ids: Int64[Tensor, "3 token"]
+    position_ids: Int64[Tensor, "axis token"]
     labels: Int64[Tensor, "token"]
     pixel_values: Float32[Tensor, "patch value"] | None
     image_grid_thw: Int64[Tensor, "image 3"] | None
@@ -81,8 +81,8 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
         samples: at least one.
 
     Returns:
-        `input_ids`, `attention_mask`, `labels` of (sample, token), `position_ids` of (3, sample, token), and, when any
-        sample has an image, `pixel_values` of (patch, value) and `image_grid_thw` of (image, 3) in sample order.
+        `input_ids`, `attention_mask`, `labels` of (sample, token), `position_ids` of (axis, sample, token), and, when
+        any sample has an image, `pixel_values` of (patch, value) and `image_grid_thw` of (image, 3) in sample order.
         Padding has id and positions 0, mask 0, label -100.
     """
     ids = [sample.input_ids for sample in samples]

@@ -1,8 +1,9 @@
 """Small rendered scenes with a question and an answer that can be checked: the bundled models' own task.
 
-A scene is a grid of cells of 28 x 28 pixels (what one merged image token of Qwen-VL sees), each empty or holding one
-shape in one colour. Everything is drawn with numpy from integer rules, so the same seed gives the same bytes on every
-machine: no fonts, no antialiasing, no library version in between.
+A scene is a grid of cells of 28 x 28 pixels (what one merged image token of Qwen2-VL sees; for a family whose tokens
+see more the picture is enlarged), each empty or holding one shape in one colour. Everything is drawn with numpy from
+integer rules, so the same seed gives the same bytes on every machine: no fonts, no antialiasing, no library version in
+between.
 
 The split a scene belongs to is decided by a hash of its layout (grid and objects, not pixels): no layout of the
 evaluation split, under any background or shift, is ever seen in training or calibration.
@@ -100,6 +101,14 @@ def render(layout: Layout, rng: np.random.Generator) -> UInt8[np.ndarray, "heigh
         top, left = item.row * CELL + int(down), item.column * CELL + int(right)
         pixels[top : top + mask.shape[0], left : left + mask.shape[1]][mask] = COLORS[item.color]
     return pixels
+
+
+def enlarged(pixels: UInt8[np.ndarray, "height width 3"], cell: int) -> UInt8[np.ndarray, "tall wide 3"]:
+    """The same picture with cells of another size: the nearest pixel's colour, so that no colour is new."""
+    rows, columns = (
+        ((np.arange(side * cell // CELL) + 0.5) * CELL / cell).astype(int) for side in pixels.shape[:2]
+    )
+    return pixels[rows[:, None], columns]
 
 
 def draw_layout(

@@ -23,11 +23,12 @@ class Source:
 
     Attributes:
         check: names what is missing, without reading anything.
-        read: yields records in an order drawn from `calibration.seed`, the same for every `calibration.size`.
+        read: yields records in an order drawn from `calibration.seed`, the same for every `calibration.size`; told the
+            pixels a side that one image token sees, if any.
     """
 
     check: Callable[[CalibrationSettings], list[str]]
-    read: Callable[[CalibrationSettings], Iterator[Record]]
+    read: Callable[[CalibrationSettings, int | None], Iterator[Record]]
 
 
 SOURCES = {
@@ -61,7 +62,7 @@ def load_calibration(settings: CalibrationSettings, processor: Processor) -> Cal
     processor = with_pixel_limits(processor, settings.min_pixels, settings.max_pixels)
     samples: list[Sample] = []
     bad: list[BadSample] = []
-    for record in SOURCES[settings.source].read(settings):
+    for record in SOURCES[settings.source].read(settings, processor.token_side):
         result = sample_of(record, processor, settings.max_length)
         if isinstance(result, Sample):
             samples.append(result)

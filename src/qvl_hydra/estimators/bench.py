@@ -13,12 +13,13 @@ from torch import Tensor
 from qvl_hydra.blockwise.census import OperatorCensus, warnings
 from qvl_hydra.blockwise.ranges import Params, walk
 from qvl_hydra.blockwise.stopwatch import forward_seconds, synchronize
-from qvl_hydra.blockwise.walker import Context, State, Walker
+from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators.exact import RowChunk
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.estimators.positions import scored_positions, without_answer
+from qvl_hydra.families.stages import State
 from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target, make_targets
@@ -237,7 +238,8 @@ def _row_chunk(job: SweepJob, folder: RunFolder, contexts: Sequence[Context]) ->
     if kept is None:
         config = job.model.config
         tokens = max(context.sample.longest for context in contexts)
-        widest = max(config.text_config.intermediate_size, config.text_config.hidden_size)
+        text = config.get_text_config()
+        widest = max(text.intermediate_size, text.hidden_size)
         per_row = tokens * widest * 4 * 8  # about eight tensors of that width live inside a block
         if job.device.type == "cuda":
             free = torch.cuda.mem_get_info(job.device)[0]

@@ -19,13 +19,15 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
-from qvl_hydra.blockwise.walker import Context, Segment, State, Walker
+from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.estimators.metrics import error_counts, error_sums, next_token_labels, output_metrics, token_chunks
 from qvl_hydra.estimators.positions import scored_positions
+from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
+from qvl_hydra.operators.kinds import apply_operator
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.apply import replaced_forwards
-from qvl_hydra.quantization.qdq import OperatorQuantizer, apply_operator, quantized_operator
+from qvl_hydra.quantization.qdq import OperatorQuantizer, quantized_operator
 
 QuantizerOf = Callable[[Operator], OperatorQuantizer]
 OUTPUT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # outputs of all rows of a chunk together
@@ -94,7 +96,7 @@ def score_sample(wave: Wavefront, context: Context, start: State) -> dict[str, d
     for segment in walker.segments:
         if walker.skips(segment, context.sample):
             continue
-        own = [t for t in wave.targets if any(segment.holds(op) for op in t.operators)]
+        own = [t for t in wave.targets if any(segment.holds(op.path) for op in t.operators)]
         base_row = rows[1:2] if fallback else rows[:1]
         rows = torch.cat([rows, base_row.expand(len(own), -1, -1)]) if own else rows
         started += own
@@ -132,7 +134,7 @@ def _quantized_rows(wave: Wavefront, segment: Segment, own: Sequence[Target], co
     """For each operator of the segment that is quantized in some row: its quantizer and those rows."""
     found: dict[str, _Places] = {}
     for op in wave.base:
-        if segment.holds(op):
+        if segment.holds(op.path):
             mask = torch.ones(count, dtype=torch.bool)
             mask[0] = False
             found[op.path] = _Places(wave.quantizer(op), mask)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from qvl_hydra.blockwise.walker import Context, State, Walker
+from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.estimators.bench import Bench, measuring
 from qvl_hydra.estimators.exact import Wavefront, score_sample
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
+from qvl_hydra.families.stages import State
 from qvl_hydra.operators.targets import Target, make_targets
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder, SampleScore

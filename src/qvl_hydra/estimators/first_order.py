@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qvl_hydra.models.memory import row_parts
+from qvl_hydra.operators.kinds import as_tokens
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.formats.record import QuantParams
-from qvl_hydra.quantization.qdq import as_tokens, qdq_activation
+from qvl_hydra.quantization.qdq import qdq_activation
 from qvl_hydra.quantization.scheme import Scheme
 
 Products = Float[Tensor, "*target probe token"]

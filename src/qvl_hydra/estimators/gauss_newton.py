@@ -33,9 +33,10 @@ from qvl_hydra.estimators.reverse_walk import MakeSampleProbes, cost, reverse_wa
 from qvl_hydra.estimators.table import CURVATURE_METRICS
 from qvl_hydra.models.memory import row_parts
 from qvl_hydra.operators.discover import Operator
+from qvl_hydra.operators.kinds import as_tokens
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.formats.table import not_offered
-from qvl_hydra.quantization.qdq import as_tokens, weight_change
+from qvl_hydra.quantization.qdq import weight_change
 from qvl_hydra.runs.folder import RunFolder, SampleScore
 
 ESTIMATOR = "gauss_newton"

@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from qvl_hydra.blockwise.batches import Batch, put_together
-from qvl_hydra.blockwise.walker import State
+from qvl_hydra.families.stages import State
 
 
 class Layout(Protocol):

@@ -15,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qvl_hydra.blockwise.attention import attention_for_backward
-from qvl_hydra.blockwise.walker import Context, Segment, State, Walker
+from qvl_hydra.blockwise.walker import Context, Walker
+from qvl_hydra.families.stages import Segment, State
+from qvl_hydra.operators.kinds import apply_operator
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.apply import replaced_forwards, unread_output
-from qvl_hydra.quantization.qdq import apply_operator
 
 MakeProbes = Callable[[State], Sequence[State]]
 SamplesOf = Callable[[int], Sequence[slice]]  # from tokens in all, one behind the other, to those of each sample
@@ -82,7 +83,7 @@ class ReverseSegment:
     @property
     def paths(self) -> list[str]:
         """Operators that are read, in data order."""
-        return [op.path for target in self.targets for op in target.operators if self.segment.holds(op)]
+        return [op.path for target in self.targets for op in target.operators if self.segment.holds(op.path)]
 
 
 def step_back(

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from qvl_hydra.blockwise.batches import Batch, halved, make_batches
 from qvl_hydra.blockwise.ranges import walk
-from qvl_hydra.blockwise.walker import Context, Segment, State
+from qvl_hydra.blockwise.walker import Context
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators.bench import Bench, group_size
 from qvl_hydra.estimators.layout import Layout, ScoredTokens, WholeSamples
 from qvl_hydra.estimators.reverse import MakeProbes, Reading, ReverseSegment, step_back
+from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.runs.folder import SampleScore, written_whole
@@ -124,7 +125,7 @@ def _measure_segment(
         Scores; and the gradients at the segment's input.
     """
     segment = bench.walker.segments[index]
-    targets = [target for target in bench.targets if any(segment.holds(op) for op in target.operators)]
+    targets = [target for target in bench.targets if any(segment.holds(op.path) for op in target.operators)]
     operators = [op for target in targets for op in target.operators]
     scores: list[SampleScore] = []
     after: dict[int, list[State]] = {}
@@ -148,7 +149,7 @@ def _measure_segment(
 
 def _last_linear(bench: Bench, segment: Segment) -> str | None:
     """The operator that a segment ends with: its output is the segment's, or is added to it."""
-    inside = [op for op in bench.walker.operators if segment.holds(op)]
+    inside = [op for op in bench.walker.operators if segment.holds(op.path)]
     return inside[-1].path if inside and inside[-1].kind == "Linear" else None
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qvl_hydra.blockwise.walker import Context
 from qvl_hydra.calibration.sample import Sample
@@ -58,7 +59,12 @@ class Sketch:
         if strategy.metric == "kl":
             return lambda sample, mask, output: fisher_probes(output, signs(sample, output.device))
         directions = leading_directions(_last_weight(bench))
-        return lambda sample, mask, output: sign_probes(output, directions, signs(sample, output.device))
+
+        def probes(sample: Sample, mask: Tensor, output: Tensor) -> Iterator[Tensor]:
+            beside = output.shape[-1] - len(directions)  # features that left the vision tower on the way
+            return sign_probes(output, functional.pad(directions, (0, 0, 0, beside)), signs(sample, output.device))
+
+        return probes
 
     def reading(self, bench: Bench, operators: Sequence[Operator]) -> FirstOrder:
         return first_order(bench, operators, bench.job.strategy.reduction)

@@ -1,4 +1,4 @@
-"""Loads Qwen2-VL and Qwen2.5-VL: pretrained from a local folder, the hub or the package, or random in the same shape.
+"""Loads the models of the table of families: pretrained from a folder, the hub or the package, or random of a shape.
 
 `describe_model` needs no weights and comes first: it finds the config, builds the module tree on the meta device, and
 so lets operators be selected and memory be checked before anything large is read.
@@ -17,22 +17,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    PretrainedConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLForConditionalGeneration,
-)
+from transformers import AutoConfig, PretrainedConfig
 
 from qvl_hydra.errors import ModelError
+from qvl_hydra.families.record import Family
+from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.models.memory import GIB, free_memory_bytes
 from qvl_hydra.models.stream import Checkpoint, parameters_on_meta, weights_of
 from qvl_hydra.settings import ModelSettings
 
-MODEL_CLASSES: dict[str, type[nn.Module]] = {
-    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
-    "qwen2_vl": Qwen2VLForConditionalGeneration,
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUNDLED = "bundled:"
 
@@ -49,7 +42,7 @@ class ModelDescription:
 
     source: str
     folder: Path
-    family: str
+    family: Family
     config: PretrainedConfig
     skeleton: nn.Module
     settings: ModelSettings
@@ -95,7 +88,7 @@ class LoadedModel:
         return weights_of(self.module, roots, self.checkpoint, self.device, wanted)
 
     @property
-    def family(self) -> str:
+    def family(self) -> Family:
         return self.description.family
 
     @property
@@ -111,23 +104,28 @@ def describe_model(settings: ModelSettings) -> ModelDescription:
     """
     folder = model_folder(settings)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         place = folder / "config.json"
         raise ModelError(f"model.path={settings.path}: {place} is no model config ({error})") from error
-    if config.model_type != settings.family:
-        allowed = ", ".join(MODEL_CLASSES)
+    if config.model_type not in FAMILIES:
+        raise ModelError(
+            f"model.path={settings.path} holds a {config.model_type!r} model, and there is no such family; "
+            f"there are {', '.join(FAMILIES)}; docs/extending.md says what one more takes"
+        )
+    family = FAMILIES[config.model_type]
+    if settings.family not in (None, family.name):
         raise ModelError(
             f"model.path={settings.path} holds a {config.model_type!r} model, but model.family={settings.family}; "
-            f"set model.family to match (allowed: {allowed})"
+            f"set model.family={config.model_type}, or null for whatever the folder holds"
         )
     _override(config, settings)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        skeleton: Any = MODEL_CLASSES[settings.family](config)
+        skeleton: Any = family.load_class()(config)
     if config.tie_word_embeddings:
         skeleton.tie_weights()
-    return ModelDescription(settings.path, folder, settings.family, config, skeleton.eval(), settings)
+    return ModelDescription(settings.path, folder, family, config, skeleton.eval(), settings)
 
 
 def model_folder(settings: ModelSettings) -> Path:
@@ -182,15 +180,16 @@ def _download(settings: ModelSettings) -> Path:
 
 def _override(config: PretrainedConfig, settings: ModelSettings) -> None:
     for key, value in settings.overrides.items():
-        part, _, name = key.partition(".")
-        target = getattr(config, part, None)
-        if not name or target is None or not hasattr(target, name):
+        part, _, name = key.rpartition(".")
+        text = config.get_text_config()
+        target: Any = getattr(config, part, None) if part else text if text is config else None
+        if target is None or not hasattr(target, name):
             raise ModelError(
                 f"model.overrides has {key!r}; expected text_config.<key> or vision_config.<key> of the model's config"
             )
         setattr(target, name, value)
-        if part == "text_config" and name == "num_hidden_layers":
-            config.text_config.layer_types = ["full_attention"] * value
+        if target is text and name == "num_hidden_layers" and getattr(text, "layer_types", None) is not None:
+            text.layer_types = (text.layer_types * value)[:value]
 
 
 def require_memory(description: ModelDescription, extra_bytes: int, purpose: str) -> None:
@@ -226,7 +225,7 @@ def load_model(description: ModelDescription, device: torch.device, seed: int) -
     if settings.weights == "random":
         checkpoint, module = None, _random_model(description, device, seed)
     else:
-        checkpoint = Checkpoint(description.folder)
+        checkpoint = Checkpoint(description.folder, description.family)
         checkpoint.require(description.skeleton)
         module = _streamed_model(description, device) if streamed else _pretrained_model(description).to(device)
     module.requires_grad_(False).eval()
@@ -235,9 +234,8 @@ def load_model(description: ModelDescription, device: torch.device, seed: int) -
 
 
 def _pretrained_model(description: ModelDescription) -> nn.Module:
-    cls = MODEL_CLASSES[description.family]
     try:
-        model: nn.Module = cls.from_pretrained(  # type: ignore[attr-defined]
+        model: nn.Module = description.family.load_class().from_pretrained(
             description.folder,
             dtype=DTYPES[description.settings.dtype],
             attn_implementation="sdpa",
@@ -251,7 +249,7 @@ def _pretrained_model(description: ModelDescription) -> nn.Module:
 
 def _streamed_model(description: ModelDescription, device: torch.device) -> nn.Module:
     with parameters_on_meta():
-        model = MODEL_CLASSES[description.family](description.config)
+        model: nn.Module = description.family.load_class()(description.config)
     for owner in model.modules():
         for name, buffer in owner._buffers.items():
             owner._buffers[name] = None if buffer is None else buffer.to(device)
@@ -266,7 +264,7 @@ def _random_model(description: ModelDescription, device: torch.device, seed: int
     try:
         torch.set_default_dtype(DTYPES[description.settings.dtype])
         with torch.device(device):
-            model = MODEL_CLASSES[description.family](description.config)
+            model: nn.Module = description.family.load_class()(description.config)
     finally:
         torch.set_default_dtype(default)
         torch.random.set_rng_state(generator_state)

@@ -17,12 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qvl_hydra.errors import ModelError
-
-# Checkpoints published before transformers 4.52 name the towers without `model.` and `language_model.`.
-_RENAMES = (
-    (re.compile(r"^visual\."), "model.visual."),
-    (re.compile(r"^model\.(?!language_model\.|visual\.)"), "model.language_model."),
-)
+from qvl_hydra.families.record import HEAD, Family
 
 
 class Checkpoint:
@@ -30,6 +25,7 @@ class Checkpoint:
 
     Args:
         folder: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
+        family: whose checkpoints may have names of their own.
 
     Attributes:
         places: file and key of each weight.
@@ -39,16 +35,18 @@ class Checkpoint:
         ModelError: no safetensors there, a shard is missing, or a file is broken.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, family: Family) -> None:
         self.folder = folder
+        self.family = family
+        self._renames = [(re.compile(pattern), replacement) for pattern, replacement in family.renames]
         self.places: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in _files(folder):
             try:
                 with safe_open(path, "pt") as opened:
                     for key in opened.keys():  # noqa: SIM118  (no mapping)
-                        self.places[_renamed(key)] = path, key
-                        self.shapes[_renamed(key)] = tuple(opened.get_slice(key).get_shape())
+                        self.places[self._renamed(key)] = path, key
+                        self.shapes[self._renamed(key)] = tuple(opened.get_slice(key).get_shape())
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} cannot be read ({error}); download it again") from error
 
@@ -77,15 +75,22 @@ class Checkpoint:
             )
 
     def read(self, path: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """One parameter; `lm_head.weight` of a model with tied embeddings is the embedding table."""
-        if path == "lm_head.weight" and path not in self.places:
-            path = "model.language_model.embed_tokens.weight"
+        """One parameter; the head's of a model with tied embeddings is the embedding table."""
+        if path == f"{HEAD}.weight" and path not in self.places:
+            path = f"{self.family.language}.embed_tokens.weight"
         if path not in self.places:
             raise ModelError(f"the checkpoint has no weight {path}")
         file, key = self.places[path]
         with safe_open(file, "pt") as opened:
             tensor: Tensor = opened.get_tensor(key)
         return tensor.to(device=device, dtype=dtype)
+
+    def _renamed(self, key: str) -> str:
+        """The module path of a key."""
+        for pattern, replacement in self._renames:
+            if pattern.match(key):
+                return pattern.sub(replacement, key)
+        return key
 
 
 def _files(folder: Path) -> list[Path]:
@@ -103,13 +108,6 @@ def _files(folder: Path) -> list[Path]:
     if missing:
         raise ModelError(f"{folder} lacks {len(missing)} of its {len(names)} shards: {', '.join(missing[:3])}")
     return [folder / name for name in names]
-
-
-def _renamed(key: str) -> str:
-    for pattern, replacement in _RENAMES:
-        if pattern.match(key):
-            return pattern.sub(replacement, key)
-    return key
 
 
 @contextmanager

@@ -1,34 +1,25 @@
-"""Finds the quantizable operators of a Qwen-VL model and selects those to score.
+"""Finds the quantizable operators of a model and selects those to score.
 
-The language tower is `model.language_model` with `lm_head`, the vision tower is `model.visual` with its merger and
-patch embedding. Works on a model without weights (meta device), so that a selection can be checked early.
+The head belongs to the language tower, mergers and patch embedding to the vision tower. Works on a model without
+weights (meta device), so that a selection can be checked early.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from qvl_hydra.errors import OperatorError
+from qvl_hydra.errors import ModelError, OperatorError
+from qvl_hydra.families.record import Family
+from qvl_hydra.families.stages import Segment
+from qvl_hydra.families.table import family_of
+from qvl_hydra.operators.kinds import kind_of
 from qvl_hydra.settings import OperatorSettings, parse_blocks
-
-LANGUAGE_PREFIX = "model.language_model."
-VISION_PREFIX = "model.visual."
-HEAD = "lm_head"
-# What runtimes such as vLLM and TensorRT-LLM run as one matrix product, and the name they give it.
-FUSED_ROLES = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
-_BLOCK = re.compile(r"^(?:model\.language_model\.layers|model\.visual\.blocks)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -39,11 +30,13 @@ class Operator:
         path: Hugging Face module path, such as `model.language_model.layers.3.mlp.down_proj`.
         component: `lm` or `vision`.
         block: layer index in its tower; None for patch embedding, merger and head.
-        role: what it is in its block: `down_proj`, `qkv`; `patch_embed`, `merger.0`, `merger.2`, `lm_head` outside.
+        role: what it is in its block: `down_proj`, `qkv`; `patch_embed`, `merger.0`, `deepstack.1.linear_fc2` or
+            `lm_head` outside.
         group: path of the fused operator that a runtime makes of it and its neighbours, else its own path.
         kind: class of the module.
         in_features, out_features: width of a token before and after.
         n_params: weight and bias together.
+        family: of the model, which tells how consumers name it.
     """
 
     path: str
@@ -55,24 +48,36 @@ class Operator:
     in_features: int
     out_features: int
     n_params: int
+    family: str
 
 
-def find_operators(model: nn.Module, component: str) -> list[Operator]:
+def find_operators(model: Any, component: str) -> list[Operator]:
     """Every operator of the component, in the order in which data meets them: vision tower, language tower, head.
 
     Args:
-        model: a `Qwen2VLForConditionalGeneration` or `Qwen2_5_VLForConditionalGeneration`, with or without weights.
+        model: of a class that the table of families names, with or without weights.
         component: `lm`, `vision` or `full`.
+
+    Raises:
+        ModelError: an operator does not lie in exactly one stage of the family: in none it would score zero in silence,
+            and in two twice.
     """
-    found = [
-        _describe(path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)
-    ]
-    vision = [op for op in found if op.component == "vision"]
-    # The merger is registered after the blocks, the patch embedding before them: registration order is data order.
-    language = [op for op in found if op.component == "lm"]
-    return {"lm": language, "vision": vision, "full": vision + language}[component]
+    family = family_of(model.config)
+    segments = family.load_stages()(model).of("full")
+    found: list[list[Operator]] = [[] for _ in segments]
+    for path, module in model.named_modules():
+        if (kind := kind_of(module)) is not None:
+            found[_place(path, segments)].append(_describe(path, module, kind.name, family))
+    operators = [op for inside in found for op in inside]
+    return operators if component == "full" else [op for op in operators if op.component == component]
+
+
+def _place(path: str, segments: Sequence[Segment]) -> int:
+    places = [index for index, segment in enumerate(segments) if segment.holds(path)]
+    if len(places) != 1:
+        where = ", ".join(segments[index].name for index in places) or "no stage"
+        raise ModelError(f"{path} lies in {where} of the model, and every operator must lie in exactly one")
+    return places[0]
 
 
 def select_operators(operators: Sequence[Operator], settings: OperatorSettings, seed: int) -> list[Operator]:
@@ -119,8 +124,8 @@ def _cap(units: list[str], cap: int, select: str, seed: int) -> list[str]:
     return [units[round(index * (len(units) - 1) / (cap - 1))] for index in range(cap)]
 
 
-def _describe(path: str, module: nn.Module) -> Operator:
-    match = _BLOCK.match(path)
+def _describe(path: str, module: nn.Module, kind: str, family: Family) -> Operator:
+    match = family.block.match(path)
     block = int(match.group(1)) if match else None
     parts = path.split(".")
     role = parts[-1]
@@ -128,21 +133,24 @@ def _describe(path: str, module: nn.Module) -> Operator:
         role = "patch_embed"
     elif ".merger." in path:
         role = f"merger.{parts[-1]}"
+    elif ".deepstack_merger_list." in path:
+        role = ".".join(["deepstack", *parts[-2:]])
     group = path
-    if block is not None and role in FUSED_ROLES:
-        group = ".".join([*parts[:-1], FUSED_ROLES[role]])
+    if block is not None and role in family.fused:
+        group = ".".join([*parts[:-1], family.fused[role]])
     weight: nn.Parameter = module.weight  # type: ignore[assignment]
     bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
     return Operator(
         path=path,
-        component="vision" if path.startswith(VISION_PREFIX) else "lm",
+        component=family.component_of(path),
         block=block,
         role=role,
         group=group,
-        kind=type(module).__name__,
+        kind=kind,
         in_features=weight[0].numel(),
         out_features=weight.shape[0],
         n_params=weight.numel() + (0 if bias is None else bias.numel()),
+        family=family.name,
     )
 
 

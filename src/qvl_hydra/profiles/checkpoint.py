@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from qvl_hydra.errors import ProfileError
+from qvl_hydra.families.record import HEAD
 from qvl_hydra.models.load import LoadedModel
-from qvl_hydra.operators.discover import HEAD, find_operators
+from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.formats.compressed_tensors import checkpoint_format, quantization_config
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.formats.integer import affine_params

@@ -1,41 +1,23 @@
 """How each consumer names an operator; a profile holds Hugging Face module paths (transformers 5).
 
-Every mapping goes by prefix, tower first: a vision MLP and a language MLP share their last parts (`mlp.gate_proj`), so
-that no name may ever be made from last parts alone.
+Every mapping goes by prefix, tower first (`families/table.py`): a vision MLP and a language MLP share their last parts
+(`mlp.gate_proj`), so that no name may ever be made from last parts alone.
 
-Source: `Qwen2_5_VLForConditionalGeneration` in transformers (modules, and the names its `save_pretrained` writes, which
-are those of the checkpoints on the hub), and `hf_to_vllm_mapper` and `packed_modules_mapping` of vLLM's model of the
-same name.
+Source: the model classes of transformers (modules, and the names their `save_pretrained` writes, which are those of the
+checkpoints on the hub), and `hf_to_vllm_mapper` and `packed_modules_mapping` of vLLM's models of the same names.
 """
 
 from __future__ import annotations
 
 import re
 
-from qvl_hydra.operators.discover import HEAD, LANGUAGE_PREFIX, VISION_PREFIX
-
-# consumer -> what replaces the three prefixes `model.language_model.`, `model.visual.`, `lm_head`
-CONVENTIONS = {
-    "hugging_face": (LANGUAGE_PREFIX, VISION_PREFIX, HEAD),
-    "checkpoint": ("model.", "visual.", HEAD),
-    "vllm": ("language_model.model.", "visual.", "language_model.lm_head"),
-}
+from qvl_hydra.families.table import FAMILIES
+from qvl_hydra.operators.discover import Operator
 
 
-def rename(path: str, convention: str) -> str:
-    """An operator's name in a consumer's convention.
-
-    Args:
-        path: Hugging Face module path.
-        convention: key of `CONVENTIONS`.
-    """
-    language, vision, head = CONVENTIONS[convention]
-    if path.startswith(LANGUAGE_PREFIX):
-        return language + path.removeprefix(LANGUAGE_PREFIX)
-    if path.startswith(VISION_PREFIX):
-        return vision + path.removeprefix(VISION_PREFIX)
-    assert path == HEAD, f"{path} belongs to neither tower"
-    return head
+def rename(op: Operator, consumer: str) -> str:
+    """An operator's name in the convention of a consumer; by its Hugging Face module path where it has none."""
+    return FAMILIES[op.family].renamed(op.path, consumer)
 
 
 def neural_compressor_pattern(path: str) -> str:

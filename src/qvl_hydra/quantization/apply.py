@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.forward import reference_output
+from qvl_hydra.operators.kinds import as_tokens
 from qvl_hydra.quantization.formats.record import QuantParams
 from qvl_hydra.quantization.observers import RangeObserver
-from qvl_hydra.quantization.qdq import OperatorQuantizer, as_tokens, qdq_weight, quantized_operator
+from qvl_hydra.quantization.qdq import OperatorQuantizer, qdq_weight, quantized_operator
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme
 
 Ranges = Mapping[str, tuple[QuantParams | None, QuantParams | None]]  # operator path -> input, output

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from qvl_hydra.models.memory import row_parts
+from qvl_hydra.operators.kinds import apply_operator, as_tokens
 from qvl_hydra.quantization.formats.record import QuantParams
 from qvl_hydra.quantization.formats.table import FORMATS
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
@@ -85,21 +85,6 @@ class OperatorQuantizer:
     weight: Tensor | None
     input: QuantParams | None = None
     output: QuantParams | None = None
-
-
-def as_tokens(module: nn.Module, x: Tensor) -> Tensor:
-    """The operator's input with a token's values in the last dimension (a convolution's patch is one token)."""
-    return x.flatten(1) if isinstance(module, nn.Conv2d | nn.Conv3d) else x
-
-
-def apply_operator(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """The operator's own arithmetic with another weight, in that weight's dtype."""
-    own: Tensor | None = module.bias  # type: ignore[assignment]
-    bias = None if own is None else own.to(weight.dtype)
-    if isinstance(module, nn.Linear):
-        return functional.linear(x, weight, bias)
-    assert isinstance(module, nn.Conv2d | nn.Conv3d)
-    return module._conv_forward(x, weight, bias)
 
 
 def quantized_operator(module: nn.Module, x: Tensor, quantizer: OperatorQuantizer) -> Tensor:

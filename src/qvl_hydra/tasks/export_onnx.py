@@ -73,7 +73,7 @@ def _samples(settings: Settings, prepared: Prepared) -> list[Sample]:
 def _resized(settings: Settings, processor: Processor, height: int, width: int) -> Iterator[Sample]:
     """Calibration samples with their image brought to a size, whatever its own proportions."""
     exact = with_pixel_limits(processor, height * width, height * width)
-    for record in SOURCES[settings.calibration.source].read(settings.calibration):
+    for record in SOURCES[settings.calibration.source].read(settings.calibration, processor.token_side):
         if record.fault is None and len(record.images) == 1:
             try:
                 image = read_image(record.images[0]).resize((width, height))

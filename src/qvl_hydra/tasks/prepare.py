@@ -16,7 +16,7 @@ from qvl_hydra.backends.protocol import pick_device
 from qvl_hydra.calibration.encode import Processor, load_processor
 from qvl_hydra.calibration.sample import CalibrationSet, Sample
 from qvl_hydra.calibration.sources import check_calibration, load_calibration
-from qvl_hydra.errors import MissingExtraError, QvlHydraError
+from qvl_hydra.errors import MissingExtraError, ModelError, QvlHydraError
 from qvl_hydra.models.load import (
     BUNDLED,
     LoadedModel,
@@ -34,6 +34,7 @@ from qvl_hydra.settings import QuantSettings, Settings
 
 ONNX_BACKENDS = ("onnxrt", "inc_onnxrt")  # their device is ONNX Runtime's, which the engine checks
 CPU_BACKENDS = (*ONNX_BACKENDS, "inc_fx")  # hold the PyTorch model on the CPU, wherever they compute
+TEXT_SHAPE = "tiny_qwen2_5_vl"  # bundled model whose tokenizer a bare shape for text takes
 TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 BACKEND_PACKAGES = {
     "inc_fx": ("neural_compressor", "neural-compressor", "inc"),
@@ -94,6 +95,9 @@ def prepare(settings: Settings, further_schemes: Sequence[QuantSettings] = ()) -
     """
     description = describe_model(settings.model)
     foreign = _foreign_graph(settings, description)
+    if settings.component.name not in description.family.components:
+        components = ", ".join(description.family.components)
+        raise ModelError(f"{description.source} is a {description.family.name} model: it has component={components}")
     found = foreign.operators if foreign else find_operators(description.skeleton, settings.component.name)
     operators = tuple(select_operators(found, settings.operators, settings.seed))
     if foreign is None:
@@ -140,8 +144,12 @@ def processor_of(description: ModelDescription) -> Processor:
     """The checkpoint's own processor; a bare shape takes the bundled one of its family, and its special tokens."""
     if (description.folder / "tokenizer_config.json").exists() or description.settings.weights == "pretrained":
         return load_processor(description.folder)
-    bundled = model_folder(dataclasses.replace(description.settings, path=f"{BUNDLED}tiny_{description.family}"))
+    bundled = model_folder(
+        dataclasses.replace(description.settings, path=f"{BUNDLED}{description.family.proxy_shape or TEXT_SHAPE}")
+    )
     processor = load_processor(bundled)
+    if description.family.visual is None:
+        return dataclasses.replace(processor, image_processor=None, config=description.config, rope_shell=None)
     for name in TOKEN_IDS:
         setattr(description.config, name, getattr(processor.config, name))
     return processor
@@ -154,7 +162,8 @@ def working_bytes(settings: Settings, description: ModelDescription, operators: 
         kinds = ("DecoderLayer", "VisionBlock")
         parts = [child for child in description.skeleton.modules() if type(child).__name__.endswith(kinds)]
         largest = max(sum(p.numel() for p in part.parameters()) for part in parts)
-        table = description.config.text_config.vocab_size * description.config.text_config.hidden_size
+        text = description.config.get_text_config()
+        table = text.vocab_size * text.hidden_size
         return max(3 * largest, 2 * table) * torch.float32.itemsize - weights
     if settings.backend.name == "inc_fx":
         return inc_extra_bytes(operators, 0, 0, settings.strategy.name, settings.strategy.direction)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from qvl_hydra.calibration.sample import Sample, collate
 from qvl_hydra.errors import MissingExtraError, ProfileError
 from qvl_hydra.models.forward import reference_output
-from qvl_hydra.models.load import MODEL_CLASSES
 from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import applied
@@ -134,7 +132,7 @@ def _with_compressed_tensors(
     model = decision.prepared.model
     write_checkpoint(model, decision.profile, decision.quantizers, folder)
     _require_package("compressed_tensors", f"loading the checkpoint (written to {folder}) in transformers")
-    reader: Any = MODEL_CLASSES[model.family]
+    reader = model.family.load_class()
     with contextlib.redirect_stderr(io.StringIO()):  # four bars of its own; the last belongs to the first forward
         loaded = reader.from_pretrained(folder).eval().to(model.device)
         forward(loaded, samples[0])

@@ -183,7 +183,7 @@ def _manifest(
     outside = data_file(path).exists()
     return Manifest(
         component=component,
-        family=model.family,
+        family=model.family.name,
         model=model.description.source,
         model_sha=model.sha,
         graph=path.name,

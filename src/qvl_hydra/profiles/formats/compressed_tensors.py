@@ -57,7 +57,7 @@ def _groups(profile: Profile, convention: str) -> dict[str, Any]:
         own = tuple(op for op in profile.low if profile.scheme_of(op).name == name)
         alone = Profile(scheme, own, frozenset(), profile.high_bits, profile.chooser)
         group = config_group(alone, "compressed_tensors")
-        targets = [f"re:.*{re.escape(rename(op.path, convention))}$" for op in own]
+        targets = [f"re:.*{re.escape(rename(op, convention))}$" for op in own]
         found[f"group_{index}"] = group | {"targets": targets, "format": checkpoint_format(alone)}
     return found
 
@@ -104,7 +104,7 @@ def config_group(profile: Profile, format_name: str) -> dict[str, Any]:
 def ignored(profile: Profile, operators: Sequence[Operator], convention: str) -> list[str]:
     """Names of all Linear operators of the model that are not quantized."""
     low = {op.path for op in profile.low}
-    return [rename(op.path, convention) for op in operators if op.kind == "Linear" and op.path not in low]
+    return [rename(op, convention) for op in operators if op.kind == "Linear" and op.path not in low]
 
 
 def _weights(form: WeightFormat) -> dict[str, Any]:

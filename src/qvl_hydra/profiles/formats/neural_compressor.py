@@ -10,7 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from qvl_hydra.operators.discover import LANGUAGE_PREFIX, Operator
+from qvl_hydra.families.table import FAMILIES
+from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.formats.rendered import Rendered, refuse
 from qvl_hydra.profiles.names import neural_compressor_pattern
 from qvl_hydra.profiles.profile import Profile
@@ -51,4 +52,5 @@ def op_name_dict(profile: Profile, operators: Sequence[Operator]) -> dict[str, A
     }
     quantized = {op.path for op in profile.low}
     found = {neural_compressor_pattern(op.path): low if op.path in quantized else FLOAT for op in operators}
-    return {neural_compressor_pattern(f"{LANGUAGE_PREFIX}embed_tokens"): FLOAT, **found}
+    language = FAMILIES[operators[0].family].language
+    return {neural_compressor_pattern(f"{language}.embed_tokens"): FLOAT, **found}

@@ -19,7 +19,7 @@ from qvl_hydra.profiles.profile import Profile
 def render(profile: Profile, operators: Sequence[Operator]) -> Rendered:
     """Both files, in the names of the checkpoints on the hub."""
     low = {op.path for op in profile.low}
-    kept = [rename(op.path, "checkpoint") for op in operators if op.path not in low]
+    kept = [rename(op, "checkpoint") for op in operators if op.path not in low]
     quantization = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None, "exclude_modules": kept}
     content = {
         "quant_cfg.json": quant_cfg(profile),
@@ -38,7 +38,7 @@ def quant_cfg(profile: Profile) -> dict[str, Any]:
         ProfileError: a convolution is quantized, or the scheme has no algorithm of that name.
     """
     require_linear(profile, "tensorrt_llm")
-    layers = {rename(op.path, "checkpoint"): _algorithm(profile) for op in profile.low}
+    layers = {rename(op, "checkpoint"): _algorithm(profile) for op in profile.low}
     return {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None, "quantized_layers": layers}
 
 
