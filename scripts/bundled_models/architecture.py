@@ -78,8 +78,8 @@ VISION_2 = {
 }
 VISION_3 = {
     "depth": 4,
-    "hidden_size": 64,
-    "intermediate_size": 128,
+    "hidden_size": 48,
+    "intermediate_size": 96,
     "num_heads": 4,
     "patch_size": 16,
     "out_hidden_size": 128,

@@ -31,7 +31,7 @@ READERS: dict[tuple[str, Site], tuple[str, ...]] = {  # an operator that reads t
     ("lm", "mlp_hidden"): ("mlp.down_proj",),
     ("lm", "attention_value"): ("self_attn.o_proj",),
     ("vision", "attention_norm"): ("attn.qkv",),
-    ("vision", "mlp_norm"): ("mlp.gate_proj", "mlp.fc1"),
+    ("vision", "mlp_norm"): ("mlp.gate_proj", "mlp.fc1", "mlp.linear_fc1"),
 }
 TOWERS = {"lm": "model.language_model.layers", "vision": "model.visual.blocks"}
 Placement = tuple[str, int | None, Site, int]  # tower, block, site, factor
@@ -47,6 +47,14 @@ STRONG: dict[str, tuple[Placement, ...]] = {
         ("lm", None, "head_norm", 32),
     ),
     "qwen2_vl": (
+        ("lm", 0, "attention_norm", 128),
+        ("lm", 0, "attention_value", 64),
+        ("lm", 0, "mlp_hidden", 96),
+        ("lm", 1, "mlp_hidden", 96),
+        ("lm", 3, "attention_norm", 96),
+        ("lm", None, "head_norm", 48),
+    ),
+    "qwen3_vl": (
         ("lm", 0, "attention_norm", 128),
         ("lm", 0, "attention_value", 64),
         ("lm", 0, "mlp_hidden", 96),

@@ -70,13 +70,13 @@ def _attention_norm(block: nn.Module, stretch: Stretch) -> None:
 
 def _mlp_norm(block: nn.Module, stretch: Stretch) -> None:
     if stretch.tower == "vision":
-        readers = [block.mlp.fc1] if hasattr(block.mlp, "fc1") else [block.mlp.gate_proj, block.mlp.up_proj]
-        return _stretch_norm(block.norm2, readers, stretch)
+        first = [getattr(block.mlp, name) for name in ("fc1", "linear_fc1") if hasattr(block.mlp, name)]
+        return _stretch_norm(block.norm2, first or [block.mlp.gate_proj, block.mlp.up_proj], stretch)
     return _stretch_norm(block.post_attention_layernorm, [block.mlp.gate_proj, block.mlp.up_proj], stretch)
 
 
 def _mlp_hidden(block: nn.Module, stretch: Stretch) -> None:
-    # Only a gated MLP has a linear branch; Qwen2-VL's vision MLP has its activation between fc1 and fc2.
+    # Only a gated MLP has a linear branch; other vision MLPs have their activation between the two.
     up, down = block.mlp.up_proj, block.mlp.down_proj
     up.weight[stretch.channel] *= stretch.factor
     if up.bias is not None:
@@ -87,7 +87,8 @@ def _mlp_hidden(block: nn.Module, stretch: Stretch) -> None:
 def _attention_value(block: nn.Module, stretch: Stretch) -> None:
     attention = block.self_attn
     attention.v_proj.weight[stretch.channel] *= stretch.factor
-    attention.v_proj.bias[stretch.channel] *= stretch.factor
+    if attention.v_proj.bias is not None:
+        attention.v_proj.bias[stretch.channel] *= stretch.factor
     kv_head, offset = divmod(stretch.channel, attention.head_dim)
     for head in range(kv_head * attention.num_key_value_groups, (kv_head + 1) * attention.num_key_value_groups):
         attention.o_proj.weight[:, head * attention.head_dim + offset] /= stretch.factor
