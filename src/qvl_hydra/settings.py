@@ -15,18 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from qvl_hydra.backends.table import BACKENDS, Backend
 from qvl_hydra.errors import SettingsError
-from qvl_hydra.estimators.table import estimator_of
+from qvl_hydra.estimators.table import OF_CURVATURE, OF_OUTPUTS, estimator_of
 from qvl_hydra.families.table import FAMILIES
 
 T = TypeVar("T")
-STRATEGIES = {  # that each backend measures
-    "torch": ("kl", "mse_v2", "hawq_v2"),
-    "onnxrt": ("kl", "mse_v2"),
-    "inc_fx": ("mse_v2", "hawq_v2"),
-    "inc_onnxrt": ("mse_v2",),
-    "modelopt": ("kl", "mse_v2"),
-}
 SEEDS = 2**32  # numpy's random generators take none below 0
 
 
@@ -108,7 +102,7 @@ class StrategySettings:
     """What a score is, and how it is estimated (docs/estimators.md)."""
 
     name: Literal["kl", "mse_v2", "hawq_v2"]
-    estimator: Literal["auto", "exact", "sketch", "gradient"] = "auto"
+    estimator: str = "auto"  # of estimators/table.py
     direction: Literal["requantize", "fallback"] = "requantize"
     metric: Literal["auto", "squared_error", "kl", "loss_change"] = "auto"  # auto: kl, of features squared_error
     positions: Literal["answer", "text", "all"] = "all"  # output positions that are compared
@@ -119,13 +113,16 @@ class StrategySettings:
     missed: float = 0.05  # auto: expected number of operators on the wrong side of their border when it stops
     controls: int = 6  # auto: operators drawn at random that are measured exactly, too
     agreement_warn: float = 0.5  # auto: warn when sketch and exact agree less (Spearman) on the controls
-    curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"  # hawq_v2
+    curvature: str = "gauss_newton"  # hawq_v2: gauss_newton or hessian
     weighting: Literal["weight_error", "trace"] = "weight_error"  # hawq_v2: `trace` is Neural Compressor's order
     max_probes: int = 64  # hawq_v2, curvature=hessian: at most so many Hutchinson probes; `probes` is the first round
     tolerance: float = 0.05  # the same: stop when the median relative standard error is below
 
     def faults(self) -> list[str]:
         found = []
+        for key, able in (("estimator", OF_OUTPUTS), ("curvature", OF_CURVATURE)):
+            if getattr(self, key) not in able:
+                found.append(f"strategy.{key}={getattr(self, key)}; allowed: {', '.join(able)}")
         if self.confidence_batches is not None and self.confidence_batches < 1:
             found.append(f"strategy.confidence_batches={self.confidence_batches}; must be 1 or more, or null for all")
         if self.probes < 1:
@@ -145,21 +142,18 @@ class StrategySettings:
         return found
 
 
-NumberFormatName = Literal["int", "float8_e4m3", "nvfp4", "mxfp4", "mxfp8"]
-
-
 @dataclass(frozen=True)
 class QuantSettings:
     """The scheme an operator is put into. `null` for a part means that the part stays in float."""
 
     name: str
     weight_bits: int | None = 8
-    weight_format: NumberFormatName = "int"
+    weight_format: str = "int"  # of quantization/formats/table.py
     weight_granularity: Literal["channel", "tensor", "block"] = "channel"  # what shares a scale; block: 128 x 128
     weight_group_size: int | None = None  # inputs of a channel that share a scale; null: as the granularity says
     weight_symmetric: bool = True
     input_bits: int | None = 8
-    input_format: NumberFormatName = "int"
+    input_format: str = "int"
     input_granularity: Literal["tensor", "token"] = "tensor"  # `token` ranges are taken at run time
     input_group_size: int | None = None  # channels of a token that share a scale; null: all
     input_symmetric: bool = False
@@ -195,7 +189,7 @@ class QuantSettings:
 class BackendSettings:
     """Who measures, and where."""
 
-    name: Literal["torch", "inc_fx", "inc_onnxrt", "onnxrt", "modelopt"]
+    name: str  # of backends/table.py
     device: str = "auto"  # auto, cpu, cuda, cuda:<index>
     threads: int | None = None  # null: torch's own choice
     row_chunk: int | None = None  # perturbed copies advanced together; null: sized from free memory
@@ -205,6 +199,8 @@ class BackendSettings:
 
     def faults(self) -> list[str]:
         found = []
+        if self.name not in BACKENDS:
+            found.append(f"backend={self.name}; allowed: {', '.join(BACKENDS)}")
         kind, _, index = self.device.partition(":")
         if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
             found.append(f"backend.device={self.device!r}; allowed: auto, cpu, cuda, cuda:<index>")
@@ -399,38 +395,56 @@ class Settings:
     def faults(self) -> list[str]:
         """Faults between groups, and of the keys that belong to none."""
         found = [] if 0 <= self.seed < SEEDS else [f"seed={self.seed}; must lie between 0 and {SEEDS - 1}"]
-        found += self._strategy_faults()
+        known = self.strategy.estimator in OF_OUTPUTS and self.strategy.curvature in OF_CURVATURE
+        if known:
+            found += self._strategy_faults()
+        if known and self.backend.name in BACKENDS:
+            found += self._backend_faults(BACKENDS[self.backend.name])
         family = FAMILIES.get(self.model.family or "")
         if family is not None and self.component.name not in family.components:
             has = ", ".join(family.components)
             found.append(f"component={self.component.name}, but a model of model.family={family.name} has {has}")
-        able = STRATEGIES[self.backend.name]
-        if self.strategy.name not in able:
-            found.append(
-                f"strategy={self.strategy.name} is not measured by backend={self.backend.name}; it measures "
-                f"strategy={' and '.join(able)}"
-            )
-        if self.backend.name != "torch" and (self.quant.weight_format, self.quant.input_format) != ("int", "int"):
-            found.append(f"quant={self.quant.name} has formats that backend=torch has, and {self.backend.name} has not")
-        if self.strategy.name == "mse_v2" and self.strategy.positions != "all" and "kl" not in able:
-            found.append(f"strategy.positions={self.strategy.positions}; backend={self.backend.name} compares all")
-        if self.model.placement == "streamed" and self.backend.name != "torch":
-            found.append(f"model.placement=streamed is done by backend=torch, not {self.backend.name}")
-        if self.backend.name != "torch" and self.strategy.estimator in ("sketch", "gradient"):
-            estimator = self.strategy.estimator
-            found.append(f"strategy.estimator={estimator} is done by backend=torch, not {self.backend.name}")
-        if self.backend.name == "inc_fx" and self.backend.device.startswith("cuda"):
-            found.append("backend=inc_fx runs on the CPU; Neural Compressor's way to CUDA is backend=inc_onnxrt")
-        if self.backend.name == "inc_fx" and self.model.dtype != "float32":
-            found.append(f"backend=inc_fx quantizes float32 models, not model.dtype={self.model.dtype}")
         if self.model.placement == "streamed" and self.model.weights == "random":
             found.append("model.placement=streamed reads a checkpoint, and model.weights=random has none")
         if self.model.placement == "streamed" and self.task.name != "sweep":
             found.append(f"model.placement=streamed is for task=sweep, not {self.task.name}")
-        if self.operators.fuse and self.backend.name not in ("torch", "onnxrt"):
-            found.append(f"operators.fuse is done by backend=torch and onnxrt, not {self.backend.name}")
+        if self.quant.also and self.task.name in ("profile", "quantize"):
+            found.append("quant.also scores further schemes of a sweep; a profile is told them by profile.choices")
         return found
 
+    def _backend_faults(self, row: Backend) -> list[str]:
+        """What of the settings the backend has not, by its row."""
+        strategy, quant, name = self.strategy, self.quant, self.backend.name
+        asked = (  # key, value, what the backend has
+            ("strategy", strategy.name, row.strategies),
+            ("strategy.estimator", strategy.estimator, row.estimators),
+            ("strategy.direction", strategy.direction, row.directions),
+            ("quant.weight_format", quant.weight_format, row.formats),
+            ("quant.input_format", quant.input_format, row.formats),
+            ("model.placement", self.model.placement, row.placements),
+            ("model.dtype", self.model.dtype, row.dtypes),
+        )
+        found = []
+        for key, value, able in asked:
+            if value not in able:
+                others = ", ".join(other.name for other in BACKENDS.values() if _has(other, key, value))
+                elsewhere = f"; {value} is done by backend={others}" if others else ""
+                found.append(f"{key}={value}, but backend={name} has {', '.join(able)}{elsewhere}")
+        if strategy.name == "mse_v2" and strategy.positions != "all" and not row.positions:
+            found.append(f"strategy.positions={strategy.positions}; backend={name} compares all")
+        if row.device == "cpu" and not row.computes and self.backend.device.startswith("cuda"):
+            found.append(
+                f"backend.device={self.backend.device}; backend={name} runs on the CPU; "
+                "Neural Compressor's way to CUDA is backend=inc_onnxrt"
+            )
+        if self.operators.fuse and not row.fuses:
+            fusing = " and ".join(other.name for other in BACKENDS.values() if other.fuses)
+            found.append(f"operators.fuse is done by backend={fusing}, not {name}")
+        estimator = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
+        if quant.also and not (row.several and estimator.several):
+            who = f"backend={name}" if not row.several else f"{estimator.name}"
+            found.append(f"quant.also={quant.also}, but {who} scores one scheme in a run; give each scheme its own run")
+        return found
 
     def _strategy_faults(self) -> list[str]:
         """Faults between the strategy and what it is measured on, by the row of its estimator."""
@@ -458,6 +472,16 @@ class Settings:
         return dataclasses.replace(self, strategy=strategy)
 
 
+def _has(row: Backend, key: str, value: str) -> bool:
+    """Whether a backend has this value of a setting."""
+    able = {
+        "strategy": row.strategies, "strategy.estimator": row.estimators, "strategy.direction": row.directions,
+        "quant.weight_format": row.formats, "quant.input_format": row.formats, "model.placement": row.placements,
+        "model.dtype": row.dtypes,
+    }  # fmt: skip
+    return value in able[key]
+
+
 def build_settings(config: Mapping[str, Any]) -> Settings:
     """Turn a composed config (plain dict, interpolations resolved) into typed settings.
 
@@ -475,7 +499,8 @@ def judge_settings(config: Mapping[str, Any]) -> tuple[Settings | None, list[str
     faults: list[str] = []
     limits: list[str] = []
     settings = _build(Settings, config, "", faults, limits)
-    return settings and settings.settled(), [*faults, *limits]
+    faults += limits
+    return settings if settings is None or faults else settings.settled(), faults
 
 
 def _build(cls: type[T], given: Mapping[str, Any], path: str, faults: list[str], limits: list[str]) -> T | None:

@@ -15,12 +15,14 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.estimators.metrics import output_metrics
+from qvl_hydra.models.load import ModelDescription
 from qvl_hydra.onnx.export.component import export_component
 from qvl_hydra.onnx.scoring.foreign import find_graph, foreign_scorable
 from qvl_hydra.onnx.scoring.scorable import Scorable, own_scorable
 from qvl_hydra.onnx.scoring.session import Device, open_session
+from qvl_hydra.operators.discover import Operator
 from qvl_hydra.runs.folder import RunFolder
-from qvl_hydra.settings import ExportSettings
+from qvl_hydra.settings import ExportSettings, Settings
 
 LOG = logging.getLogger(__name__)
 GRAPHS = "graphs"  # in the folder of parts: a run's working files, which are not sent to the tracker
@@ -45,6 +47,11 @@ class Bundle:
         """The graphs with those of the given samples that they take."""
         wanted = {sample.id for sample in samples}
         return [(graph, [sample for sample in taken if sample.id in wanted]) for graph, taken in self.graphs]
+
+
+def extra_bytes(settings: Settings, description: ModelDescription, operators: Sequence[Operator]) -> int:
+    """Memory needed beside the weights, at least: the graph with its own copy of them, and a session's."""
+    return 2 * sum(p.numel() for p in description.skeleton.parameters()) * 4
 
 
 def check_job(job: SweepJob) -> None:

@@ -1,4 +1,4 @@
-"""What every backend is, and the table of backends.
+"""What every backend is to its callers.
 
 An engine is a function from a `SweepJob` to an `EngineReport`; scores leave it through the run folder as they are
 made. Backends are imported when they are asked for: none of their packages is needed to import this one.
@@ -6,11 +6,11 @@ made. Backends are imported when they are asked for: none of their packages is n
 
 from __future__ import annotations
 
-import importlib
 from typing import Protocol
 
 import torch
 
+from qvl_hydra.backends.table import BACKENDS, load
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.runs.folder import RunFolder
@@ -22,15 +22,6 @@ class Engine(Protocol):
     def __call__(self, job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport: ...
 
 
-ENGINES = {
-    "torch": "qvl_hydra.backends.torch:run",
-    "inc_fx": "qvl_hydra.backends.neural_compressor.fx:run",
-    "onnxrt": "qvl_hydra.backends.onnxrt:run",
-    "inc_onnxrt": "qvl_hydra.backends.neural_compressor.onnxrt:run",
-    "modelopt": "qvl_hydra.backends.modelopt:run",
-}
-
-
 def load_engine(name: str) -> Engine:
     """The engine of a backend, imported now.
 
@@ -38,10 +29,9 @@ def load_engine(name: str) -> Engine:
         EngineError: no such backend.
         MissingExtraError: the package it needs is not installed (raised by the engine's module).
     """
-    if name not in ENGINES:
-        raise EngineError(f"backend.name={name}; allowed: {', '.join(ENGINES)}")
-    module, _, function = ENGINES[name].partition(":")
-    engine: Engine = getattr(importlib.import_module(module), function)
+    if name not in BACKENDS:
+        raise EngineError(f"backend.name={name}; allowed: {', '.join(BACKENDS)}")
+    engine: Engine = load(BACKENDS[name].run)
     return engine
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.table import estimator_of, load_estimator
+from qvl_hydra.models.load import ModelDescription
+from qvl_hydra.operators.discover import Operator
 from qvl_hydra.runs.folder import RunFolder
+from qvl_hydra.settings import Settings
 
 
 def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
@@ -22,6 +26,21 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
         strategy = job.strategy
         row = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
         return load_estimator(row)(job, folder, progress)
+
+
+def extra_bytes(settings: Settings, description: ModelDescription, operators: Sequence[Operator]) -> int:
+    """Memory needed beside the weights, at least; negative where less than all weights are held."""
+    weights = description.weight_bytes
+    if settings.model.placement == "streamed":
+        segments = description.family.load_stages()(description.skeleton).of("full")
+        parts = [description.skeleton.get_submodule(root) for segment in segments for root in segment.roots]
+        largest = max(sum(p.numel() for p in part.parameters()) for part in parts)
+        text = description.config.get_text_config()
+        table = text.vocab_size * text.hidden_size
+        return max(3 * largest, 2 * table) * torch.float32.itemsize - weights
+    if settings.strategy.name == "hawq_v2":
+        return 5 * max(op.n_params for op in operators) * torch.float32.itemsize
+    return math.ceil(0.1 * weights)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ class Estimator:
         metric: that one; `{weighting}` in it stands for what `strategy.weighting` makes of it.
         approximate: its scores are estimates, which are scaled to the exact ones where a run has both.
         weighs_errors: it multiplies with the weight's error, unless `strategy.weighting` is `trace`.
+        several: it scores several schemes in one run.
         why_resident: what it needs all weights in memory for; empty: it works streamed, too.
     """
 
@@ -36,6 +37,7 @@ class Estimator:
     metric: str = ""
     approximate: bool = False
     weighs_errors: bool = False
+    several: bool = True
     why_resident: str = ""
 
     def faults(self, direction: str, metric: str, placement: str) -> list[str]:
@@ -56,21 +58,23 @@ class Estimator:
 ESTIMATORS = {
     row.name: row
     for row in (
+        Estimator("auto", "qvl_hydra.estimators.auto:run", ("requantize",), ("squared_error", "kl"), approximate=True),
         Estimator("exact", "qvl_hydra.estimators.exact_run:run", metrics=("squared_error", "kl", "loss_change")),
         Estimator(
             "sketch", "qvl_hydra.estimators.sketch_run:run", ("requantize",), ("squared_error", "kl"), approximate=True
         ),
-        Estimator("auto", "qvl_hydra.estimators.auto:run", ("requantize",), ("squared_error", "kl"), approximate=True),
         Estimator(
             "gradient", "qvl_hydra.estimators.gradient:run", ("requantize",), metric="loss_gradient", approximate=True
         ),
         Estimator("gauss_newton", "qvl_hydra.estimators.gauss_newton:run", metric="curvature", weighs_errors=True),
         Estimator(
-            "hessian", "qvl_hydra.estimators.hawq:run", metric="curvature", weighs_errors=True,
+            "hessian", "qvl_hydra.estimators.hawq:run", metric="curvature", weighs_errors=True, several=False,
             why_resident="a Hessian product goes through all blocks",
         ),
     )
 }  # fmt: skip
+OF_CURVATURE = tuple(row.name for row in ESTIMATORS.values() if row.metric == "curvature")  # strategy.curvature
+OF_OUTPUTS = tuple(name for name in ESTIMATORS if name not in OF_CURVATURE)  # strategy.estimator
 CURVATURE_METRICS = {"weight_error": "omega", "trace": "mean_trace"}  # by strategy.weighting
 
 

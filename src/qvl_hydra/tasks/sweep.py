@@ -15,12 +15,13 @@ import torch
 
 from qvl_hydra import __version__
 from qvl_hydra.backends.protocol import load_engine
+from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators.auto import CONTROLS
 from qvl_hydra.estimators.bench import CENSUS
 from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.estimators.metrics import unit_of
-from qvl_hydra.estimators.table import estimator_of, ranking_metric
+from qvl_hydra.estimators.table import estimator_of
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.reports.sweep import write_sweep_report
@@ -102,10 +103,9 @@ def _write_calibration(settings: Settings, folder: RunFolder, prepared: Prepared
 
 
 def _ranking_metric(settings: Settings) -> str:
-    strategy = settings.strategy
+    strategy, backend = settings.strategy, settings.backend
     row = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
-    weighting = "trace" if settings.backend.name == "inc_fx" else strategy.weighting
-    return ranking_metric(row, strategy.metric, weighting)
+    return BACKENDS[backend.name].ranks_by(row, strategy.metric, strategy.weighting, backend.method)
 
 
 def _tables(

@@ -16,6 +16,7 @@ from transformers import (
 
 from qvl_hydra.calibration.sample import CalibrationSet, Sample, samples_sha
 from qvl_hydra.estimators.job import SweepJob
+from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.models.load import LoadedModel, ModelDescription
 from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
@@ -95,7 +96,8 @@ def make_job(
     model = model or small_model()
     samples = tuple(make_sample(model, seed, image=seed != 1) for seed in range(calibration))
     settings = ModelSettings(name="small", family="qwen2_5_vl", path="small")
-    description = ModelDescription("small", Path("small"), "qwen2_5_vl", model.config, model, settings)
+    family = FAMILIES[model.config.model_type]
+    description = ModelDescription("small", Path("small"), family, model.config, model, settings)
     operators: list[Operator] = [op for op in find_operators(model, component) if roles is None or op.role in roles]
     return SweepJob(
         model=LoadedModel(model, description, torch.device("cpu"), "sha"),

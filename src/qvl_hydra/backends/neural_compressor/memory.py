@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qvl_hydra.models.load import ModelDescription
 from qvl_hydra.operators.discover import Operator
+from qvl_hydra.settings import Settings
 
 OUTPUT_COPIES = 6  # float and quantized output as tensor and as part of the join, their difference and its square
 HAWQ_COPIES = 4  # of each weight: gradient, probe, Hessian product, accumulator
@@ -29,3 +31,8 @@ def inc_extra_bytes(
         return sum(weights) * FLOAT32 * HAWQ_COPIES + outputs
     held = sum(weights) if direction == "fallback" else max(weights)
     return held + 2 * max(weights) * FLOAT32 + outputs  # one weight under conversion: a float copy and its rounding
+
+
+def extra_bytes(settings: Settings, description: ModelDescription, operators: Sequence[Operator]) -> int:
+    """The same before samples were read: without what outputs take."""
+    return inc_extra_bytes(operators, 0, 0, settings.strategy.name, settings.strategy.direction)

@@ -68,6 +68,7 @@ class ComponentWrapper(nn.Module):
     def __init__(self, module: Any, component: str) -> None:
         super().__init__()
         self.component = component
+        self.config = module.config
         model: Any = nn.Module()
         self.model = model
         if component != "lm":

@@ -129,7 +129,7 @@ def _operator(node: WeightedNode, component: str, known: Sequence[Operator]) -> 
         into,
         out,
         n_params,
-        known[0].family,
+        known[0].family if known else "",
     )
 
 
