@@ -55,12 +55,12 @@ STRONG: dict[str, tuple[Placement, ...]] = {
         ("lm", None, "head_norm", 48),
     ),
     "qwen3_vl": (
-        ("lm", 0, "attention_norm", 128),
-        ("lm", 0, "attention_value", 64),
-        ("lm", 0, "mlp_hidden", 96),
-        ("lm", 1, "mlp_hidden", 96),
-        ("lm", 3, "attention_norm", 96),
-        ("lm", None, "head_norm", 48),
+        ("lm", 0, "attention_norm", 112),
+        ("lm", 0, "attention_value", 48),
+        ("lm", 0, "mlp_hidden", 80),
+        ("lm", 1, "mlp_hidden", 88),
+        ("lm", 3, "attention_norm", 80),
+        ("lm", None, "head_norm", 40),
     ),
 }
 # Harmless neighbours of the same kinds, so that neither role nor block alone gives the strong ones away.

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+WHOLE = 22  # letters of a cell that stay on one line as long as the screen has room
+
 
 class Screen:
     """Where a run speaks to its user; also the engines' `Progress`."""
@@ -53,11 +55,24 @@ class Screen:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table whose first column is text and whose others are numbers."""
+        """Print a table whose first column is text and whose others are numbers; on a narrow screen a row a line."""
         self.say(title)
+        widths = [max(len(name), *(len(row[place]) for row in rows), 0) for place, name in enumerate(columns)]
+        if sum(min(width, WHOLE) + 3 for width in widths) > self.console.width:
+            for name, *cells in rows:
+                self.say(
+                    f"{name}: " + ", ".join(f"{cell} ({label})" for label, cell in zip(columns[1:], cells, strict=True))
+                )
+            return
         shown = Table(box=box.SIMPLE, pad_edge=False)
         for index, column in enumerate(columns):
-            shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index > 0)
+            shown.add_column(
+                column,
+                justify="right" if index else "left",
+                overflow="fold",
+                no_wrap=0 < index and widths[index] <= WHOLE,  # numbers are not broken, names and paths may be
+                min_width=min(widths[index], WHOLE),
+            )
         for row in rows:
             shown.add_row(*row)
         self.console.print(shown)

@@ -8,8 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-# Qwen2-VL's vision tower has a plain MLP where Qwen2.5-VL's has a gated one: what widens, and what narrows again.
-ALIKE = {"fc1": "up_proj", "fc2": "down_proj", "up_proj": "fc1", "down_proj": "fc2"}
+# What does the same under another name: a vision tower's MLP is plain in one family and gated in another.
+ALIKE = (
+    ("fc1", "up_proj", "linear_fc1"),
+    ("fc2", "down_proj", "linear_fc2"),
+    ("merger.0", "merger.linear_fc1"),
+    ("merger.2", "merger.linear_fc2"),
+)
 COLUMNS = ("op", "component", "role", "block", "depth", "other_op", "other_block", "other_depth", "match")
 Row = Mapping[Any, Any]
 
@@ -45,7 +50,8 @@ def by_depth(table: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
         best = _nearest(row, candidates, row["role"])
         match = "same" if blocks[row["component"], 0] == blocks[row["component"], 1] else "depth"
         if best is None:
-            best, match = _nearest(row, candidates, ALIKE.get(row["role"], "")), "alike"
+            others = [role for roles in ALIKE if row["role"] in roles for role in roles]
+            best, match = next(filter(None, (_nearest(row, candidates, role) for role in others)), None), "alike"
         if best is not None:
             row |= {"other_op": best["op"], "other_block": best["block"], "other_depth": best["depth"], "match": match}
     return _frame(found)
