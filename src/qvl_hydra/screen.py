@@ -70,7 +70,7 @@ class Screen:
                 column,
                 justify="right" if index else "left",
                 overflow="fold",
-                no_wrap=0 < index and widths[index] <= WHOLE,  # numbers are not broken, names and paths may be
+                no_wrap=index > 0 and widths[index] <= WHOLE,  # numbers are not broken, names and paths may be
                 min_width=min(widths[index], WHOLE),
             )
         for row in rows:

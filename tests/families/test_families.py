@@ -13,7 +13,7 @@ from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
-from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.operators.discover import find_operators, uncovered
 from qvl_hydra.operators.targets import make_targets
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 from tests.estimators.slow_loop import loop_scores
@@ -121,3 +121,13 @@ def test_what_runtimes_fuse_is_one_unit(checkpoints: dict[str, Path]) -> None:
     assert "model.language_model.layers.1.self_attn.qkv_proj" in groups
     vision = find_operators(load_made_up(checkpoints["taps"]).module, "vision")
     assert all(op.group == op.path for op in vision), "this tower has nothing to fuse"
+
+
+def test_weights_that_hide_from_the_operators_are_named(checkpoints: dict[str, Path]) -> None:
+    model = load_made_up(checkpoints["taps"]).module
+    model.model.visual.hidden_table = torch.nn.Parameter(torch.zeros(200, 100))
+    found = uncovered(model, "full")
+    assert list(found) == ["model.visual.hidden_table", "model.language_model.embed_tokens.weight"]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert found["model.visual.hidden_table"] == 20_000 / total
+    assert list(uncovered(model, "lm")) == ["model.language_model.embed_tokens.weight"]

@@ -35,7 +35,7 @@ class Backend:
         placements, dtypes: of `model.placement` and `model.dtype` that it works with.
         device: where the PyTorch model is held: `any`, as `backend.device` says, or `cpu`.
         computes: kinds of device that it computes on, if not where the model is held; it checks them itself.
-        graphs: it takes a family's towers as graphs, so that the family's row must allow that.
+        towers: it takes a family's towers apart, so that the family's row must allow that.
         package: module to look for, what installs it, and the extra of this package that does.
     """
 
@@ -56,7 +56,7 @@ class Backend:
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     device: str = "any"
     computes: tuple[str, ...] = ()
-    graphs: bool = False
+    towers: bool = False
     package: tuple[str, str, str] | None = None
 
     @property
@@ -81,22 +81,22 @@ BACKENDS = {
         ),
         Backend(
             "onnxrt", f"{_OWN}.onnxrt:run", f"{_OWN}.onnx_graphs:extra_bytes", ("kl", "mse_v2"),
-            several=True, fuses=True, device="cpu", computes=("cpu", "cuda"), graphs=True,
+            several=True, fuses=True, device="cpu", computes=("cpu", "cuda"), towers=True,
             package=("onnxruntime", "onnxruntime-gpu", "onnx"),
         ),
         Backend(
             "inc_fx", f"{_OWN}.neural_compressor.fx:run", f"{_OWN}.neural_compressor.memory:extra_bytes",
             ("mse_v2", "hawq_v2"), weighting="trace", positions=False, scheme="inc_static", dtypes=("float32",),
-            device="cpu", graphs=True, package=("neural_compressor", "neural-compressor", "inc"),
+            device="cpu", towers=True, package=("neural_compressor", "neural-compressor", "inc"),
         ),
         Backend(
             "inc_onnxrt", f"{_OWN}.neural_compressor.onnxrt:run", f"{_OWN}.onnx_graphs:extra_bytes", ("mse_v2",),
-            positions=False, scheme="inc_static", device="cpu", computes=("cpu", "cuda"), graphs=True,
+            positions=False, scheme="inc_static", device="cpu", computes=("cpu", "cuda"), towers=True,
             package=("neural_compressor", "neural-compressor", "inc"),
         ),
         Backend(
             "modelopt", f"{_OWN}.modelopt:run", f"{_OWN}.torch:extra_bytes", ("kl", "mse_v2"),
-            metrics={"gradient": "gradient", "kl_div": "kl_sum"}, directions=("requantize",),
+            metrics={"gradient": "gradient", "kl_div": "kl_sum"}, directions=("requantize",), towers=True,
             package=("modelopt", "nvidia-modelopt", "modelopt"),
         ),
     )

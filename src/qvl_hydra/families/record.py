@@ -34,7 +34,7 @@ class Family:
         renames: pattern and replacement for keys of checkpoints whose names are not those of the modules.
         names: consumer to its prefixes for language tower, vision tower and head, where they are not the modules' own.
         fused: role to the name of the product that runtimes make of it and its neighbours.
-        graphs: its towers are written as ONNX graphs, and Neural Compressor takes them.
+        towers: they can be taken apart, for ONNX graphs and for backends that want modules of their own.
         proxy_shape: bundled model whose tokenizer and image processor a shape without weights takes.
     """
 
@@ -47,7 +47,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     names: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
     fused: Mapping[str, str] = field(default_factory=lambda: FUSED)
-    graphs: bool = False
+    towers: bool = False
     proxy_shape: str | None = None
 
     @cached_property

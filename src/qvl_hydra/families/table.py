@@ -32,11 +32,11 @@ FAMILIES = {
     for row in (
         Family(
             "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", _QWEN2_VL, position_class="Qwen2_5_VLModel",
-            renames=_OLD_NAMES, names=_QWEN2_NAMES, graphs=True, proxy_shape="tiny_qwen2_5_vl",
+            renames=_OLD_NAMES, names=_QWEN2_NAMES, towers=True, proxy_shape="tiny_qwen2_5_vl",
         ),
         Family(
             "qwen2_vl", "Qwen2VLForConditionalGeneration", _QWEN2_VL, position_class="Qwen2VLModel",
-            renames=_OLD_NAMES, names=_QWEN2_NAMES, graphs=True, proxy_shape="tiny_qwen2_vl",
+            renames=_OLD_NAMES, names=_QWEN2_NAMES, towers=True, proxy_shape="tiny_qwen2_vl",
         ),
         Family(
             "qwen3_vl", "Qwen3VLForConditionalGeneration", _QWEN3_VL, position_class="Qwen3VLModel",

@@ -80,6 +80,23 @@ def _place(path: str, segments: Sequence[Segment]) -> int:
     return places[0]
 
 
+def uncovered(model: Any, component: str, share: float = 0.01) -> dict[str, float]:
+    """Parameters of a component that no operator covers and that hold more than a share of its weights.
+
+    Returns:
+        Module path of each with its share, largest first: embedding tables, and whatever a family hides elsewhere.
+    """
+    family, covered = family_of(model.config), {op.path for op in find_operators(model, component)}
+    own = {
+        path: parameter.numel()
+        for path, parameter in model.named_parameters()
+        if component == "full" or family.component_of(path) == component
+    }
+    total = sum(own.values())
+    shares = {path: size / total for path, size in own.items() if path.rpartition(".")[0] not in covered}
+    return dict(sorted(((path, part) for path, part in shares.items() if part > share), key=lambda item: -item[1]))
+
+
 def select_operators(operators: Sequence[Operator], settings: OperatorSettings, seed: int) -> list[Operator]:
     """The operators that globs, blocks and the cap leave, in their first order.
 

@@ -121,12 +121,18 @@ def _refuse_family(settings: Settings, family: Family) -> None:
     if settings.component.name not in family.components:
         has = ", ".join(family.components)
         faults.append(f"component={settings.component.name}, but a {family.name} model has {has}")
+    if family.visual is None and settings.calibration.source != "jsonl":
+        faults.append(
+            f"calibration={settings.calibration.source} has images, and a {family.name} model reads text alone; take "
+            "calibration=jsonl calibration.path=<file of prompts and answers>"
+        )
     exports = settings.task.name == "export_onnx"
-    if (exports or BACKENDS[settings.backend.name].graphs) and not family.graphs:
-        able = ", ".join(row.name for row in FAMILIES.values() if row.graphs)
+    if (exports or BACKENDS[settings.backend.name].towers) and not family.towers:
+        able = ", ".join(row.name for row in FAMILIES.values() if row.towers)
         what = "task=export_onnx" if exports else f"backend={settings.backend.name}"
         faults.append(
-            f"{what} takes models as graphs: of {able}, not of {family.name} (docs/onnx.md); take backend=torch"
+            f"{what} takes the towers of a model apart, which is written for {able}, not for {family.name} "
+            "(docs/onnx.md); take backend=torch"
         )
     if faults:
         raise ModelError("; ".join(faults))

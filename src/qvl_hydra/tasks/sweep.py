@@ -23,6 +23,7 @@ from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.estimators.table import estimator_of
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
+from qvl_hydra.operators.discover import uncovered
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.folder import RunFolder, write_json, write_parquet
@@ -61,6 +62,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further_schemes: 
     report: EngineReport | None = None
     try:
         report = load_engine(settings.backend.name)(job, folder, screen)
+        report.notes += _uncovered(settings, prepared)
     finally:  # Ctrl-C, an error or the end: what there is is written
         screen.finish()
         record = _write_results(settings, folder, prepared, report, note)
@@ -84,6 +86,15 @@ def _job(settings: Settings, folder: RunFolder, prepared: Prepared) -> SweepJob:
         seed=settings.seed,
         workdir=folder.path / settings.backend.name,
     )
+
+
+def _uncovered(settings: Settings, prepared: Prepared) -> list[str]:
+    """A note of the weights that no operator multiplies by: a family's that hide elsewhere are not left out unsaid."""
+    if settings.backend.graph is not None:
+        return []
+    found = uncovered(prepared.description.skeleton, settings.component.name)
+    named = ", ".join(f"{path} ({share:.0%} of the weights)" for path, share in found.items())
+    return [f"in no operator, so never quantized: {named}"] if found else []
 
 
 def _write_calibration(settings: Settings, folder: RunFolder, prepared: Prepared) -> None:
