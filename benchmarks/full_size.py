@@ -1,7 +1,8 @@
-"""Qwen2.5-VL-3B's shape on this machine: wall time and peak memory of a whole sketch, resident and streamed.
+"""A published model's shape on this machine: wall time and peak memory of a whole sketch, resident and streamed.
 
-    python -m benchmarks.full_size [--component lm|full] [--samples 8] [--tokens 256] [--dtype bfloat16]
-                                   [--placement resident|streamed] [--device cpu|cuda] [--positions all|answer]
+    python -m benchmarks.full_size [--shape qwen2_5_vl_3b|qwen3_vl_2b|...] [--component lm|full] [--samples 8]
+                                   [--tokens 256] [--dtype bfloat16] [--placement resident|streamed]
+                                   [--device cpu|cuda] [--positions all|answer]
                                    [--estimator sketch|auto|exact|gradient|gauss_newton]
 
 Random weights, written once as a sharded checkpoint (about 7 GB in --folder), so that streamed placement reads what a
@@ -25,13 +26,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.jobs import SCHEMES, make_job, measure, save_results, shaped_model, text_samples
+from benchmarks.jobs import SCHEMES, make_job, measure, save_results, text_samples
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.load import LoadedModel, describe_model, load_model
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
 from qvl_hydra.settings import ModelSettings
-
-MERGE, PATCH_VALUES = 2, 1176
 
 
 def image_samples(model: LoadedModel, count: int, tokens: int) -> tuple[Sample, ...]:
@@ -40,7 +39,9 @@ def image_samples(model: LoadedModel, count: int, tokens: int) -> tuple[Sample, 
 
     config, shell = model.config, rope_shell(model.config)
     grid = torch.tensor([[1, 12, 16]])
-    image_tokens = int(grid.prod()) // MERGE**2
+    tower = config.vision_config
+    image_tokens = int(grid.prod()) // tower.spatial_merge_size**2
+    values = getattr(tower, "in_channels", 3) * tower.temporal_patch_size * tower.patch_size**2
     found = []
     for index, text in enumerate(text_samples(model, count, tokens - image_tokens - 2)):
         image = torch.full((image_tokens,), config.image_token_id)
@@ -49,7 +50,7 @@ def image_samples(model: LoadedModel, count: int, tokens: int) -> tuple[Sample, 
         labels = torch.cat([torch.full((image_tokens + 2,), -100), text.labels])
         kinds = (ids == config.image_token_id).int()
         positions, _ = shell.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid)
-        pixels = torch.randn(int(grid.prod()), PATCH_VALUES, generator=torch.Generator().manual_seed(index))
+        pixels = torch.randn(int(grid.prod()), values, generator=torch.Generator().manual_seed(index))
         found.append(Sample(f"image-{index}", ids, positions[:, 0], labels, pixels, grid))
     return tuple(found)
 
@@ -57,13 +58,14 @@ def image_samples(model: LoadedModel, count: int, tokens: int) -> tuple[Sample, 
 ESTIMATORS = ("sketch", "auto", "exact", "gradient", "gauss_newton")
 
 
-def write_checkpoint(folder: Path, dtype: str) -> None:
-    shaped_model({}, dtype=dtype).module.save_pretrained(folder, max_shard_size="1GB")
+def write_checkpoint(folder: Path, shape: str, dtype: str) -> None:
+    settings = ModelSettings(shape, f"Qwen/{shape}", weights="random", dtype=dtype)  # type: ignore[arg-type]
+    load_model(describe_model(settings), torch.device("cpu"), 0).module.save_pretrained(folder, max_shard_size="1GB")
 
 
 def run_one(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = ModelSettings(
-        "qwen2_5_vl_3b", str(arguments.folder), "qwen2_5_vl", dtype=arguments.dtype, placement=arguments.placement
+        arguments.shape, str(arguments.folder), dtype=arguments.dtype, placement=arguments.placement
     )
     began = time.perf_counter()
     model = load_model(describe_model(settings), torch.device(arguments.device), 0)
@@ -78,7 +80,8 @@ def run_one(arguments: argparse.Namespace) -> dict[str, Any]:
     job = make_job(model, samples, SCHEMES[arguments.scheme], arguments.component, **strategy)
     scores, report = measure(job)
     found = {
-        "component": arguments.component, "placement": arguments.placement, "estimator": arguments.estimator,
+        "shape": arguments.shape, "component": arguments.component, "placement": arguments.placement,
+        "estimator": arguments.estimator,
         "dtype": arguments.dtype, "device": arguments.device, "operators": len(scores),
         "samples": arguments.samples, "tokens": arguments.tokens, "probes": arguments.probes,
         "load_s": loaded_s, "engine_s": report.engine_s, "forward_s": report.forward_s,
@@ -92,6 +95,7 @@ def run_one(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen2_5_vl_3b", help="a shape that the package knows (assets/configs)")
     parser.add_argument("--component", default="lm", choices=["lm", "vision", "full"])
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
@@ -102,15 +106,16 @@ def main() -> None:
     parser.add_argument("--positions", default="all", choices=["all", "answer"], help="answer: KL; all: squared error")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--placement", choices=["resident", "streamed"], help="default: both, one after the other")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "qwen2_5_vl_3b_random")
+    parser.add_argument("--folder", type=Path, help="default: <shape>_random in the folder for temporary files")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.folder = arguments.folder or Path(tempfile.gettempdir()) / f"{arguments.shape}_random"
     if arguments.alone:
         print(json.dumps(run_one(arguments)))
         return
     if not (arguments.folder / "config.json").exists():  # in a process of its own, whose memory goes with it
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            process.submit(write_checkpoint, arguments.folder, arguments.dtype).result()
+            process.submit(write_checkpoint, arguments.folder, arguments.shape, arguments.dtype).result()
     rows = []
     for placement in [arguments.placement] if arguments.placement else ["resident", "streamed"]:
         command = [sys.executable, "-m", "benchmarks.full_size", *sys.argv[1:], "--placement", placement, "--alone"]
@@ -122,7 +127,7 @@ def main() -> None:
             row["placement"], str(row["operators"]), f"{row['engine_s']:.0f}", f"{row['forward_s']:.1f}",
             f"{row['forward_equivalents']:.1f}", f"{row['wall_s']:.0f}", f"{row['peak_gib']:.1f}",
         )  # fmt: skip
-    name = f"full_size_{arguments.component}_{arguments.estimator}"
+    name = f"full_size_{arguments.shape}_{arguments.component}_{arguments.estimator}"
     Console().print(table, f"written: {save_results(name, rows)}")
 
 

@@ -11,7 +11,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from qvl_hydra.entry.command_line import check_command_line, config_folder, scheme_settings, settings_from_config
+from qvl_hydra.entry.command_line import check_command_line
+from qvl_hydra.entry.compose import config_folder, scheme_settings, settings_from_config
 from qvl_hydra.settings import Settings
 
 CONF = config_folder()
@@ -20,6 +21,8 @@ OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / gro
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # What an option cannot know by itself.
 NEEDED = {
+    "text": ["model.path=some/folder"],
+    "qwen3_5": ["model.path=some/folder"],
     "jsonl": ["calibration.path=some.jsonl"],
     "imagefolder": ["calibration.path=some/folder"],
     "coco_captions": ["calibration.annotations=some.json", "calibration.images=some/folder"],

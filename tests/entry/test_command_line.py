@@ -17,8 +17,9 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 from qvl_hydra.entry import app
-from qvl_hydra.entry.command_line import check_command_line, config_folder, take_saved_settings
-from qvl_hydra.errors import SettingsError
+from qvl_hydra.entry.command_line import check_command_line
+from qvl_hydra.entry.compose import config_folder, take_saved_settings
+from qvl_hydra.errors import RunFolderError, SettingsError
 from qvl_hydra.tasks import prepare
 
 
@@ -261,7 +262,7 @@ def test_saved_settings_are_taken_from_the_line(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"nothing\.yaml, which is not there"):
         take_saved_settings(["--config-dir", str(tmp_path), "--config-name", "nothing"])
     (tmp_path / "config.yaml").write_text("just text")
-    with pytest.raises(SettingsError, match="holds no settings"):
+    with pytest.raises(RunFolderError, match="is damaged"):
         take_saved_settings(["--config-dir", str(tmp_path), "--config-name", "config"])
 
 
@@ -272,7 +273,46 @@ def test_saved_settings_stand_over_the_defaults_and_under_overrides(call: Call, 
     outcome = call(f"--config-dir {saved} --config-name config strategy.probes=2")
     refused(outcome, "1 fault", "operators.max_ops=0")
     (saved / "config.yaml").write_text("seed: 7\nxyzzy: 1\n")
-    refused(call(f"--config-dir {saved} --config-name config"), "unknown key xyzzy")
+    refused(call(f"--config-dir {saved} --config-name config"), "holds 'xyzzy', which is no setting")
+
+
+HOSTILE = [  # what a folder from a stranger may try; each would create the file `ran` or read what is not its own
+    "hydra: {callbacks: {x: {_target_: pathlib.Path.touch, self: ran}}}",
+    "hydra: {job_logging: {handlers: {x: {'()': pathlib.Path.touch, self: ran}}}}",
+    "hydra: {launcher: {_target_: pathlib.Path.touch}}",
+    "defaults: [{override /hydra/launcher: joblib}]",
+    "model: {path: '${oc.env:HOME}'}",
+    "seed: '${oc.decode:[1]}'",
+    "model: !!python/object/apply:pathlib.Path.touch [ran]",
+    "model: !!python/name:os.system",
+    "seed: 1\n_target_: pathlib.Path.touch",
+    "a: &a [x, x, x, x]\nb: &b [*a, *a, *a, *a]\nseed: [*b, *b, *b]",
+    "seed: 1\n'${oc.env:HOME}': 2",
+]
+
+
+@pytest.mark.parametrize("content", HOSTILE)
+def test_a_saved_config_sets_settings_and_nothing_else(
+    content: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "config.yaml").write_text(content + "\n")
+    monkeypatch.chdir(tmp_path)
+    outcome = call(f"--config-dir {saved} --config-name config")
+    assert outcome.status == 2
+    assert outcome.loads == 0
+    assert "Traceback" not in outcome.text + outcome.errors
+    assert not list(tmp_path.rglob("ran"))
+
+
+@pytest.mark.parametrize("option", ["--config-dir {}", "--config-path {}", "--config-name config", "-cp {} -cn config"])
+def test_folders_of_configs_are_refused(option: str, call: Call, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("hydra: {callbacks: {x: {_target_: pathlib.Path.touch, self: ran}}}\n")
+    outcome = call(option.format(tmp_path))
+    assert outcome.status == 2
+    assert "configs of this program are its own" in outcome.text
+    assert not list(tmp_path.rglob("ran"))
 
 
 def test_the_config_folder_is_the_checkouts() -> None:

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from benchmarks.jobs import Silent, make_job
 from qvl_hydra.backends import torch as native
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.entry.command_line import scheme_settings
+from qvl_hydra.entry.compose import scheme_settings
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.quantization.apply import make_quantizer, observe_ranges, quantized

@@ -230,7 +230,9 @@ def test_reparametrisation_leaves_the_function(
 ) -> None:
     """Stretched once more at another channel, the logits stay and only the activation there grows."""
     reader = reader or next(
-        name for name, _ in model.named_modules() if name.endswith(("blocks.3.mlp.fc1", "blocks.3.mlp.gate_proj", "blocks.3.mlp.linear_fc1"))
+        name
+        for name, _ in model.named_modules()
+        if name.endswith(tuple(f"blocks.3.mlp.{first}" for first in ("fc1", "gate_proj", "linear_fc1")))
     )
     stretched = copy.deepcopy(model)
     reparametrise(stretched, [stretch])

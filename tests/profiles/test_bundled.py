@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from qvl_hydra.entry.command_line import config_folder, settings_from_config
+from qvl_hydra.entry.compose import config_folder, settings_from_config
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.tasks import profile
@@ -21,7 +21,7 @@ def test_our_scores_win_back_what_int8_costs_and_no_baseline_does(tmp_path: Path
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         overrides = ["experiment=profile_spectrum", "profile.spectrum=[]", "tracking.enabled=false"]
         settings = settings_from_config(compose("config", overrides=overrides))
-    profile.run(settings, RunFolder(tmp_path), Screen(Console(quiet=True)))
+    profile.run(settings, RunFolder(tmp_path), Screen(console=Console(quiet=True)))
     found = json.loads((tmp_path / "run.json").read_text())["profile"]
     assert found["evaluation_samples"] == 256
     assert found["exact_match_float"] > 0.95

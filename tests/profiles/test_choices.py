@@ -14,7 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from qvl_hydra.entry.command_line import config_folder, scheme_settings, settings_from_config, with_choices
+from qvl_hydra.entry.compose import config_folder, scheme_settings, settings_from_config, with_choices
 from qvl_hydra.errors import ProfileError, SettingsError
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.choices import LEAVE, ChoiceUnit, assign, choice_units, frontier, plan_profile, undominated
@@ -122,7 +122,7 @@ def settings_of(*overrides: str) -> Settings:
 def run(path: Path, *overrides: str) -> str:
     text = io.StringIO()
     settings, further = with_choices(settings_of(*overrides))
-    profile.run(settings, RunFolder(path), Screen(Console(file=text, width=200)), further)
+    profile.run(settings, RunFolder(path), Screen(console=Console(file=text, width=200)), further)
     return text.getvalue()
 
 

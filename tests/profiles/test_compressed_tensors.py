@@ -119,7 +119,7 @@ def test_deployed_formats_are_the_packages_presets(name: str) -> None:
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 
-    from qvl_hydra.entry.command_line import scheme_settings
+    from qvl_hydra.entry.compose import scheme_settings
     from qvl_hydra.quantization.scheme import scheme_from_settings
 
     path = "model.language_model.layers.0.mlp.up_proj"

@@ -15,7 +15,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from qvl_hydra.entry.command_line import config_folder, settings_from_config
+from qvl_hydra.entry.compose import config_folder, settings_from_config
 from qvl_hydra.errors import MissingExtraError, ProfileError
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
@@ -42,7 +42,7 @@ def settings_of(*overrides: str) -> Settings:
 
 def screen() -> tuple[Screen, io.StringIO]:
     text = io.StringIO()
-    return Screen(Console(file=text, width=200)), text
+    return Screen(console=Console(file=text, width=200)), text
 
 
 @pytest.fixture(scope="module")

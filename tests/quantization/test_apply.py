@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.entry.command_line import scheme_settings
+from qvl_hydra.entry.compose import scheme_settings
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvl_hydra.entry.command_line import scheme_settings
+from qvl_hydra.entry.compose import scheme_settings
 from qvl_hydra.models import memory
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators

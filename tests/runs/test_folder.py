@@ -16,17 +16,8 @@ import pytest
 
 from qvl_hydra.errors import RunFolderError
 from qvl_hydra.runs import folder as store
-from qvl_hydra.runs.folder import (
-    COLUMNS,
-    FINGERPRINT,
-    RunFolder,
-    SampleScore,
-    adopt,
-    find_resumable,
-    note_sweep,
-    write_atomically,
-    write_json,
-)
+from qvl_hydra.runs.files import write_atomically, write_json
+from qvl_hydra.runs.folder import COLUMNS, FINGERPRINT, RunFolder, SampleScore, adopt, find_resumable, note_sweep
 
 
 def score(op: str = "lm_head", sample: str = "s0", value: float = 1.5, probe: int | None = None) -> SampleScore:

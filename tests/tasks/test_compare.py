@@ -13,7 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
 
-from qvl_hydra.entry.command_line import config_folder, settings_from_config
+from qvl_hydra.entry.compose import config_folder, settings_from_config
 from qvl_hydra.errors import ComparisonError
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.quantization.apply import make_quantizer, observe_ranges, quantized

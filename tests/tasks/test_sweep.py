@@ -12,7 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
-from qvl_hydra.entry.command_line import config_folder, scheme_settings, settings_from_config
+from qvl_hydra.entry.compose import config_folder, scheme_settings, settings_from_config
 from qvl_hydra.errors import EngineError, RunFolderError
 from qvl_hydra.estimators import exact_run
 from qvl_hydra.models.load import LoadedModel

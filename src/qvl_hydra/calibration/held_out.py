@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from qvl_hydra.calibration.encode import Processor, with_pixel_limits
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.calibration.sources import SOURCES, sample_of
 from qvl_hydra.errors import CalibrationError
+from qvl_hydra.runs.files import read_json
 from qvl_hydra.settings import CalibrationSettings
 
 
@@ -51,8 +51,6 @@ def seen_by(folders: Iterable[Path]) -> set[str]:
     """Ids of the samples that runs calibrated or scored on, by their `calibration.json`."""
     seen: set[str] = set()
     for folder in folders:
-        path = folder / "calibration.json"
-        if path.exists():
-            content = json.loads(path.read_text())
-            seen |= {*content.get("samples", ()), *content.get("scored", ())}
+        content = read_json(folder / "calibration.json")
+        seen |= {*content.get("samples", ()), *content.get("scored", ())}
     return seen

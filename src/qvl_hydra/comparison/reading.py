@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from qvl_hydra.comparison.resampling import SampleTable, sample_table
 from qvl_hydra.errors import ComparisonError
+from qvl_hydra.runs.files import read_json, read_table, read_yaml
+
+NEEDED = ("op", "component", "block", "role", "group", "status", "score", "rank", "metric", "estimator")  # columns
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,10 @@ def read_run(folder: Path, *, name: str | None = None, scheme: str | None = None
     if not path.exists():
         others = ", ".join(sorted(item.name for item in folder.glob("scores*.parquet"))) or "no scores at all"
         raise ComparisonError(f"{folder} has no {path.name} ({others}); give the folder of a sweep that has scores")
-    table = pd.read_parquet(path).set_index("op", drop=False)
-    run = _json(folder / "run.json")
-    tracked = _json(folder / "mlflow.json")
-    config_path = folder / "config.yaml"
-    config = (yaml.safe_load(config_path.read_text()) if config_path.exists() else None) or {}
+    table = read_table(path, NEEDED).set_index("op", drop=False)
+    run = read_json(folder / "run.json")
+    tracked = read_json(folder / "mlflow.json")
+    config = read_yaml(folder / "config.yaml")
     return RunScores(
         name=name or folder.name,
         folder=folder,
@@ -85,15 +85,10 @@ def _ranking_rows(folder: Path, table: pd.DataFrame, scheme: str | None) -> pd.D
     path = folder / "sample_scores.parquet"
     if not path.exists():
         return pd.DataFrame({"op": [], "sample": [], "value": []})
-    rows = pd.read_parquet(path)
+    rows = read_table(path)
     if scheme is not None and rows["scheme"].nunique() > 1:
         rows = rows[rows["scheme"] == scheme]
     wanted = table[["metric", "estimator"]].rename(columns={"metric": "row_metric", "estimator": "row_estimator"})
     joined = rows.join(wanted, on="op")
     same = (joined["metric"] == joined["row_metric"]) & (joined["estimator"] == joined["row_estimator"])
     return rows[same.fillna(False)]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return content

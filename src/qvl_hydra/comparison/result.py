@@ -15,7 +15,7 @@ from qvl_hydra.comparison.alignment import without_counterpart
 from qvl_hydra.comparison.reading import RunScores
 from qvl_hydra.comparison.runs import Mapped
 from qvl_hydra.comparison.stability import Criterion
-from qvl_hydra.runs.folder import write_json, write_parquet
+from qvl_hydra.runs.files import write_json, write_parquet
 
 
 @dataclass(frozen=True)

@@ -6,136 +6,63 @@ a sweep only after two have run.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import difflib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qvl_hydra.entry.compose import CONFIG, config_folder, plain, scheme_settings
 from qvl_hydra.errors import SettingsError
 from qvl_hydra.profiles.choices import LEAVE
-from qvl_hydra.settings import QuantSettings, Settings, build_settings, judge_settings
+from qvl_hydra.settings import judge_settings
 from qvl_hydra.tasks.prepare import environment_faults
 
 MOST_JOBS = 64  # of a larger sweep only so many jobs are checked beforehand
-CONFIG = "config"
-SAVED = "saved_settings"  # what a run's own config.yaml is called while it is composed
+LARGEST_SWEEP = 10_000  # jobs
 _PASSED_ON = ("help", "hydra_help", "cfg", "info", "shell_completion")
 
 
-def config_folder() -> Path:
-    """The absolute folder of the configs: the checkout's `conf`, else the copy inside the installed package."""
-    package = Path(__file__).resolve().parents[1]
-    checkout = package.parents[1] / "conf"
-    return checkout if (checkout / "config.yaml").is_file() else package / "conf"
+@dataclass(frozen=True)
+class Checked:
+    """A command line that can run.
 
-
-def settings_from_config(config: DictConfig) -> Settings:
-    """The typed settings of a composed config.
-
-    Raises:
-        SettingsError: with every fault.
+    Attributes:
+        jobs: how many it has; None where Hydra only says something.
+        sweep_folder: of its multirun; None for one run.
     """
-    return build_settings(_plain(config))
+
+    jobs: int | None = None
+    sweep_folder: Path | None = None
 
 
-def _plain(config: DictConfig) -> dict[str, Any]:
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def scheme_settings(name: str) -> QuantSettings:
-    """Settings of a scheme named in `quant.also` or `profile.choices`.
-
-    Raises:
-        SettingsError: no such scheme.
-    """
-    folder = config_folder() / "quant"
-    if not (folder / f"{name}.yaml").is_file():
-        allowed = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        raise SettingsError([f"quant.also or profile.choices names {name!r}; allowed: {allowed}"])
-    own = yaml.safe_load((folder / f"{name}.yaml").read_text())
-    content: dict[str, Any] = {}
-    for base in own.pop("defaults", []):
-        if base != "_self_":
-            content |= vars(scheme_settings(base))
-    return QuantSettings(**{**content, **own})
-
-
-def with_choices(settings: Settings) -> tuple[Settings, list[QuantSettings]]:
-    """The settings whose `quant` is the first scheme to score, and the further ones.
-
-    Of task=profile they are `profile.choices`; else `quant.also`.
-
-    Raises:
-        SettingsError: no such scheme.
-    """
-    wanted = [name for name in settings.profile.choices if name != LEAVE]
-    if settings.task.name != "profile" or not wanted:
-        return settings, [scheme_settings(name) for name in settings.quant.also]
-    if settings.quant.name not in wanted:
-        quant = dataclasses.replace(scheme_settings(wanted[0]), perturb=settings.quant.perturb)
-        settings = dataclasses.replace(settings, quant=quant)
-    return settings, [scheme_settings(name) for name in dict.fromkeys(wanted) if name != settings.quant.name]
-
-
-def take_saved_settings(arguments: Sequence[str]) -> tuple[list[str], str]:
-    """Let the `config.yaml` that a run left be what is composed: `--config-dir <run folder> --config-name config`.
-
-    It stands over `conf/config.yaml`, which keeps what it does not hold (Hydra's own part); overrides stand over it.
-
-    Args:
-        arguments: without the program's name.
-
-    Returns:
-        The arguments without those two, and the name of the config to compose.
-
-    Raises:
-        SettingsError: there is no such file, or it holds no settings.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-dir", "-cd")
-    parser.add_argument("--config-name", "-cn")
-    parsed, kept = parser.parse_known_args(list(arguments))
-    if parsed.config_dir is None or parsed.config_name is None:
-        return list(arguments), CONFIG
-    path = Path(parsed.config_dir).expanduser() / f"{parsed.config_name.removesuffix('.yaml')}.yaml"
-    if not path.is_file():
-        raise SettingsError([f"--config-dir and --config-name name {path}, which is not there; give a run's folder"])
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict):
-        raise SettingsError([f"{path} holds no settings; give a run's folder, whose config.yaml does"])
-    ConfigStore.instance().store(SAVED, {"defaults": [CONFIG, "_self_"], **content})
-    return kept, SAVED
-
-
-def check_command_line(arguments: Sequence[str], name: str = CONFIG) -> None:
+def check_command_line(arguments: Sequence[str], name: str = CONFIG) -> Checked:
     """Refuse a command line that cannot run.
 
     Args:
         arguments: without the program's name.
         name: of the config to compose.
 
+    Returns:
+        What was found out about it.
+
     Raises:
         SettingsError: with every fault of every override and every job.
     """
     parsed = get_args_parser().parse_args(list(arguments))
-    if any(getattr(parsed, option) for option in (*_PASSED_ON, "config_dir", "config_name", "config_path")):
-        return
+    if any(getattr(parsed, option) for option in _PASSED_ON):
+        return Checked()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         faults: list[str] = []
         overrides = _parse(parsed.overrides, faults)
@@ -143,10 +70,27 @@ def check_command_line(arguments: Sequence[str], name: str = CONFIG) -> None:
             overrides = [item for item in overrides if not _sweep_fault(item, faults)]
         sound = [item for item in overrides if not _group_fault(item, faults)]
         sound = [item for item in sound if not _key_fault(item, sound, name, faults)]
-        for job in itertools.islice(_jobs(sound, parsed.multirun, name), MOST_JOBS):
-            faults.extend(fault for fault in _job_faults(job, name) if fault not in faults)
+        count = 0
+        for job in _jobs(sound, parsed.multirun, name, faults):
+            count += 1
+            if count <= MOST_JOBS:
+                faults.extend(fault for fault in _job_faults(job, name) if fault not in faults)
+        if not count and not faults:
+            faults.append("the sweep has no job: one of its lists or ranges is empty")
+        folder = None if faults or not parsed.multirun else _sweep_folder(parsed.overrides, name)
     if faults:
         raise SettingsError(faults)
+    return Checked(count, folder)
+
+
+def _sweep_folder(overrides: Sequence[str], name: str) -> Path:
+    """Where Hydra will put a multirun, whose time is taken here and now."""
+    fixed = [line for line in overrides if line.lstrip("+").startswith(("hydra.", "hydra/"))]
+    try:
+        config = compose(name, overrides=[*fixed, "hydra.mode=MULTIRUN"], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SettingsError([" ".join(line.strip() for line in str(error).splitlines()[:2])]) from error
+    return Path(str(config.hydra.sweep.dir)).expanduser().absolute()
 
 
 def _parse(lines: Sequence[str], faults: list[str]) -> list[Override]:
@@ -166,9 +110,9 @@ def _parse(lines: Sequence[str], faults: list[str]) -> list[Override]:
 
 
 def _values(item: Override) -> list[str]:
-    """What an override sets, as it is written: one value, or each of a sweep."""
+    """What an override sets, as it is written: one value, or each of a sweep, as far as a sweep may go."""
     if item.is_sweep_override():
-        return list(item.sweep_string_iterator())
+        return list(itertools.islice(item.sweep_string_iterator(), LARGEST_SWEEP + 1))
     return [item.get_value_element_as_str()]
 
 
@@ -232,7 +176,7 @@ def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{key}.")
 
 
-def _jobs(overrides: Sequence[Override], multirun: bool, name: str) -> Iterator[list[str]]:
+def _jobs(overrides: Sequence[Override], multirun: bool, name: str, faults: list[str]) -> Iterator[list[str]]:
     """The overrides of each job, as Hydra's basic sweeper makes them, the experiment's own sweep included."""
     if not multirun:
         yield [_line(item) for item in overrides]
@@ -249,13 +193,16 @@ def _jobs(overrides: Sequence[Override], multirun: bool, name: str) -> Iterator[
         [_line(item, value) for value in _values(item)] if item.is_sweep_override() else [_line(item)]
         for item in [*own, *overrides]
     ]
+    if (count := math.prod(map(len, lists))) > LARGEST_SWEEP:
+        faults.append(f"the sweep has {count} jobs; at most {LARGEST_SWEEP} are run by one command")
+        return
     for combination in itertools.product(*lists):
         yield list(combination)
 
 
 def _job_faults(overrides: Sequence[str], name: str) -> list[str]:
     try:
-        settings, faults = judge_settings(_plain(compose(name, overrides=list(overrides))))
+        settings, faults = judge_settings(plain(compose(name, overrides=list(overrides))))
     except (HydraException, OmegaConfBaseException) as error:
         return [" ".join(line.strip() for line in str(error).splitlines()[:2])]
     if settings is None:

@@ -26,7 +26,8 @@ from qvl_hydra.estimators.reverse import MakeProbes, Reading, ReverseSegment, st
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target
-from qvl_hydra.runs.folder import SampleScore, written_whole
+from qvl_hydra.runs.files import written_whole
+from qvl_hydra.runs.folder import SampleScore
 
 # From a sample, the mask of the positions that count, and the output at those (token, value); features come whole.
 MakeSampleProbes = Callable[[Sample, Tensor, Tensor], Iterable[Tensor]]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from qvl_hydra.runs.folder import write_atomically
+from qvl_hydra.runs.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-
 from qvl_hydra.reports.page import Column, Section, facts, notes, number, table, text
+from qvl_hydra.runs.files import read_json, read_table, read_value
 
 SHOWN = {
     "chooser": "chosen by",
@@ -34,9 +32,9 @@ def profile_sections(folder: Path) -> list[Section]:
     Args:
         folder: with `run.json`, `profiles.parquet`, `profile.json`, `exports/exports.json` and the figure.
     """
-    record = json.loads((folder / "run.json").read_text())["profile"]
-    profile = json.loads((folder / "profile.json").read_text())
-    profiles = pd.read_parquet(folder / "profiles.parquet")
+    record = read_json(folder / "run.json")["profile"]
+    profile = read_json(folder / "profile.json")
+    profiles = read_table(folder / "profiles.parquet")
     picture = base64.b64encode((folder / "figures" / "profile_spectrum.png").read_bytes()).decode()
     source = f"data:image/png;base64,{picture}"
     figure = f'<img style="max-width:100%" alt="exact match, KL and additivity of profiles" src="{source}">'
@@ -73,7 +71,7 @@ def _summary(record: dict[str, object]) -> str:
 
 def exports_section(folder: Path) -> Section:
     """The files written for other tools, and what is to know about each."""
-    content = json.loads((folder / "exports" / "exports.json").read_text())
+    content = read_value(folder / "exports" / "exports.json")
     columns = [Column("format"), Column("for"), Column("files", code=True), Column("remarks")]
     rows = [
         [

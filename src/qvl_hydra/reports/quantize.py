@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from qvl_hydra.reports.page import Column, Section, table
 from qvl_hydra.reports.profile import exports_section
+from qvl_hydra.runs.files import read_json
 
 SHOWN = {
     "n_quantized": "in INT8",
@@ -24,7 +24,7 @@ def quantize_sections(folder: Path) -> list[Section]:
     Args:
         folder: with `run.json` and `exports/exports.json`.
     """
-    results = json.loads((folder / "run.json").read_text())["quantize"]
+    results = read_json(folder / "run.json")["quantize"]
     columns = [Column("tool"), *(Column(title, number=True) for title in SHOWN.values())]
     rows = [[name, *(item[key] for key in SHOWN)] for name, item in results.items()]
     return [Section("Quantized by other tools", table(columns, rows)), exports_section(folder)]

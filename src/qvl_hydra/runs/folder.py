@@ -7,9 +7,7 @@ written beside and renamed. A killed run leaves its parts; the same run started 
 from __future__ import annotations
 
 import fcntl
-import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,11 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qvl_hydra.errors import RunFolderError
+from qvl_hydra.runs.files import damaged, read_json, read_value, write_json, written_whole
 from qvl_hydra.scores.shrink import CROSS, shrunk
 
 PARTS = "parts"
 FINGERPRINT = "fingerprint.json"
 LOCK = "run.lock"
+MADE_BEFORE = ("run.log", ".hydra")  # by Hydra, before a job begins
 RESUMED_FROM = "resumed_from.json"
 SWEEP = "sweep.json"
 SECONDS = "seconds"
@@ -70,34 +70,6 @@ PART_SCHEMA = pa.schema(
         for name in PART_COLUMNS
     ]
 )
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Where to write so that the file appears with all its content or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    yield beside
-    os.replace(beside, path)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole, and on the disk before it appears."""
-    with written_whole(path) as beside, beside.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(content, indent=2, sort_keys=True, default=str) + "\n").encode())
-
-
-def write_parquet(path: Path, frame: pd.DataFrame) -> None:
-    """Write a table as parquet, atomically."""
-    with written_whole(path) as beside:
-        frame.to_parquet(beside, index=False)
 
 
 class RunFolder:
@@ -159,8 +131,7 @@ class RunFolder:
 
     def recall(self, name: str, default: Any = None) -> Any:
         """The value kept under this name, or `default`."""
-        path = self.parts / f"{name}.json"
-        return json.loads(path.read_text()) if path.exists() else default
+        return read_value(self.parts / f"{name}.json", default)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -179,12 +150,11 @@ class RunFolder:
 
     def _keep_seconds(self) -> None:
         if self._began is not None:
-            with written_whole(self.parts / f"{SECONDS}.json") as beside:
-                beside.write_text(json.dumps(self.seconds))
+            write_json(self.parts / f"{SECONDS}.json", self.seconds)
 
     def frame(self) -> pd.DataFrame:
         """All scores on disk so far, one row a score, in the order of their units' names; sketches are combined."""
-        tables = [pq.read_table(path, schema=PART_SCHEMA) for path in sorted(self.parts.glob("*.parquet"))]
+        tables = [_part(path) for path in sorted(self.parts.glob("*.parquet"))]
         kept = pa.concat_tables([PART_SCHEMA.empty_table(), *tables])
         return shrunk(kept.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get))
 
@@ -211,13 +181,37 @@ class RunFolder:
             yield
 
 
+def _part(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, schema=PART_SCHEMA)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise damaged(path, error) from error
+
+
+def refuse_foreign_folder(path: Path) -> None:
+    """Leave a folder alone that holds files and is no run's; called before anything is written there.
+
+    Raises:
+        RunFolderError: it does.
+    """
+    if (path / LOCK).exists() or not path.is_dir():
+        return
+    foreign = sorted(item.name for item in path.iterdir() if item.name not in MADE_BEFORE)
+    if foreign:
+        raise RunFolderError(
+            f"{path} holds files that no run wrote ({', '.join(foreign[:3])}); give hydra.run.dir a folder of its own"
+        )
+
+
 def adopt(source: Path, target: RunFolder) -> None:
     """Take over the parts of another, unfinished run, and note whose they were.
 
     The other folder keeps its files but is no longer offered for resumption.
     """
     for path in (source / PARTS).iterdir():
-        if path.suffix != ".tmp":
+        if path.is_dir():
+            shutil.copytree(path, target.parts / path.name, dirs_exist_ok=True)
+        elif path.suffix != ".tmp":
             shutil.copy2(path, target.parts / path.name)
     write_json(target.path / RESUMED_FROM, {"folder": str(source.absolute())})
     if not _is_complete(source):
@@ -267,12 +261,11 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON file's content; empty when it is not there, or not readable."""
+    """A JSON file's content; empty when it is not there, or not readable: such a folder is no candidate."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_json(path)
+    except RunFolderError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _is_locked(folder: Path) -> bool:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from qvl_hydra import __version__
 from qvl_hydra.errors import RunFolderError
-from qvl_hydra.runs.folder import FINGERPRINT, RunFolder, adopt, find_resumable, write_json
+from qvl_hydra.runs.files import read_json, read_yaml, write_json
+from qvl_hydra.runs.folder import FINGERPRINT, RunFolder, adopt, find_resumable
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings, judge_settings
 from qvl_hydra.tasks.prepare import Prepared
@@ -43,7 +43,7 @@ def refuse_other_settings(settings: Settings, folder: RunFolder) -> None:
     saved = folder.path / "config.yaml"
     if not (folder.path / FINGERPRINT).exists() or not saved.exists():
         return
-    earlier, _ = judge_settings(yaml.safe_load(saved.read_text()) or {})
+    earlier, _ = judge_settings(read_yaml(saved))
     if earlier is None or _deciding(earlier) != _deciding(settings):
         raise RunFolderError(
             f"{folder.path} holds the results of a run with other settings; give this one its own hydra.run.dir"
@@ -85,7 +85,7 @@ def _source(settings: Settings, folder: RunFolder, fingerprint: str) -> Path | N
 
 
 def _kept(folder: Path) -> str:
-    return str(json.loads((folder / FINGERPRINT).read_text())["fingerprint"])
+    return str(read_json(folder / FINGERPRINT).get("fingerprint"))
 
 
 def _deciding(settings: Settings) -> dict[str, Any]:

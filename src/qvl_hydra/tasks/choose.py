@@ -28,7 +28,8 @@ from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.reports.profile import profile_sections
 from qvl_hydra.reports.sweep import write_sweep_report
-from qvl_hydra.runs.folder import RunFolder, write_json, write_parquet
+from qvl_hydra.runs.files import read_table, write_json, write_parquet
+from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import sweep
@@ -134,7 +135,7 @@ def _tables(folder: Path, main: str, schemes: Sequence[str]) -> dict[str, pd.Dat
                 f"profile.choices names {name}, which the sweep did not score; score it with "
                 f"quant={main} quant.also=[{','.join(other for other in schemes if other != main)}]"
             )
-        found[name] = pd.read_parquet(path)
+        found[name] = read_table(path)
     return found
 
 

@@ -22,7 +22,8 @@ from qvl_hydra.profiles.measure import measure_profiles, steps
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.apply import make_quantizer, observe_ranges
 from qvl_hydra.reports.comparison import write_comparison_report
-from qvl_hydra.runs.folder import RunFolder, write_atomically, write_json
+from qvl_hydra.runs.files import write_atomically, write_json
+from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import CompareSettings, Settings, TaskSettings, build_settings
 from qvl_hydra.tasks.prepare import prepare

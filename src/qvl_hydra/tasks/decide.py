@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from qvl_hydra.calibration.held_out import held_out, seen_by
 from qvl_hydra.calibration.sample import Sample
@@ -24,6 +21,7 @@ from qvl_hydra.profiles.select import Budget, select
 from qvl_hydra.profiles.units import Unit, units_from_scores
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.quantization.scheme import Scheme
+from qvl_hydra.runs.files import read_json, read_table
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
@@ -78,10 +76,10 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
     prepared = prepare(settings)
     scheme = prepared.schemes[0]
     notes = _compare_settings(settings, record, scheme, prepared)
-    table = pd.read_parquet(folder.path / "scores.parquet")
+    table = read_table(folder.path / "scores.parquet")
     units = tuple(units_from_scores(find_operators(prepared.model.module, settings.component.name), table))
     scored = table.dropna(subset=["metric"]).iloc[0]
-    samples = pd.read_parquet(folder.path / "sample_scores.parquet")
+    samples = read_table(folder.path / "sample_scores.parquet")
     interactions = interactions_from(samples, units, scheme.name, str(scored["metric"]))
     metric = "kl_answer" if scored["unit"] == unit_of("kl", "answer") else str(scored["metric"])
     budget = Budget(settings.profile.budget, settings.profile.value)
@@ -199,9 +197,7 @@ def fetch(settings: Settings, reference: str, into: Path) -> dict[str, Any]:
 
 def record_of(folder: Path) -> dict[str, Any]:
     """`run.json` of a folder; empty where there is none."""
-    path = folder / "run.json"
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return record
+    return read_json(folder / "run.json")
 
 
 def _compare_settings(

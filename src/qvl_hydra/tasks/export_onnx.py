@@ -15,7 +15,8 @@ from qvl_hydra.models.load import BUNDLED, describe_model, require_memory
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
 from qvl_hydra.onnx.export.component import Exported, export_component
 from qvl_hydra.onnx.scoring.session import pick_provider
-from qvl_hydra.runs.folder import RunFolder, write_json
+from qvl_hydra.runs.files import write_json
+from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks.prepare import Prepared, prepare

@@ -21,7 +21,8 @@ from qvl_hydra.profiles.profile import describe
 from qvl_hydra.profiles.spectrum import best_baseline, candidates, measure_curve
 from qvl_hydra.reports.profile import profile_sections
 from qvl_hydra.reports.sweep import write_sweep_report
-from qvl_hydra.runs.folder import RunFolder, write_json, write_parquet
+from qvl_hydra.runs.files import write_json, write_parquet
+from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import choose

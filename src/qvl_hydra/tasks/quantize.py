@@ -30,7 +30,8 @@ from qvl_hydra.profiles.profile import Profile, describe
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.reports.quantize import quantize_sections
 from qvl_hydra.reports.sweep import write_sweep_report
-from qvl_hydra.runs.folder import RunFolder, write_json
+from qvl_hydra.runs.files import write_json
+from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples

@@ -26,7 +26,8 @@ from qvl_hydra.models.memory import GIB, peak_memory_bytes
 from qvl_hydra.operators.discover import uncovered
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.reports.sweep import write_sweep_report
-from qvl_hydra.runs.folder import RunFolder, write_json, write_parquet
+from qvl_hydra.runs.files import read_table, write_json, write_parquet
+from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.runs.resume import fingerprint_of, take_up
 from qvl_hydra.runs.versions import installed_versions
 from qvl_hydra.scores.spread import sharpening
@@ -230,7 +231,7 @@ def versions() -> dict[str, str]:
 
 
 def _show(settings: Settings, folder: RunFolder, report: EngineReport, record: dict[str, Any], screen: Screen) -> None:
-    table = pd.read_parquet(folder.path / "scores.parquet")
+    table = read_table(folder.path / "scores.parquet")
     top = table[table["status"] == "scored"].sort_values("rank").head(SHOWN)
     title = f"most sensitive of {settings.model.name} ({record['scheme']}; {report.unit})"
     rows = [
@@ -254,7 +255,7 @@ def _show(settings: Settings, folder: RunFolder, report: EngineReport, record: d
             f"drawn at random sketch and exact have a rank correlation of {agreement:.3f}; expected on the wrong side "
             f"of the top {said['top_k']}: {said['expected_wrong_in_top_k']:.2f}"
         )
-    told = sharpening(pd.read_parquet(folder.path / "sample_scores.parquet"), report.metric, record["scheme"])
+    told = sharpening(read_table(folder.path / "sample_scores.parquet"), report.metric, record["scheme"])
     if told:
         screen.say(told)
     counts = {name: record[f"n_{name}"] for name in ("scored", "skipped", "failed")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
+
+from qvl_hydra.runs.files import read_json, read_table, read_yaml
 
 VALUE_LIMIT = 6000  # characters of a parameter, MLflow's own limit
 TAG_LIMIT = 8000
@@ -36,16 +36,9 @@ class Measured:
     step: int = 0
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's content; an absent one is empty."""
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return content
-
-
 def config(folder: Path) -> dict[str, Any]:
     """The resolved settings of the run, as `config.yaml` holds them; empty when there is none."""
-    path = folder / "config.yaml"
-    return (yaml.safe_load(path.read_text()) if path.exists() else None) or {}
+    return read_yaml(folder / "config.yaml")
 
 
 def parameters(folder: Path) -> dict[str, str]:
@@ -59,14 +52,14 @@ def metrics(folder: Path) -> list[Measured]:
     The most sensitive operator comes first: the UI's compare view opens on the first metric it is given.
     """
     path = folder / "scores.parquet"
-    found = list(_score_metrics(pd.read_parquet(path))) if path.exists() else []
+    found = list(_score_metrics(read_table(path))) if path.exists() else []
     found += [
         Measured(_legal(key), float(value))
         for key, value in _leaves(read_json(folder / "run.json"), "/")
         if isinstance(value, int | float) and not isinstance(value, bool) and key not in _IDENTITY
     ]
     path = folder / "profiles.parquet"
-    found += list(_profile_metrics(pd.read_parquet(path))) if path.exists() else []
+    found += list(_profile_metrics(read_table(path))) if path.exists() else []
     return [metric for metric in found if math.isfinite(metric.value)]
 
 
@@ -105,7 +98,7 @@ def description(folder: Path) -> str:
     path = folder / "scores.parquet"
     if not path.exists():
         return ""
-    run, scores = read_json(folder / "run.json"), pd.read_parquet(path)
+    run, scores = read_json(folder / "run.json"), read_table(path)
     counts = scores["status"].value_counts()
     summary = ", ".join(f"{counts.get(status, 0)} {status}" for status in ("scored", "skipped", "failed"))
     names = " · ".join(str(run.get(key, "")) for key in ("model", "component", "strategy", "backend"))

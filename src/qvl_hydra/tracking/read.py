@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,9 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from qvl_hydra.errors import ComparisonError
-from qvl_hydra.runs.folder import write_json
+from qvl_hydra.runs.files import read_json, write_json
 from qvl_hydra.settings import TrackingSettings
-from qvl_hydra.tracking.content import config, read_json
+from qvl_hydra.tracking.content import config
 from qvl_hydra.tracking.record import RECORD
 from qvl_hydra.tracking.store import experiment_id, open_client, told, tracking_uri
 
@@ -152,7 +151,7 @@ def _download(client: MlflowClient, run: Run, into: Path) -> Path:
 
 def run_link(folder: Path) -> tuple[str, str] | None:
     """Run id, and the link to its page that works inside the MLflow UI; None when the folder was never tracked."""
-    record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).exists() else {}
+    record = read_json(folder / RECORD)
     if not record.get("run_id"):
         return None
     return record["run_id"], f"#/experiments/{record['experiment_id']}/runs/{record['run_id']}?{UI_MODE}"

@@ -24,7 +24,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 
 from qvl_hydra.errors import TrackingError
-from qvl_hydra.runs.folder import write_json
+from qvl_hydra.runs.files import read_json, write_json
 from qvl_hydra.settings import TrackingSettings
 from qvl_hydra.tracking import content
 from qvl_hydra.tracking.store import experiment_id, file_lock, open_client, told, tracking_uri
@@ -159,7 +159,7 @@ def finish_parent(
 
 def recorded_run(folder: Path) -> dict[str, Any]:
     """What the folder knows of its run: `run_id`, `uri`, `experiment_id`; empty when it was never tracked."""
-    return content.read_json(folder / RECORD)
+    return read_json(folder / RECORD)
 
 
 def recorded_settings(folder: Path, uri: str | None = None) -> TrackingSettings:
@@ -218,7 +218,7 @@ def _folder_run(client: MlflowClient, settings: TrackingSettings, folder: Path) 
 def _ensure_run(client: MlflowClient, settings: TrackingSettings, path: Path, above: Mapping[str, str]) -> str:
     """The run that a record names in this store: the one it has, one with its key, or a new one."""
     with file_lock(path.with_suffix(".lock")):
-        record, uri = json.loads(path.read_text()), tracking_uri(settings)
+        record, uri = read_json(path), tracking_uri(settings)
         if record["uri"] == uri and record["run_id"] and _is_active(client, record["run_id"]):
             return str(record["run_id"])
         experiment = experiment_id(client, settings)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qvl_hydra.errors import QvlHydraError, TrackingError
-from qvl_hydra.tracking.content import read_json
+from qvl_hydra.runs.files import read_json
 from qvl_hydra.tracking.record import PARENT_RECORD, RunStatus, finish_parent, recorded_settings, send_run
 
 

@@ -37,7 +37,8 @@ from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.metrics import UNITS, output_metrics
 from qvl_hydra.models.memory import GIB, free_memory_bytes
-from qvl_hydra.runs.folder import RunFolder, SampleScore, write_json
+from qvl_hydra.runs.files import write_json
+from qvl_hydra.runs.folder import RunFolder, SampleScore
 
 ESTIMATOR = "inc"
 ORDER_FILE = "inc_order.json"

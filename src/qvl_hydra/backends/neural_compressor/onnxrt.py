@@ -30,7 +30,8 @@ from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.metrics import UNITS, error_counts, error_sums, next_token_labels, output_metrics
 from qvl_hydra.onnx.scoring.scorable import Scorable, split_rows
 from qvl_hydra.onnx.scoring.session import Device, pick_provider, quiet_runtime
-from qvl_hydra.runs.folder import RunFolder, SampleScore, write_json
+from qvl_hydra.runs.files import write_json
+from qvl_hydra.runs.folder import RunFolder, SampleScore
 
 ESTIMATOR = "inc"
 ORDER_FILE = "inc_order.json"

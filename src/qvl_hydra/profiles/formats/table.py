@@ -18,7 +18,7 @@ from qvl_hydra.profiles.formats import (
 )
 from qvl_hydra.profiles.formats.rendered import Format, misaligned
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.runs.folder import write_atomically, write_json
+from qvl_hydra.runs.files import write_atomically, write_json
 
 FORMATS = {
     "neural_compressor": Format("Neural Compressor", "neural-compressor 3.7.1", neural_compressor.render),

@@ -1,0 +1,238 @@
+"""One job: a run of one composed config in the folder that Hydra made for it.
+
+Nothing of the process that started it is needed: a launcher can put a job into any other, and how it ended stands on
+the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import logging
+import os
+import signal
+import time
+import traceback
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from qvl_hydra.entry.compose import settings_from_config, with_choices
+from qvl_hydra.entry.ends import BROKEN, STOPPED, WRONG_INPUT, End, note_end
+from qvl_hydra.errors import QvlHydraError, RunFolderError, TrackingError
+from qvl_hydra.runs.files import read_json, write_atomically, write_json
+from qvl_hydra.runs.folder import RESUMED_FROM, RunFolder, refuse_foreign_folder
+from qvl_hydra.runs.resume import refuse_other_settings
+from qvl_hydra.screen import Screen
+from qvl_hydra.settings import Settings
+from qvl_hydra.tracking.record import RunStatus, SweepParent, end_superseded, open_run, send_run
+from qvl_hydra.tracking.store import ui_command
+
+TASKS = {
+    "sweep": "qvl_hydra.tasks.sweep",
+    "compare": "qvl_hydra.tasks.compare",
+    "profile": "qvl_hydra.tasks.profile",
+    "quantize": "qvl_hydra.tasks.quantize",
+    "export_onnx": "qvl_hydra.tasks.export_onnx",
+}
+log = logging.getLogger(__name__)
+
+
+def run_job(config: DictConfig) -> int:
+    """Run one composed config; the jobs of a multirun that follow go on after any failure.
+
+    Returns:
+        The exit status that the job asks for.
+
+    Raises:
+        KeyboardInterrupt: it was stopped, which stops those that would follow.
+    """
+    quiet_libraries()
+    stop_politely()
+    runtime = HydraConfig.get()
+    path = Path(runtime.runtime.output_dir).absolute()
+    sweep, number = None, 0
+    if runtime.mode == RunMode.MULTIRUN:
+        sweep, number = Path(runtime.sweep.dir).absolute(), int(runtime.job.num)
+    return _Job(path, sweep, number, Screen(f"job {number}" if sweep else "")).run(config)
+
+
+def quiet_libraries() -> None:
+    """One bar is enough, and a full disk is told once and not again for each line that run.log lacks."""
+    logging.raiseExceptions = False
+    transformers.utils.logging.disable_progress_bar()
+
+
+def stop_politely() -> None:
+    """Let a polite kill and a terminal that goes away end a run as Ctrl-C does."""
+
+    def stop(signum: int, frame: types.FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(ValueError):  # a launcher may run jobs in threads, which have no signals
+        signal.signal(signal.SIGTERM, stop)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, stop)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A job and where it runs.
+
+    Attributes:
+        path: its run folder.
+        sweep: folder of its multirun; None for one run.
+        number: its place in the multirun.
+    """
+
+    path: Path
+    sweep: Path | None
+    number: int
+    screen: Screen
+
+    def run(self, config: DictConfig) -> int:
+        """Run it and note its end; its exit status."""
+        end = End("FAILED", BROKEN)
+        try:
+            refuse_foreign_folder(self.path)
+            folder = RunFolder(self.path)
+            settings = settings_from_config(config)
+            with folder.locked():
+                self._tracked(settings, folder, config)
+            end = End("FINISHED", 0)
+        except KeyboardInterrupt:
+            end = End("KILLED", STOPPED)
+            self.screen.finish()
+            self.screen.say(f"stopped; what was measured is in {self.path}, and the same command goes on from there")
+            if self.sweep is not None:
+                raise
+        except Exception as error:
+            end = self._fail(_explained(error, self.path))
+        finally:
+            if self.sweep is not None:
+                note_end(self.sweep, self.number, self.path, end)
+        return end.status
+
+    def _tracked(self, settings: Settings, folder: RunFolder, config: DictConfig) -> None:
+        """Run the task between opening and sending its MLflow run."""
+        refuse_other_settings(settings, folder)
+        write_atomically(folder.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
+        if settings.tracking.enabled:
+            open_run(settings.tracking, folder.path, name=_run_name(settings), tags=self._tags(settings),
+                     sweep=self._parent())  # fmt: skip
+        status: RunStatus = "FAILED"
+        tracked = False
+        try:
+            self._run_task(settings, folder)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        except Exception as error:
+            _note_failure(settings, folder, error)
+            raise
+        finally:
+            if settings.tracking.enabled:
+                tracked = self._send(settings, folder, status)
+        self.screen.say(f"files: {folder.path}")
+        if tracked:
+            self.screen.say(f"compare runs: {ui_command(settings.tracking)}")
+
+    def _run_task(self, settings: Settings, folder: RunFolder) -> None:
+        task = importlib.import_module(TASKS[settings.task.name])
+        if settings.task.name in ("sweep", "profile"):
+            settings, further = with_choices(settings)
+            task.run(settings, folder, self.screen, further)
+        else:
+            task.run(settings, folder, self.screen)
+
+    def _send(self, settings: Settings, folder: RunFolder, status: RunStatus) -> bool:
+        """Whether the run is with MLflow; where it is not, its files are, and the screen says how to send them."""
+        try:
+            run_id = send_run(folder.path, settings.tracking, status)
+            if source := read_json(folder.path / RESUMED_FROM).get("folder"):
+                end_superseded(Path(source), settings.tracking, run_id)
+        except (TrackingError, RunFolderError) as error:
+            command = f"python -m qvl_hydra.tracking.send {folder.path}"
+            self.screen.say(f"not tracked: {error}\nsend it later with: {command}")
+            return False
+        return True
+
+    def _tags(self, settings: Settings) -> dict[str, str]:
+        tags = {
+            "model": settings.model.name,
+            "component": settings.component.name,
+            "strategy": settings.strategy.name,
+            "backend": settings.backend.name,
+            "task": settings.task.name,
+        }
+        return tags if self.sweep is None else {**tags, "sweep_id": sweep_id(self.sweep)}
+
+    def _parent(self) -> SweepParent | None:
+        if self.sweep is None:
+            return None
+        identity = sweep_id(self.sweep)
+        return SweepParent(self.sweep, f"sweep {identity}", {"sweep_id": identity})
+
+    def _fail(self, error: Exception) -> End:
+        self.screen.finish()
+        wrong = isinstance(error, QvlHydraError)
+        log.error("%s\n%s", said(error), traceback.format_exc())
+        self.screen.say(f"error: {said(error)}")
+        show_traceback()
+        if not wrong:
+            self.screen.say(f"this is a fault of the program; {self.path / 'run.log'} has the details")
+        return End("FAILED", WRONG_INPUT if wrong else BROKEN)
+
+
+def sweep_id(sweep_folder: Path) -> str:
+    """Name of a multirun: the date and time of its folder."""
+    return f"{sweep_folder.parent.name}_{sweep_folder.name}"
+
+
+def said(error: Exception) -> str:
+    """An error in one text for the user."""
+    return str(error) if isinstance(error, QvlHydraError) else f"{type(error).__name__}: {error}"
+
+
+def show_traceback() -> None:
+    """Within an `except`: where it happened, for those who asked by HYDRA_FULL_ERROR=1."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        traceback.print_exc()
+
+
+def _explained(error: Exception, folder: Path) -> Exception:
+    """What the place that a run writes to lacks, with what to do about it; any other error as it is."""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        lack = "no space is left on the disk: make some, or take a hydra.run.dir elsewhere"
+    elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        lack = "memory ran out: take model.placement=streamed, model.dtype=bfloat16 or a smaller backend.row_chunk"
+    elif number in (errno.EACCES, errno.EROFS, errno.EPERM):
+        lack = f"{getattr(error, 'filename', None) or folder} cannot be written: take a hydra.run.dir elsewhere"
+    else:
+        return error
+    return QvlHydraError(f"{lack} ({folder}); then the same command goes on from what was measured")
+
+
+def _note_failure(settings: Settings, folder: RunFolder, error: Exception) -> None:
+    """Leave a `run.json` that says how the run ended, unless the task left one with what it had."""
+    result = folder.path / "run.json"
+    if not result.exists():
+        write_json(result, {"task": settings.task.name, "status": "failed", "error": said(error), "fingerprint": None})
+
+
+def _run_name(settings: Settings) -> str:
+    if settings.tracking.run_name:
+        return settings.tracking.run_name
+    parts = [settings.task.name, settings.model.name, settings.component.name]
+    if settings.task.name == "sweep":
+        parts += [settings.strategy.name, settings.backend.name, f"n{settings.calibration.size}"]
+    return " ".join(parts) + time.strftime(" %H:%M:%S")
