@@ -21,6 +21,15 @@ from qvl_hydra.estimators.table import OF_CURVATURE, OF_OUTPUTS, estimator_of
 from qvl_hydra.families.table import FAMILIES
 
 T = TypeVar("T")
+LAST_BLOCK = 9_999
+MOST = {  # what allocates, loops or draws; far above what is meant, far below what never answers
+    "size": 1_000_000, "batch_size": 100_000, "max_length": 10_000_000, "min_pixels": 1 << 28, "max_pixels": 1 << 28,
+    "probes": 65_536, "max_probes": 65_536, "top_k": 1_000_000, "controls": 1_000_000, "threads": 1024,
+    "row_chunk": 1_000_000, "resamples": 100_000, "regret_samples": 1_000_000, "random_draws": 1_000,
+    "evaluation_size": 1_000_000, "high_bits": 64, "check_samples": 10_000, "image_height": 4_200, "image_width": 4_200,
+    "confidence_batches": 1_000_000, "weight_group_size": 1 << 20, "input_group_size": 1 << 20, "opset": 30,
+    "max_ops": 10_000_000,
+}  # fmt: skip
 SEEDS = 2**32  # numpy's random generators take none below 0
 
 
@@ -91,6 +100,8 @@ def parse_blocks(text: str) -> frozenset[int]:
         if not low.isdigit() or (dash and not high.isdigit()):
             raise ValueError("expected indices and ranges such as '0-3,7'")
         first, last = int(low), int(high) if dash else int(low)
+        if last > LAST_BLOCK:
+            raise ValueError(f"block {last} is in no model; the last that can be named is {LAST_BLOCK}")
         if last < first:
             raise ValueError(f"the range {part.strip()} runs backwards")
         blocks.update(range(first, last + 1))
@@ -202,7 +213,7 @@ class BackendSettings:
         if self.name not in BACKENDS:
             found.append(f"backend={self.name}; allowed: {', '.join(BACKENDS)}")
         kind, _, index = self.device.partition(":")
-        if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
+        if kind not in ("auto", "cpu", "cuda") or (index and not (index.isdigit() and len(index) < 4)):
             found.append(f"backend.device={self.device!r}; allowed: auto, cpu, cuda, cuda:<index>")
         for key in ("threads", "row_chunk"):
             value = getattr(self, key)
@@ -525,6 +536,11 @@ def _build(cls: type[T], given: Mapping[str, Any], path: str, faults: list[str],
     if len(faults) > before:
         return None
     built = cls(**values)
+    limits.extend(
+        f"{path}{name}={value}; at most {MOST[name]}"
+        for name, value in values.items()
+        if name in MOST and isinstance(value, int) and value > MOST[name]
+    )
     if hasattr(built, "faults"):
         limits.extend(built.faults())
     return built

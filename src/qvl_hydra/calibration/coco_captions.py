@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, IterableDatasetDict, load_dataset
 from datasets import Image as ImageFeature
+from datasets import IterableDataset, IterableDatasetDict, load_dataset
 
+from qvl_hydra.calibration.order import shuffled
 from qvl_hydra.calibration.record import Record, text_fault
 from qvl_hydra.errors import CalibrationError
 from qvl_hydra.settings import CalibrationSettings
@@ -43,25 +45,29 @@ def read(settings: CalibrationSettings, token_side: int | None) -> Iterator[Reco
 def _read_files(settings: CalibrationSettings) -> Iterator[Record]:
     path, folder = Path(settings.annotations or "").expanduser(), Path(settings.images or "").expanduser()
     try:
-        content = json.loads(path.read_text())
-        images = {image["id"]: image["file_name"] for image in content["images"]}
+        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        images = {str(image["id"]): image["file_name"] for image in content["images"]}
         captions: dict[Any, tuple[Any, Any]] = {}
         for note in content["annotations"]:
-            key, first = note["image_id"], captions.get(note["image_id"])
-            if first is None or note["id"] < first[0]:
-                captions[key] = (note["id"], note["caption"])
-    except (ValueError, KeyError, TypeError) as error:
+            key, number = str(note["image_id"]), _number(note["id"])
+            if key not in captions or number < captions[key][0]:
+                captions[key] = (number, note["caption"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CalibrationError(
             f"calibration.annotations={path}: not a COCO caption file ({type(error).__name__}: {error}); it needs "
             "images with id and file_name, and annotations with id, image_id and caption"
         ) from error
     rows = [
         {"key": str(key), "file": images.get(key), "caption": captions.get(key, (None, None))[1]}
-        for key in sorted({*images, *captions}, key=str)
+        for key in sorted({*images, *captions})
     ]
-    for row in Dataset.from_list(rows).shuffle(seed=settings.seed) if rows else ():
-        name = row["file"] or f"image {row['key']}"
-        yield _record(name, folder / row["file"] if row["file"] else None, row["caption"], settings)
+    for row in shuffled(rows, settings.seed):
+        file = row["file"] if isinstance(row["file"], str) and row["file"] else None
+        yield _record(file or f"image {row['key']}", folder / file if file else None, row["caption"], settings)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.inf
 
 
 def _read_dataset(settings: CalibrationSettings) -> Iterator[Record]:

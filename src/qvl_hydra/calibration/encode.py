@@ -70,7 +70,7 @@ def load_processor(path: str | Path, revision: str | None = None) -> Processor:
         image_processor = (
             Qwen2VLImageProcessorPil.from_pretrained(origin, revision=revision or "main") if sees else None
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of files that anybody may have written, libraries raise whatever they like
         raise CalibrationError(
             f"{origin}: config, tokenizer or image processor cannot be read ({error}); the folder needs config.json, "
             "tokenizer.json with tokenizer_config.json, and preprocessor_config.json"
@@ -160,7 +160,7 @@ def encode(processor: Processor, name: str, prompt: str, answer: str, images: li
         assert processor.image_processor is not None
         try:
             patches = processor.image_processor(images=images, return_tensors="pt")
-        except ValueError as error:
+        except (ValueError, ArithmeticError, RuntimeError) as error:
             raise EncodingError(str(error)) from error
         pixels, grid = patches["pixel_values"].float(), patches["image_grid_thw"]
         asked = expand_image_tokens(asked, grid, config)

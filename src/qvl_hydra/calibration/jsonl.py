@@ -6,8 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets import Dataset
-
+from qvl_hydra.calibration.order import shuffled
 from qvl_hydra.calibration.record import Record, text_fault
 from qvl_hydra.settings import CalibrationSettings
 
@@ -30,16 +29,16 @@ def read(settings: CalibrationSettings, token_side: int | None) -> Iterator[Reco
     """
     path = Path(settings.path or "").expanduser()
     folder = Path(settings.images).expanduser() if settings.images else path.parent
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # a text may hold other ends of line
     rows = [{"name": f"{path.name}:{number}", "line": line} for number, line in enumerate(lines, 1) if line.strip()]
-    for row in Dataset.from_list(rows).shuffle(seed=settings.seed) if rows else ():
+    for row in shuffled(rows, settings.seed):
         yield _record(row["name"], row["line"], folder, settings)
 
 
 def _record(name: str, line: str, folder: Path, settings: CalibrationSettings) -> Record:
     try:
         content = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Record(name, fault=f"not valid JSON ({error})")
     if not isinstance(content, dict):
         return Record(name, fault="not a JSON object with image, prompt, answer")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageOps
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format that starts another program
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,11 @@ def read_image(source: Path | bytes) -> Image.Image:
     if isinstance(source, Path) and not source.is_file():
         raise FileNotFoundError(f"image file {source} does not exist")
     try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's decoders raise them all
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a file's odd metadata
+            with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # decoders raise a dozen unrelated kinds on a corrupt file
         label = str(source) if isinstance(source, Path) else "in the data set"
         raise OSError(f"image {label} cannot be read: {error}") from error
 
@@ -47,4 +52,6 @@ def text_fault(prompt: object, answer: object) -> str | None:
     for name, text in (("prompt", prompt), ("answer", answer)):
         if not isinstance(text, str) or not text.strip():
             return f"the {name} is missing or empty"
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            return f"the {name} holds half of a letter (a lone surrogate)"
     return None

@@ -84,6 +84,9 @@ def sample_of(record: Record, processor: Processor, max_length: int | None) -> S
     except (OSError, EncodingError) as error:
         return BadSample(record.name, str(error))
     length = len(sample.input_ids)
+    most = getattr(processor.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and length > most:
+        return BadSample(record.name, f"{length} tokens, above the model's {most} positions")
     if max_length is not None and length > max_length:
         return BadSample(record.name, f"{length} tokens, above calibration.max_length={max_length}")
     return sample

@@ -67,6 +67,8 @@ def after_multirun(sweep_folder: Path, jobs: int, stopped: bool, screen: Screen)
     failed = [number for number, end in enumerate(ends) if end.end != "FINISHED"]
     if failed and not stopped:
         screen.say(f"{len(failed)} of {jobs} jobs did not finish: {', '.join(map(str, failed))}")
+    if any(end.end == "LOST" for end in ends) and not stopped:
+        screen.say("jobs were lost with their process; the same command goes on from what they had measured")
     settings = _settings_of(ends)
     if settings is None:
         return status

@@ -15,6 +15,7 @@ import signal
 import time
 import traceback
 import types
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def run_job(config: DictConfig) -> int:
 def quiet_libraries() -> None:
     """One bar is enough, and a full disk is told once and not again for each line that run.log lacks."""
     logging.raiseExceptions = False
+    warnings.filterwarnings("ignore", message=".*is validated against ConfigStore schema")  # launchers have YAMLs here
     transformers.utils.logging.disable_progress_bar()
 
 

@@ -28,6 +28,12 @@ from qvl_hydra.settings import ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUNDLED = "bundled:"
+LARGEST_CONFIG = 1 << 24  # bytes
+LARGEST = {
+    "num_hidden_layers": 1000, "depth": 1000, "hidden_size": 1 << 17, "intermediate_size": 1 << 20,
+    "vocab_size": 1 << 24, "num_attention_heads": 1 << 12, "num_heads": 1 << 12, "patch_size": 1 << 10,
+    "num_position_embeddings": 1 << 20, "head_dim": 1 << 13,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,11 +109,7 @@ def describe_model(settings: ModelSettings) -> ModelDescription:
         ModelError: the folder is missing or incomplete, the hub cannot be reached, or the family is another one.
     """
     folder = model_folder(settings)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        place = folder / "config.json"
-        raise ModelError(f"model.path={settings.path}: {place} is no model config ({error})") from error
+    config = _config(folder, settings)
     if config.model_type not in FAMILIES:
         raise ModelError(
             f"model.path={settings.path} holds a {config.model_type!r} model, and there is no such family; "
@@ -120,12 +122,55 @@ def describe_model(settings: ModelSettings) -> ModelDescription:
             f"set model.family={config.model_type}, or null for whatever the folder holds"
         )
     _override(config, settings)
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        skeleton: Any = family.load_class()(config)
-    if config.tie_word_embeddings:
-        skeleton.tie_weights()
+    _require_sane(config, settings)
+    try:
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            skeleton: Any = family.load_class()(config)
+        if config.tie_word_embeddings:
+            skeleton.tie_weights()
+    except Exception as error:  # of a config that anybody may have written
+        raise ModelError(
+            f"model.path={settings.path}: {folder / 'config.json'} describes no model that can be built "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
     return ModelDescription(settings.path, folder, family, config, skeleton.eval(), settings)
+
+
+def _config(folder: Path, settings: ModelSettings) -> PretrainedConfig:
+    """The config of a folder; whatever reading it raises is told as a fault of the file."""
+    place = folder / "config.json"
+    try:
+        if place.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"it has {place.stat().st_size} bytes")
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(
+            f"model.path={settings.path}: {place} is no model config ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    if (quantized := getattr(config, "quantization_config", None)) is not None:
+        method = quantized.get("quant_method", "") if isinstance(quantized, dict) else type(quantized).__name__
+        raise ModelError(
+            f"model.path={settings.path} is quantized already ({method}); scores are measured on the original weights"
+        )
+    return config
+
+
+def _require_sane(config: PretrainedConfig, settings: ModelSettings) -> None:
+    """Refuse sizes that no model has, before modules are made of them."""
+    parts = [config, *(getattr(config, name, None) for name in ("text_config", "vision_config"))]
+    for part in filter(None, parts):
+        for name, most in LARGEST.items():
+            value = getattr(part, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value <= most:
+                raise ModelError(
+                    f"model.path={settings.path}: config.json says {name}={value}; at most {most} is built"
+                )
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, at the length of a message."""
+    return " ".join(str(error).split())[:300]
 
 
 def model_folder(settings: ModelSettings) -> Path:
@@ -242,8 +287,8 @@ def _pretrained_model(description: ModelDescription) -> nn.Module:
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{description.folder}: the weights cannot be read: {error}") from error
+    except Exception as error:
+        raise ModelError(f"{description.folder}: the weights cannot be read: {first_line(error)}") from error
     return model
 
 

@@ -74,6 +74,8 @@ def environment_faults(settings: Settings) -> list[str]:
             check()
         except QvlHydraError as error:
             faults.append(str(error))
+        except (OSError, ValueError) as error:  # a name of 300 letters, or with a zero byte
+            faults.append(f"a path of the settings cannot be looked at ({error})")
     module, package, extra = row.package if row and row.package else ("", "", "")
     if module and importlib.util.find_spec(module) is None:
         faults.append(str(MissingExtraError(package, extra, f"backend={settings.backend.name}")))
