@@ -16,7 +16,7 @@ from qvl_hydra.entry.compose import config_folder, scheme_settings, settings_fro
 from qvl_hydra.settings import Settings
 
 CONF = config_folder()
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "experiment")
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("experiment", "hydra"))
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # What an option cannot know by itself.

@@ -17,7 +17,7 @@ import pytest
 from qvl_hydra.errors import RunFolderError
 from qvl_hydra.runs import folder as store
 from qvl_hydra.runs.files import write_atomically, write_json
-from qvl_hydra.runs.folder import COLUMNS, FINGERPRINT, RunFolder, SampleScore, adopt, find_resumable, note_sweep
+from qvl_hydra.runs.folder import COLUMNS, END, FINGERPRINT, RunFolder, SampleScore, adopt, find_resumable, note_sweep
 
 
 def score(op: str = "lm_head", sample: str = "s0", value: float = 1.5, probe: int | None = None) -> SampleScore:
@@ -129,6 +129,7 @@ def killed_run(path: Path, fingerprint: str = "f", status: str | None = None, pa
     write_json(path / FINGERPRINT, {"fingerprint": fingerprint})
     if status is not None:
         write_json(path / "run.json", {"status": status})
+        write_json(path / END, {"end": "FINISHED"})
     return folder
 
 

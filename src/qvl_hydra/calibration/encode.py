@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,8 @@ from transformers.utils import cached_file
 from qvl_hydra.calibration.sample import IGNORED, Sample
 from qvl_hydra.errors import CalibrationError
 from qvl_hydra.families.table import FAMILIES, family_of
+
+TEMPLATE_S = 5.0  # for a chat template to make one turn
 
 
 class EncodingError(ValueError):
@@ -75,6 +81,11 @@ def load_processor(path: str | Path, revision: str | None = None) -> Processor:
             f"{origin}: config, tokenizer or image processor cannot be read ({error}); the folder needs config.json, "
             "tokenizer.json with tokenizer_config.json, and preprocessor_config.json"
         ) from error
+    if image_processor is not None:
+        for name in ("patch_size", "merge_size"):
+            value = getattr(image_processor, name)
+            if not isinstance(value, int) or not 1 <= value <= 1024:
+                raise CalibrationError(f"{origin}: preprocessor_config.json says {name}={value!r}; expected 1 to 1024")
     if config.model_type not in FAMILIES:
         allowed = ", ".join(FAMILIES)
         raise CalibrationError(f"{origin}: model_type is {config.model_type!r}; allowed: {allowed}")
@@ -183,14 +194,41 @@ def render_turn(processor: Processor, prompt: str, answer: str, images: int) -> 
     asking: list[dict[str, Any]] = [{"role": "user", "content": content}]
     answering = [*asking, {"role": "assistant", "content": reply}]
     template = processor.tokenizer.apply_chat_template
-    question = str(template(asking, tokenize=False, add_generation_prompt=True))
-    whole = str(template(answering, tokenize=False))
+    try:
+        with _at_most(TEMPLATE_S):
+            question = str(template(asking, tokenize=False, add_generation_prompt=True))
+            whole = str(template(answering, tokenize=False))
+    except TimeoutError as error:
+        raise CalibrationError(f"the chat template needs more than {TEMPLATE_S} s for one turn") from error
+    except Exception as error:  # a template can raise whatever it likes
+        raise CalibrationError(
+            f"the chat template cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
     if not whole.startswith(question):
         raise CalibrationError(
             "the chat template does not put the answer after the generation prompt; "
             "the checkpoint needs its family's own template"
         )
     return question, whole[len(question) :].rstrip()  # the line break after the end of turn is nobody's answer
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """End what takes longer by a TimeoutError; outside the main thread, which has no signals, nothing is ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(signum: int, frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    others = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *others)  # whoever set it before waits a moment longer
 
 
 def expand_image_tokens(ids: list[int], grid: Int64[Tensor, "image 3"], config: PretrainedConfig) -> list[int]:

@@ -26,8 +26,8 @@ def main() -> None:
     try:
         sys.argv[1:], config_name = take_saved_settings(sys.argv[1:])
         checked = check_command_line(sys.argv[1:], config_name)
+        held = None if checked.sweep_folder is None else begin(checked.sweep_folder)
         if checked.sweep_folder is not None:
-            begin(checked.sweep_folder)
             sys.argv.append(f"hydra.sweep.dir='{checked.sweep_folder}'")
     except QvlHydraError as error:
         screen.say(f"error: {error}")
@@ -38,6 +38,7 @@ def main() -> None:
         sys.exit(WRONG_INPUT)
     stop_politely()
     status = _run(config_name, checked, screen)
+    del held
     _flush(screen)
     sys.exit(status)
 

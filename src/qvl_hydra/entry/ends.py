@@ -9,7 +9,7 @@ from typing import Literal
 
 from qvl_hydra.errors import QvlHydraError, RunFolderError, TrackingError
 from qvl_hydra.runs.files import read_json, read_yaml, write_json
-from qvl_hydra.runs.folder import note_sweep
+from qvl_hydra.runs.folder import SWEEP_LOCK, hold, note_sweep
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings, judge_settings
 from qvl_hydra.tracking.record import RunStatus, finish_parent
@@ -33,10 +33,19 @@ class End:
     folder: str = ""
 
 
-def begin(sweep_folder: Path) -> None:
-    """Note that a multirun begins; what an earlier one left of its jobs' ends is gone."""
+def begin(sweep_folder: Path) -> object:
+    """Note that a multirun begins; what an earlier one left of its jobs' ends is gone.
+
+    Returns:
+        What holds the folder as long as it is kept.
+
+    Raises:
+        RunFolderError: another command is at work there.
+    """
+    held = hold(sweep_folder / SWEEP_LOCK)
     shutil.rmtree(sweep_folder / ENDS, ignore_errors=True)
     note_sweep(sweep_folder, ended=False)
+    return held
 
 
 def note_end(sweep_folder: Path, number: int, folder: Path, end: End) -> None:

@@ -29,12 +29,12 @@ from qvl_hydra.entry.compose import settings_from_config, with_choices
 from qvl_hydra.entry.ends import BROKEN, STOPPED, WRONG_INPUT, End, note_end
 from qvl_hydra.errors import QvlHydraError, RunFolderError, TrackingError
 from qvl_hydra.runs.files import read_json, write_atomically, write_json
-from qvl_hydra.runs.folder import RESUMED_FROM, RunFolder, refuse_foreign_folder
+from qvl_hydra.runs.folder import END, RESUMED_FROM, RunFolder, refuse_foreign_folder
 from qvl_hydra.runs.resume import refuse_other_settings
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tracking.record import RunStatus, SweepParent, end_superseded, open_run, send_run
-from qvl_hydra.tracking.store import ui_command
+from qvl_hydra.tracking.store import masked, ui_command
 
 TASKS = {
     "sweep": "qvl_hydra.tasks.sweep",
@@ -101,12 +101,13 @@ class _Job:
 
     def run(self, config: DictConfig) -> int:
         """Run it and note its end; its exit status."""
-        end = End("FAILED", BROKEN)
+        end, held = End("FAILED", BROKEN), False
         try:
             refuse_foreign_folder(self.path)
             folder = RunFolder(self.path)
             settings = settings_from_config(config)
             with folder.locked():
+                held = True
                 self._tracked(settings, folder, config)
             end = End("FINISHED", 0)
         except KeyboardInterrupt:
@@ -118,6 +119,8 @@ class _Job:
         except Exception as error:
             end = self._fail(_explained(error, self.path))
         finally:
+            if held:
+                write_json(self.path / END, {"end": end.end})
             if self.sweep is not None:
                 note_end(self.sweep, self.number, self.path, end)
         return end.status
@@ -125,7 +128,8 @@ class _Job:
     def _tracked(self, settings: Settings, folder: RunFolder, config: DictConfig) -> None:
         """Run the task between opening and sending its MLflow run."""
         refuse_other_settings(settings, folder)
-        write_atomically(folder.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
+        (folder.path / END).unlink(missing_ok=True)
+        write_atomically(folder.path / "config.yaml", _saved(config, settings).encode())
         if settings.tracking.enabled:
             open_run(settings.tracking, folder.path, name=_run_name(settings), tags=self._tags(settings),
                      sweep=self._parent())  # fmt: skip
@@ -208,6 +212,14 @@ def show_traceback() -> None:
     """Within an `except`: where it happened, for those who asked by HYDRA_FULL_ERROR=1."""
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exc()
+
+
+def _saved(config: DictConfig, settings: Settings) -> str:
+    """The resolved settings as they are saved: without the secrets of the tracker's address."""
+    resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    if settings.tracking.uri is not None:
+        OmegaConf.update(resolved, "tracking.uri", masked(settings.tracking.uri))
+    return OmegaConf.to_yaml(resolved)
 
 
 def _explained(error: Exception, folder: Path) -> Exception:

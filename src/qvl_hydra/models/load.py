@@ -32,7 +32,7 @@ LARGEST_CONFIG = 1 << 24  # bytes
 LARGEST = {
     "num_hidden_layers": 1000, "depth": 1000, "hidden_size": 1 << 17, "intermediate_size": 1 << 20,
     "vocab_size": 1 << 24, "num_attention_heads": 1 << 12, "num_heads": 1 << 12, "patch_size": 1 << 10,
-    "num_position_embeddings": 1 << 20, "head_dim": 1 << 13,
+    "num_position_embeddings": 1 << 20, "head_dim": 1 << 13, "spatial_merge_size": 64,
 }  # fmt: skip
 
 
@@ -162,9 +162,9 @@ def _require_sane(config: PretrainedConfig, settings: ModelSettings) -> None:
     for part in filter(None, parts):
         for name, most in LARGEST.items():
             value = getattr(part, name, None)
-            if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value <= most:
+            if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value <= most:
                 raise ModelError(
-                    f"model.path={settings.path}: config.json says {name}={value}; at most {most} is built"
+                    f"model.path={settings.path}: config.json says {name}={value}; 1 to {most} is built"
                 )
 
 

@@ -7,21 +7,23 @@ reference logits are in memory; image features of a tower that is not quantized 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qvl_hydra.calibration.sample import IGNORED, Sample
+from qvl_hydra.calibration.sample import IGNORED, Sample, samples_sha
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.models.forward import logits, text_inputs, vision_features
 from qvl_hydra.profiles.apply import applied
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.qdq import OperatorQuantizer
+from qvl_hydra.runs.folder import RunFolder
 
 BATCH_LOGITS = 2**26  # numbers in one batch's logits at most: 256 MiB in float32, and a few copies of it
 
@@ -55,6 +57,11 @@ class _Sums:
     loss: float = 0.0
     right: int = 0
 
+    def add(self, other: _Sums) -> None:
+        """Add another's sums to these."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
 
 @dataclass(frozen=True)
 class _Reference:
@@ -74,6 +81,7 @@ def measure_profiles(
     samples: Sequence[Sample],
     component: str,
     each: Callable[[], None] = lambda: None,
+    folder: RunFolder | None = None,
 ) -> list[Measurement]:
     """Measure every profile; equal ones are measured once.
 
@@ -82,6 +90,7 @@ def measure_profiles(
         quantizers: of every operator that some profile quantizes.
         samples: held-out samples with answers; with `vision` those without an image are left out.
         each: called after each profile on each batch, `steps(...)` times in all.
+        folder: where each batch is kept as it is measured, for a run that is killed.
 
     Returns:
         One measurement a profile, in their order.
@@ -91,18 +100,44 @@ def measure_profiles(
     """
     batches = _batches(module, samples, component)
     kinds = {profile.key: profile for profile in profiles}
-    sums = {low: _Sums() for low in kinds}
+    totals = {low: _Sums() for low in kinds}
     count = 0
     with torch.no_grad():
         for rows in batches:
-            batch = _reference(module, rows, component)
             count += len(rows)
-            for low, profile in kinds.items():
-                with applied(module, profile, quantizers):
-                    _add(sums[low], module, batch)
-                each()
-    found = {low: _mean(sums[low], count, kinds[low].chooser) for low in kinds}
+            unit = f"profiles-{_named(list(kinds), rows, component)}"
+            kept = None if folder is None else folder.recall(unit)
+            if kept is None:
+                kept = []
+                batch = _reference(module, rows, component)
+                for profile in kinds.values():
+                    sums = _Sums()
+                    with applied(module, profile, quantizers):
+                        _add(sums, module, batch)
+                    kept.append(astuple(sums))
+                    each()
+                if folder is not None:
+                    folder.remember(unit, kept)
+            else:
+                for _ in kinds:
+                    each()
+            for low, found_here in zip(kinds, kept, strict=True):
+                totals[low].add(_Sums(*found_here))
+    found = {low: _mean(totals[low], count, kinds[low].chooser) for low in kinds}
     return [found[profile.key] for profile in profiles]
+
+
+def _named(keys: Sequence[object], rows: Sequence[Sample], component: str) -> str:
+    """A name for what is measured of some samples: by the profiles, the samples and the component."""
+    content = repr(([_ordered(key) for key in keys], samples_sha(rows), component))
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _ordered(key: object) -> str:
+    """A profile's key in a text that is the same in every process."""
+    if isinstance(key, frozenset | set):
+        return repr(sorted(map(_ordered, key)))
+    return repr([_ordered(item) for item in key]) if isinstance(key, tuple | list) else repr(key)
 
 
 def steps(module: nn.Module, profiles: Sequence[Profile], samples: Sequence[Sample], component: str) -> int:

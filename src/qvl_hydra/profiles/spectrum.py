@@ -17,6 +17,7 @@ from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.select import Budget, select
 from qvl_hydra.profiles.units import Unit
 from qvl_hydra.quantization.qdq import OperatorQuantizer
+from qvl_hydra.runs.folder import RunFolder
 
 COLUMNS = (
     "chooser",  # scores, or a baseline
@@ -88,18 +89,19 @@ def measure_curve(
     metric: str,
     each: Callable[[], None] = lambda: None,
     interactions: Interactions | None = None,
+    folder: RunFolder | None = None,
 ) -> pd.DataFrame:
     """Measure every candidate.
 
     Args:
         metric: of the scores, which `predicted` is in; `kl_answer` is KL at the answer's positions.
         interactions: of the scores.
-        each: called as `measure_profiles` does.
+        each, folder: as of `measure_profiles`.
 
     Returns:
         One row a candidate, with the columns of `COLUMNS`: the content of `profiles.parquet`.
     """
-    measured = measure_profiles(module, [item.profile for item in found], quantizers, samples, component, each)
+    measured = measure_profiles(module, [item.profile for item in found], quantizers, samples, component, each, folder)
     low = measured[0]  # the first candidate quantizes all that may be
     high = next(value for item, value in zip(found, measured, strict=True) if not item.profile.low)
     rows = [

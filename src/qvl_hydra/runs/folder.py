@@ -27,6 +27,8 @@ from qvl_hydra.scores.shrink import CROSS, shrunk
 PARTS = "parts"
 FINGERPRINT = "fingerprint.json"
 LOCK = "run.lock"
+SWEEP_LOCK = "sweep.lock"
+END = "end.json"  # how the command in this folder ended: there only when it did
 MADE_BEFORE = ("run.log", ".hydra")  # by Hydra, before a job begins
 RESUMED_FROM = "resumed_from.json"
 SWEEP = "sweep.json"
@@ -257,7 +259,8 @@ def _in_stopped_sweep(folder: Path) -> bool:
 
 
 def _is_complete(folder: Path) -> bool:
-    return _read(folder / "run.json").get("status") == "complete"
+    """Whether the command that made the folder went to its end; a result alone can be that of a part of it."""
+    return _read(folder / "run.json").get("status") == "complete" and _read(folder / END).get("end") == "FINISHED"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -269,8 +272,33 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_locked(folder: Path) -> bool:
+    return is_held(folder / LOCK)
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds a lock file."""
     try:
-        with RunFolder(folder).locked():
+        with lock.open("r+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return False
-    except RunFolderError:
+    except FileNotFoundError:
+        return False
+    except OSError:
         return True
+
+
+def hold(lock: Path) -> object:
+    """Hold a lock file until the process ends, or what is given back is let go.
+
+    Raises:
+        RunFolderError: another process holds it.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    stream = lock.open("a+")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RunFolderError(
+            f"another command is at work in {lock.parent}; wait for it, or take another folder"
+        ) from error
+    return stream

@@ -72,7 +72,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     """
     began = time.perf_counter()
     plans = _decide(settings, folder, screen, further)
-    table, samples = _measure(settings, plans, folder.path, screen)
+    table, samples = _measure(settings, plans, folder, screen)
     write_parquet(folder.path / "profiles.parquet", table)
     chosen = plans.profiles[plans.chosen]
     budget = f"average_bits={plans.values[plans.chosen]:g}"
@@ -151,7 +151,7 @@ def _quantizers(settings: Settings, plans: Plans) -> dict[str, OperatorQuantizer
     return found
 
 
-def _measure(settings: Settings, plans: Plans, folder: Path, screen: Screen) -> tuple[pd.DataFrame, int]:
+def _measure(settings: Settings, plans: Plans, folder: RunFolder, screen: Screen) -> tuple[pd.DataFrame, int]:
     """Plans, everything in its cheapest choice and everything in high precision, on held-out samples."""
     prepared, bits = plans.prepared, settings.profile.high_bits
     cheapest = frontier(plans.units, 2)[0]
@@ -163,14 +163,14 @@ def _measure(settings: Settings, plans: Plans, folder: Path, screen: Screen) -> 
         *ends,
         *(Candidate(Budget("average_bits", v), p) for v, p in zip(plans.values, plans.profiles, strict=True)),
     ]
-    seen = seen_by([folder]) | {sample.id for sample in prepared.calibration.samples}
+    seen = seen_by([folder.path]) | {sample.id for sample in prepared.calibration.samples}
     samples = held_out(settings.calibration, prepared.processor, settings.profile.evaluation_size, seen)
     module, component = prepared.model.module, settings.component.name
     quantizers = _quantizers(settings, plans)
     profiles = [item.profile for item in found]
     screen.total(steps(module, profiles, samples, component), f"measuring {len(profiles)} plans")
     try:
-        table = measure_curve(module, found, quantizers, samples, component, plans.metric, screen.step)
+        table = measure_curve(module, found, quantizers, samples, component, plans.metric, screen.step, folder=folder)
     finally:
         screen.finish()
     for name in plans.schemes:

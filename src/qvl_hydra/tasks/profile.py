@@ -47,7 +47,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     began = time.perf_counter()
     decision = decide(settings, folder, screen)
     samples, few = evaluation_samples(settings, decision, folder.path)
-    table = _measure(settings, decision, samples, screen)
+    table = _measure(settings, decision, samples, folder, screen)
     write_parquet(folder.path / "profiles.parquet", table)
     write_json(folder.path / "profile.json", {"budget": str(decision.budget), **describe(decision.profile)})
     draw_spectrum(table, decision.metric, folder.path / FIGURE)
@@ -60,7 +60,9 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     _show(decision, table, summary, notes, screen)
 
 
-def _measure(settings: Settings, decision: Decision, samples: Sequence[Sample], screen: Screen) -> pd.DataFrame:
+def _measure(
+    settings: Settings, decision: Decision, samples: Sequence[Sample], folder: RunFolder, screen: Screen
+) -> pd.DataFrame:
     module = decision.prepared.model.module
     errors = weight_errors(module, decision.quantizers) if settings.profile.baselines else None
     found = candidates(
@@ -72,7 +74,15 @@ def _measure(settings: Settings, decision: Decision, samples: Sequence[Sample], 
     screen.total(steps(module, profiles, samples, component), f"measuring {len(profiles)} profiles")
     try:
         return measure_curve(
-            module, found, decision.quantizers, samples, component, decision.metric, screen.step, decision.interactions
+            module,
+            found,
+            decision.quantizers,
+            samples,
+            component,
+            decision.metric,
+            screen.step,
+            decision.interactions,
+            folder,
         )
     finally:
         screen.finish()
@@ -118,9 +128,7 @@ def _export_notes(exports: list[dict[str, Any]]) -> list[str]:
     return [f"not exported: {record['error']}" for record in exports if "error" in record]
 
 
-def _show(
-    decision: Decision, table: pd.DataFrame, summary: dict[str, Any], notes: list[str], screen: Screen
-) -> None:
+def _show(decision: Decision, table: pd.DataFrame, summary: dict[str, Any], notes: list[str], screen: Screen) -> None:
     total = len(decision.profile.operators)
     own = table[table["chooser"] == "scores"].sort_values("n_high").to_dict("records")
     rows = [

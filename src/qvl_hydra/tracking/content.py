@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from qvl_hydra.runs.files import read_json, read_table, read_yaml
+from qvl_hydra.tracking.store import masked
 
 VALUE_LIMIT = 6000  # characters of a parameter, MLflow's own limit
 TAG_LIMIT = 8000
@@ -43,7 +44,10 @@ def config(folder: Path) -> dict[str, Any]:
 
 def parameters(folder: Path) -> dict[str, str]:
     """The resolved settings of `config.yaml`, one flat key a value (`calibration.size`)."""
-    return {_legal(key): str(value)[:VALUE_LIMIT] for key, value in _leaves(config(folder), ".")}
+    return {
+        _legal(key): (masked(str(value)) if key == "tracking.uri" else str(value))[:VALUE_LIMIT]
+        for key, value in _leaves(config(folder), ".")
+    }
 
 
 def metrics(folder: Path) -> list[Measured]:

@@ -12,6 +12,7 @@ import getpass
 import json
 import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,9 +26,10 @@ from mlflow.exceptions import MlflowException
 
 from qvl_hydra.errors import TrackingError
 from qvl_hydra.runs.files import read_json, write_json
+from qvl_hydra.runs.folder import LOCK, SWEEP_LOCK, is_held
 from qvl_hydra.settings import TrackingSettings
 from qvl_hydra.tracking import content
-from qvl_hydra.tracking.store import experiment_id, file_lock, open_client, told, tracking_uri
+from qvl_hydra.tracking.store import experiment_id, file_lock, masked, open_client, told, tracking_uri
 
 T = TypeVar("T")
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -35,6 +37,7 @@ RECORD = "mlflow.json"
 PARENT_RECORD = "mlflow_parent.json"
 KEY_TAG = "record_key"
 PARENT_TAG = "mlflow.parentRunId"
+_ABANDONED = 200  # runs that are looked at when one begins
 _METRIC_BATCH, _PARAM_BATCH = 1000, 100  # MLflow's limits of one request
 logger = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ def open_run(
         with told(tracking_uri(settings)):
             run_id = _folder_run(client, settings, folder)
             client.update_run(run_id, status="RUNNING")
+            _end_abandoned(client, settings, folder)
     except TrackingError as error:
         logger.warning(
             "%s\nThe result stays on disk; send it later with: python -m qvl_hydra.tracking.send %s", error, folder
@@ -98,6 +102,18 @@ def send_run(folder: Path, settings: TrackingSettings, status: RunStatus = "FINI
     return run_id
 
 
+def _end_abandoned(client: MlflowClient, settings: TrackingSettings, own: Path) -> None:
+    """End the runs of this machine whose process is gone: a kill leaves them RUNNING, and nobody comes back to them."""
+    experiment = experiment_id(client, settings)
+    query = f"attributes.status = 'RUNNING' and tags.host = '{socket.gethostname()}'"
+    for run in client.search_runs([experiment], query, max_results=_ABANDONED):
+        folder = Path(run.data.tags.get("folder", ""))
+        lock = folder / (SWEEP_LOCK if run.data.tags.get("task") == "multirun" else LOCK)
+        above = own.parent == folder  # the multirun that this run is a job of, perhaps in another process
+        if folder != own and not above and not is_held(lock):
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
 def end_superseded(folder: Path, settings: TrackingSettings, by: str) -> None:
     """End the run of a killed folder whose work another run took over; one that ended by itself stays as it is.
 
@@ -108,7 +124,7 @@ def end_superseded(folder: Path, settings: TrackingSettings, by: str) -> None:
         TrackingError: MLflow cannot be used.
     """
     run_id = recorded_run(folder).get("run_id")
-    if run_id is None or recorded_run(folder)["uri"] != tracking_uri(settings):
+    if run_id is None or recorded_run(folder)["uri"] != masked(tracking_uri(settings)):
         return
     client = open_client(settings)
     with told(tracking_uri(settings)):
@@ -191,7 +207,7 @@ def _keep_record(
                 "tags": {key: str(value) for key, value in tags.items()},
                 "start_time": int(time.time() * 1000),
                 "sweep": sweep,
-                "uri": tracking_uri(settings),
+                "uri": masked(tracking_uri(settings)),
                 "experiment": settings.experiment,
                 "run_id": None,
                 "experiment_id": None,
@@ -219,7 +235,7 @@ def _ensure_run(client: MlflowClient, settings: TrackingSettings, path: Path, ab
     """The run that a record names in this store: the one it has, one with its key, or a new one."""
     with file_lock(path.with_suffix(".lock")):
         record, uri = read_json(path), tracking_uri(settings)
-        if record["uri"] == uri and record["run_id"] and _is_active(client, record["run_id"]):
+        if record["uri"] == masked(uri) and record["run_id"] and _is_active(client, record["run_id"]):
             return str(record["run_id"])
         experiment = experiment_id(client, settings)
         same_key = client.search_runs([experiment], filter_string=f"tags.{KEY_TAG} = '{record['key']}'", max_results=1)
@@ -231,12 +247,13 @@ def _ensure_run(client: MlflowClient, settings: TrackingSettings, path: Path, ab
                 "mlflow.user": getpass.getuser(),
                 "mlflow.source.name": "qvl_hydra",
                 "folder": str(path.parent.absolute()),
+                "host": socket.gethostname(),
             }
             created = client.create_run(
                 experiment, record["start_time"], tags={**record["tags"], **origin, **above}, run_name=record["name"]
             )
             run_id = created.info.run_id
-        write_json(path, {**record, "uri": uri, "run_id": run_id, "experiment_id": experiment})
+        write_json(path, {**record, "uri": masked(uri), "run_id": run_id, "experiment_id": experiment})
         return str(run_id)
 
 

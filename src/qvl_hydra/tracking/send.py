@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qvl_hydra.errors import QvlHydraError, TrackingError
 from qvl_hydra.runs.files import read_json
+from qvl_hydra.runs.folder import END
 from qvl_hydra.tracking.record import PARENT_RECORD, RunStatus, finish_parent, recorded_settings, send_run
 
 
@@ -37,15 +38,28 @@ def send(path: Path, uri: str | None, experiment: str | None) -> list[tuple[Path
         TrackingError: nothing to send, or MLflow cannot be used.
     """
     sent = []
+    statuses: list[RunStatus] = []
     for folder in run_folders(path):
         settings = recorded_settings(folder, uri)
         if experiment is not None:
             settings = dataclasses.replace(settings, experiment=experiment)
-        status: RunStatus = "FINISHED" if read_json(folder / "run.json") else "FAILED"
+        status = status_of(folder)
+        statuses.append(status)
         sent.append((folder, send_run(folder, settings, status)))
     if (path / PARENT_RECORD).exists():
-        finish_parent(path, settings)
+        ordered: tuple[RunStatus, ...] = ("KILLED", "FAILED")
+        worst: RunStatus = next((status for status in ordered if status in statuses), "FINISHED")
+        finish_parent(path, settings, status=worst)
     return sent
+
+
+def status_of(folder: Path) -> RunStatus:
+    """How a run ended, by what its folder says; one without a word was killed."""
+    end = read_json(folder / END).get("end")
+    if end in ("FINISHED", "FAILED", "KILLED"):
+        return end  # type: ignore[no-any-return]
+    known: dict[object, RunStatus] = {"complete": "FINISHED", "failed": "FAILED"}
+    return known.get(read_json(folder / "run.json").get("status"), "KILLED")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,29 +5,34 @@ Everything is absolute, so that the store can be opened from any folder. Only an
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
+import math
 import os
 import shlex
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
-from qvl_hydra.errors import TrackingError
+from qvl_hydra.errors import QvlHydraError, TrackingError
 from qvl_hydra.settings import TrackingSettings
 
 logging.getLogger("alembic").setLevel(logging.WARNING)  # a new store tells every migration otherwise
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
 from mlflow import MlflowClient  # noqa: E402  (after its loggers were quieted)
-from mlflow.exceptions import MlflowException  # noqa: E402
 
 SQLITE = "sqlite:///"
 STORE_FILE = "mlflow.db"
 ARTIFACT_FOLDER = "mlartifacts"
+SILENT_S = 600.0  # so long a server that did not answer is not asked again: one wait a multirun
+_silent: dict[str, float] = {}  # when a server did not answer
 SERVER_RETRIES = "1"  # a server that is away must not hold up a run that has its result on disk
-SERVER_TIMEOUT_S = "20"
+SERVER_TIMEOUT_S = "8"
 
 
 def tracking_uri(settings: TrackingSettings) -> str:
@@ -63,8 +68,8 @@ def ui_command(settings: TrackingSettings) -> str:
     """What to type to see the runs: the command of the UI, or the server's address."""
     uri = tracking_uri(settings)
     if is_server(uri):
-        return f"open {uri}"
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        return f"open {masked(uri)}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(masked(uri))}"
 
 
 def open_client(settings: TrackingSettings) -> MlflowClient:
@@ -75,9 +80,28 @@ def open_client(settings: TrackingSettings) -> MlflowClient:
     """
     uri = tracking_uri(settings)
     with told(uri), _store_lock(uri):
+        _require_open(uri)
         client = MlflowClient(tracking_uri=uri)
         client.get_experiment_by_name(settings.experiment)  # makes the tables of a new store, one process at a time
     return client
+
+
+def _require_open(uri: str) -> None:
+    """Open a SQLite store once: MLflow tries one that cannot be opened for minutes."""
+    if uri.startswith(SQLITE):
+        with contextlib.closing(sqlite3.connect(uri.removeprefix(SQLITE), timeout=10)) as connection:
+            connection.execute("PRAGMA schema_version").fetchone()
+            connection.execute("BEGIN IMMEDIATE")
+
+
+def masked(uri: str) -> str:
+    """A URI without the secrets that stand in it."""
+    parts = urlsplit(uri)
+    if parts.password is None and not parts.query:
+        return uri
+    place = parts.netloc.rpartition("@")
+    user = f"{parts.username or ''}:***@" if parts.password is not None else f"{place[0]}{place[1]}"
+    return urlunsplit((parts.scheme, user + place[2], parts.path, "***" if parts.query else "", parts.fragment))
 
 
 def experiment_id(client: MlflowClient, settings: TrackingSettings) -> str:
@@ -108,17 +132,23 @@ def told(uri: str) -> Iterator[None]:
     Raises:
         TrackingError: in place of any failure of MLflow inside the context.
     """
+    if time.monotonic() - _silent.get(uri, -math.inf) < SILENT_S:
+        raise TrackingError(f"MLflow at {masked(uri)} did not answer a moment ago; start it, or correct tracking.uri")
     limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": SERVER_RETRIES, "MLFLOW_HTTP_REQUEST_TIMEOUT": SERVER_TIMEOUT_S}
     unset = [name for name in limits if name not in os.environ]
     os.environ.update({name: limits[name] for name in unset})
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except QvlHydraError:
+        raise
+    except Exception as error:  # MLflow, its stores' drivers and its clients raise a dozen unrelated kinds
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         if "Max retries exceeded" in reason or "timed out" in reason:
             reason = "it does not answer"
+            _silent[uri] = time.monotonic()
+        reason = reason.replace(uri, masked(uri))
         advice = "start it, or correct tracking.uri" if is_server(uri) else "look at it, or set another tracking.uri"
-        raise TrackingError(f"MLflow at {uri} cannot be used ({reason}); {advice}") from error
+        raise TrackingError(f"MLflow at {masked(uri)} cannot be used ({reason}); {advice}") from error
     finally:
         for name in unset:
             os.environ.pop(name, None)
