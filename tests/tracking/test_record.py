@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +13,7 @@ import yaml
 from mlflow import MlflowClient
 
 from qvl_hydra.errors import TrackingError
+from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.settings import TrackingSettings
 from qvl_hydra.tracking import content, record, send, store
 from tests.made_up_runs import write_run
@@ -132,12 +134,12 @@ def test_too_large_file_stays_and_is_named(
     settings: TrackingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_run(tmp_path / "run")
-    (folder / "work").mkdir()
-    (folder / "work" / "model.onnx").write_bytes(b"0" * 200_000)
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"0" * 200_000)
     monkeypatch.setattr(content, "LARGEST_ARTIFACT", 150_000)
     run_id = record.send_run(folder, settings)
-    assert client_of(settings).get_run(run_id).data.tags["files_left_out"] == "work/model.onnx"
-    assert not client_of(settings).list_artifacts(run_id, "work")
+    assert client_of(settings).get_run(run_id).data.tags["files_left_out"] == "onnx/model.onnx"
+    assert not client_of(settings).list_artifacts(run_id, "onnx")
 
 
 def test_default_store_is_absolute_and_beside_the_working_folder(
@@ -208,3 +210,118 @@ def test_unusable_store_is_one_message(tmp_path: Path) -> None:
     settings = TrackingSettings(uri=f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}")
     with pytest.raises(TrackingError, match="cannot be used"):
         record.send_run(write_run(tmp_path / "run"), settings)
+
+
+def test_only_files_that_a_run_writes_are_sent(settings: TrackingSettings, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / ".env").write_text("SECRET=1")
+    (folder / "notes.txt").write_text("mine")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("mine")
+    run_id = record.send_run(folder, settings)
+    names = {item.path for item in client_of(settings).list_artifacts(run_id)}
+    assert {"scores.parquet", "run.json", "figures"} <= names
+    assert not names & {".env", "notes.txt", ".git"}
+
+
+def test_runs_whose_process_is_gone_are_ended_by_the_next(settings: TrackingSettings, tmp_path: Path) -> None:
+    gone, alive, other = (write_run(tmp_path / name) for name in ("gone", "alive", "other"))
+    ids = {}
+    with RunFolder(alive).locked():
+        for folder in (alive, gone):
+            ids[folder.name] = record.open_run(settings, folder, name=folder.name, tags={}, sweep=None)
+        client = client_of(settings)
+        elsewhere = record.open_run(settings, write_run(tmp_path / "far"), name="far", tags={}, sweep=None)
+        client.set_tag(elsewhere, "host", "another machine")
+        client.update_run(ids["gone"], status="RUNNING")
+        record.open_run(settings, other, name="other", tags={}, sweep=None)
+    status = {name: client.get_run(run_id).info.status for name, run_id in {**ids, "far": elsewhere}.items()}
+    assert status == {"alive": "RUNNING", "gone": "KILLED", "far": "RUNNING"}
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "expected"),
+    [("FINISHED", "complete", "FINISHED"), ("FAILED", "complete", "FAILED"), ("KILLED", "partial", "KILLED"),
+     (None, "complete", "FINISHED"), (None, "failed", "FAILED"), (None, "partial", "KILLED"), (None, None, "KILLED")],
+)  # fmt: skip
+def test_a_run_that_is_sent_later_ended_as_its_folder_says(
+    tmp_path: Path, end: str | None, status: str | None, expected: str
+) -> None:
+    if status is not None:
+        (tmp_path / "run.json").write_text(json.dumps({"status": status}))
+    if end is not None:
+        (tmp_path / "end.json").write_text(json.dumps({"end": end}))
+    assert send.status_of(tmp_path) == expected
+
+
+def test_a_multirun_that_is_sent_later_ended_as_its_worst_job(settings: TrackingSettings, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    for name, end in {"0": "FINISHED", "1": "FAILED"}.items():
+        folder = write_run(sweep / name)
+        (folder / "end.json").write_text(json.dumps({"end": end}))
+        record.open_run(
+            settings, folder, name=name, tags={}, sweep=record.SweepParent(sweep, "both", {"sweep_id": "x"})
+        )
+    assert settings.uri is not None
+    send.send(sweep, settings.uri, settings.experiment)
+    assert {run.info.run_name: run.info.status for run in runs_of(settings)} == {
+        "0": "FINISHED", "1": "FAILED", "both": "FAILED",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [("postgresql://me:secret@host:5432/db", "postgresql://me:***@host:5432/db"),
+     ("http://:secret@host/x?token=secret", "http://:***@host/x?***"),
+     ("mysql+pymysql://a:se%20cret@h/d", "mysql+pymysql://a:***@h/d"),
+     ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"), ("http://host:5000", "http://host:5000")],
+)  # fmt: skip
+def test_secrets_of_a_uri_are_masked(uri: str, shown: str) -> None:
+    assert store.masked(uri) == shown
+
+
+def test_a_password_is_nowhere_in_what_is_said_saved_or_sent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = TrackingSettings(uri="http://me:secret@127.0.0.1:9/", experiment="tests")
+    folder = write_run(tmp_path / "run")
+    assert record.open_run(settings, folder, name="one", tags={}, sweep=None) is None
+    with pytest.raises(TrackingError) as told:
+        record.send_run(folder, settings)
+    said = str(told.value) + caplog.text + store.ui_command(settings)
+    said += "".join(path.read_text(errors="replace") for path in folder.rglob("*.json"))
+    assert "secret" not in said
+    assert "127.0.0.1:9" in said
+
+
+def test_a_server_that_does_not_answer_is_asked_once(
+    settings: TrackingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "SERVER_TIMEOUT_S", "1")
+    monkeypatch.setattr(store, "SERVER_RETRIES", "0")
+    monkeypatch.setattr(store, "_silent", {})
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        silent = TrackingSettings(uri=f"http://127.0.0.1:{deaf.getsockname()[1]}", experiment="tests")
+        for name in ("a", "b", "c"):
+            assert record.open_run(silent, write_run(tmp_path / name), name=name, tags={}, sweep=None) is None
+        deaf.settimeout(0.2)
+        try:
+            while True:
+                asked.append(deaf.accept())
+        except TimeoutError:
+            pass
+    assert len(asked) == 1
+    assert record.open_run(settings, tmp_path / "a", name="a", tags={}, sweep=None) is not None  # others go on
+
+
+@pytest.mark.parametrize("stored", [b"no database at all" * 100, b""])
+def test_a_broken_sqlite_store_is_one_message(tmp_path: Path, stored: bytes) -> None:
+    path = tmp_path / "mlflow.db"
+    path.write_bytes(stored)
+    settings = TrackingSettings(uri=f"sqlite:///{path}", experiment="tests")
+    if stored:
+        with pytest.raises(TrackingError, match="cannot be used"):
+            store.open_client(settings)
+    else:
+        store.open_client(settings)  # an empty file is an empty store

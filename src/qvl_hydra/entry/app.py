@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import hydra
 
@@ -27,8 +28,10 @@ def main() -> None:
         sys.argv[1:], config_name = take_saved_settings(sys.argv[1:])
         checked = check_command_line(sys.argv[1:], config_name)
         held = None if checked.sweep_folder is None else begin(checked.sweep_folder)
-        if checked.sweep_folder is not None:
-            sys.argv.append(f"hydra.sweep.dir='{checked.sweep_folder}'")
+        if checked.folder is not None:
+            if not checked.multirun:
+                _require_writable(checked.folder)
+            sys.argv.append(f"hydra.{'sweep' if checked.multirun else 'run'}.dir='{checked.folder}'")
     except QvlHydraError as error:
         screen.say(f"error: {error}")
         show_traceback()
@@ -41,6 +44,12 @@ def main() -> None:
     del held
     _flush(screen)
     sys.exit(status)
+
+
+def _require_writable(folder: Path) -> None:
+    """Make the folder and the log in it, before Hydra does and fails with a traceback of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.log").open("a").close()
 
 
 def _run(config_name: str, checked: Checked, screen: Screen) -> int:

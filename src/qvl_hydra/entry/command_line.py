@@ -40,11 +40,18 @@ class Checked:
 
     Attributes:
         jobs: how many it has; None where Hydra only says something.
-        sweep_folder: of its multirun; None for one run.
+        folder: of its run, or of its multirun; None where Hydra only says something.
+        multirun: which of both.
     """
 
     jobs: int | None = None
-    sweep_folder: Path | None = None
+    folder: Path | None = None
+    multirun: bool = False
+
+    @property
+    def sweep_folder(self) -> Path | None:
+        """The folder of its multirun; None for one run."""
+        return self.folder if self.multirun else None
 
 
 def check_command_line(arguments: Sequence[str], name: str = CONFIG) -> Checked:
@@ -77,20 +84,20 @@ def check_command_line(arguments: Sequence[str], name: str = CONFIG) -> Checked:
                 faults.extend(fault for fault in _job_faults(job, name) if fault not in faults)
         if not count and not faults:
             faults.append("the sweep has no job: one of its lists or ranges is empty")
-        folder = None if faults or not parsed.multirun else _sweep_folder(parsed.overrides, name)
-    if faults:
-        raise SettingsError(faults)
-    return Checked(count, folder)
+        if faults:
+            raise SettingsError(faults)
+        return Checked(count, _folder(parsed.overrides, name, parsed.multirun), parsed.multirun)
 
 
-def _sweep_folder(overrides: Sequence[str], name: str) -> Path:
-    """Where Hydra will put a multirun, whose time is taken here and now."""
+def _folder(overrides: Sequence[str], name: str, multirun: bool) -> Path:
+    """Where Hydra will put a run or a multirun, whose time is taken here and now."""
     fixed = [line for line in overrides if line.lstrip("+").startswith(("hydra.", "hydra/"))]
     try:
-        config = compose(name, overrides=[*fixed, "hydra.mode=MULTIRUN"], return_hydra_config=True)
+        config = compose(name, overrides=[*fixed, f"hydra.mode={'MULTIRUN' if multirun else 'RUN'}"],
+                         return_hydra_config=True).hydra  # fmt: skip
+        return Path(str(config.sweep.dir if multirun else config.run.dir)).expanduser().absolute()
     except (HydraException, OmegaConfBaseException) as error:
         raise SettingsError([" ".join(line.strip() for line in str(error).splitlines()[:2])]) from error
-    return Path(str(config.hydra.sweep.dir)).expanduser().absolute()
 
 
 def _parse(lines: Sequence[str], faults: list[str]) -> list[Override]:

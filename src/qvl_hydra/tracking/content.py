@@ -24,8 +24,13 @@ PROFILE_CURVES = (
 )  # fmt: skip
 _TAG_KEYS = ("task", "status", "model", "component", "strategy", "backend", "estimator", "scheme")
 _IDENTITY = frozenset({"calibration_size", "calibration_seed", "calibration_bad", "seed"})  # no results
-_PRIVATE = ("parts", "__pycache__")
-_PRIVATE_FILES = ("run.lock", "mlflow.json", "mlflow.lock", "fingerprint.json")
+_FILES = (
+    "config.yaml", "run.json", "end.json", "run.log", "report.html", "description.md", "calibration.json",
+    "scores.parquet", "sample_scores.parquet", "resumed_from.json", "inc_order.json", "profile.json",
+    "profiles.parquet", "comparison.json", "comparison.parquet", "pairs.parquet", "stability.parquet",
+    "parts.parquet", "regret.parquet", "alignment.parquet",
+)  # fmt: skip
+_FOLDERS = ("figures", "exports", "onnx", "inc", "compressed_tensors")
 
 
 @dataclass(frozen=True)
@@ -127,17 +132,12 @@ def _top_table(scores: pd.DataFrame) -> list[str]:
 
 
 def artifacts(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Files of the folder that are sent, and those that are too large; parts, locks and nested runs are neither."""
-    sent: list[Path] = []
-    large: list[Path] = []
-    nested = {path.parent for path in folder.rglob("run.json")} - {folder}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        private = inside.parts[0] in _PRIVATE or path.name in _PRIVATE_FILES or path.suffix in (".tmp", ".lock")
-        if not path.is_file() or private or any(parent in nested for parent in path.parents):
-            continue
-        (large if path.stat().st_size > LARGEST_ARTIFACT else sent).append(path)
-    return sent, large
+    """Files that a run writes, by name, as far as they are there: those that are sent, and those that are too large."""
+    named = [folder / name for name in _FILES]
+    inside = [path for name in _FOLDERS for path in sorted((folder / name).rglob("*"))]
+    found = [path for path in (*named, *inside) if path.is_file() and path.suffix not in (".tmp", ".lock")]
+    large = [path for path in found if path.stat().st_size > LARGEST_ARTIFACT]
+    return [path for path in found if path not in large], large
 
 
 def calibration(folder: Path) -> dict[str, Any]:
