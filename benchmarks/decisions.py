@@ -27,6 +27,7 @@ from qvl_hydra.calibration.sources import load_calibration
 from qvl_hydra.estimators.auto import CONTROLS
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.profiles.apply import make_quantizers
+from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.profiles.joint import interactions_from
 from qvl_hydra.profiles.measure import measure_profiles
 from qvl_hydra.profiles.profile import Profile
@@ -54,12 +55,12 @@ def scored_units(model: LoadedModel, samples: tuple[Sample, ...], scheme: str, *
         frame = folder.frame()
         controls = folder.recall(CONTROLS, {}).get(scheme, ())
     table, _ = score_table(Scored(job.operators, frame, {}, report.metric, report.unit, scheme, controls=controls))
-    return units_from_scores(job.operators, table), frame, job
+    return units_from_scores(job.operators, {scheme: table}, (scheme, LEAVE)), frame, job
 
 
 def keeping(units: list[Unit], count: int, scheme: str) -> Profile:
     """The profile that keeps the units with the highest scores."""
-    order = np.argsort([-(unit.score or 0.0) for unit in units])
+    order = np.argsort([-unit.scores.get(scheme, 0.0) for unit in units])
     kept = np.zeros(len(units), dtype=bool)
     kept[order[:count]] = True
     return profile_of(units, kept, SCHEMES[scheme], 16, "scores")
@@ -74,7 +75,7 @@ def choices(model: LoadedModel, seed: int) -> list[dict[str, Any]]:
     squared, _, _ = scored_units(model, samples, scheme, estimator="auto", probes=1, metric="squared_error")
     found["squared error, all positions (auto)"] = keeping(squared, KEPT, scheme)
     for name, values in peer_scores(dataclasses.replace(job, component="lm"), samples).items():
-        found[name] = keeping(units_with_values(units, values), KEPT, scheme)
+        found[name] = keeping(units_with_values(units, scheme, values), KEPT, scheme)
     profiles = list(found.values())
     quantizers = make_quantizers(model.module, profiles[0].operators, samples, "lm", SCHEMES[scheme])
     measured = measure_profiles(model.module, profiles, quantizers, held, "lm")

@@ -19,6 +19,8 @@ from qvl_hydra.backends.table import BACKENDS, Backend
 from qvl_hydra.errors import SettingsError
 from qvl_hydra.estimators.table import OF_CURVATURE, OF_OUTPUTS, estimator_of
 from qvl_hydra.families.table import FAMILIES
+from qvl_hydra.profiles.costs import COSTS, ERROR, LEAVE
+from qvl_hydra.profiles.formats.table import FORMATS as CONSUMERS
 
 T = TypeVar("T")
 LAST_BLOCK = 9_999
@@ -28,7 +30,8 @@ MOST = {  # what allocates, loops or draws; far above what is meant, far below w
     "row_chunk": 1_000_000, "resamples": 100_000, "regret_samples": 1_000_000, "random_draws": 1_000,
     "evaluation_size": 1_000_000, "high_bits": 64, "check_samples": 10_000, "image_height": 4_200, "image_width": 4_200,
     "confidence_batches": 1_000_000, "weight_group_size": 1 << 20, "input_group_size": 1 << 20, "opset": 30,
-    "max_ops": 10_000_000,
+    "max_ops": 10_000_000, "prompt_tokens": 1 << 24, "image_tokens": 1 << 24, "answer_tokens": 1 << 24,
+    "requests": 1 << 20,
 }  # fmt: skip
 SEEDS = 2**32  # numpy's random generators take none below 0
 
@@ -317,9 +320,30 @@ class CompareSettings:
         return found
 
 
-ProfileFormat = Literal[
-    "neural_compressor", "compressed_tensors", "llm_compressor", "modelopt", "auto_round", "tensorrt_llm"
-]
+@dataclass(frozen=True)
+class SpaceSettings:
+    """What some operators alone may have: an entry of `profile.spaces`."""
+
+    match: str  # a glob over module paths
+    choices: list[str]  # of profile.choices; one alone fixes them
+
+    def faults(self) -> list[str]:
+        return [] if self.choices else [f"profile.spaces: {self.match} has no choices; name schemes, or [leave]"]
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """What timed costs are priced for: published peaks of a device."""
+
+    name: str
+    bandwidth_gb_s: float  # of its memory
+    tera_ops: dict[str, float]  # dense products by what they compute in: bf16, fp8, int8, fp4
+
+    def faults(self) -> list[str]:
+        found = [f"device.{key}={value}; must be above 0" for key, value in
+                 [("bandwidth_gb_s", self.bandwidth_gb_s), *((f"tera_ops.{k}", v) for k, v in self.tera_ops.items())]
+                 if not isinstance(value, int | float) or value <= 0]  # fmt: skip
+        return found if "bf16" in self.tera_ops else [*found, "device.tera_ops has no bf16, what everything else is in"]
 
 
 @dataclass(frozen=True)
@@ -327,28 +351,46 @@ class ProfileSettings:
     """task=profile and task=quantize: which operators stay in high precision."""
 
     scores: str | None = None  # run id or run folder of a sweep; null: the sweep is run first
-    budget: Literal["count", "share", "average_bits", "weight_bytes", "error"] = "share"
-    value: float = 0.1  # of the budget: operators, share of operators, bits, bytes, or the score sum allowed
+    budget: str = "share"  # a row of profiles/costs.py, or error
+    value: float = 0.1  # of the budget: operators, share of operators, bits, bytes, seconds, or the error allowed
     spectrum: list[float] = field(default_factory=list)  # shares kept in high precision; empty: one profile
     choices: list[str] = field(default_factory=list)  # schemes, and `leave`; empty: quant and leave
-    values: list[float] = field(default_factory=list)  # with choices: bits a weight; empty: from least to most
+    cost: str = "average_bits"  # with choices: a row of profiles/costs.py
+    values: list[float] = field(default_factory=list)  # with choices: of the cost; empty: from least to most
+    spaces: list[SpaceSettings] = field(default_factory=list)  # choices of some operators alone; of several the last
+    prompt_tokens: int = 64  # of a request: text,
+    image_tokens: int = 1024  # image tokens of the language model,
+    answer_tokens: int = 128  # and what it answers
+    requests: int = 1  # that are answered at once
     high_bits: int = 16  # bits that a kept operator's weights count with
     evaluation_size: int = 256  # held-out samples that profiles are measured on
     baselines: bool = True
-    formats: list[ProfileFormat] = field(default_factory=list)  # exports to write; empty: all that can express it
+    formats: list[str] = field(default_factory=list)  # exports to write; empty: all that can express it
     quantize_with: list[Literal["inc", "compressed_tensors"]] = field(default_factory=list)  # empty: both
 
     def faults(self) -> list[str]:
         found = []
         if self.values and not self.choices:
             found.append("profile.values are budgets of profile.choices=[<scheme>,...,leave], which is empty")
-        if any(value <= 0 for value in self.values):
-            found.append(f"profile.values={self.values}; every value (bits a weight) must be above 0")
-        if self.choices and set(self.choices) <= {"leave"}:
+        for key, name in (("budget", self.budget), ("cost", self.cost)):
+            allowed = (*COSTS, ERROR) if key == "budget" else tuple(COSTS)
+            if name not in allowed:
+                found.append(f"profile.{key}={name}; allowed: {', '.join(allowed)}")
+        if any(value < 0 for value in self.values):
+            found.append(f"profile.values={self.values}; no value may be negative")
+        for space in self.spaces:
+            if foreign := [name for name in space.choices if name not in self.choices]:
+                found.append(f"profile.spaces: {space.match} has {foreign}, which profile.choices has not")
+        if unknown := [name for name in self.formats if name not in CONSUMERS]:
+            found.append(f"profile.formats={unknown}; allowed: {', '.join(CONSUMERS)}")
+        for key in ("prompt_tokens", "image_tokens", "answer_tokens", "requests"):
+            if getattr(self, key) < 1:
+                found.append(f"profile.{key}={getattr(self, key)}; must be 1 or more")
+        if self.choices and set(self.choices) <= {LEAVE}:
             found.append("profile.choices=[leave] leaves nothing to choose; name schemes: [nvfp4,fp8_dynamic,leave]")
         if any(not 0 <= share <= 1 for share in self.spectrum):
             found.append(f"profile.spectrum={self.spectrum}; every share must lie between 0 and 1")
-        if (self.budget != "error" and self.value < 0) or (self.budget == "share" and self.value > 1):
+        if (self.budget != ERROR and self.value < 0) or (self.budget == "share" and self.value > 1):
             found.append(f"profile.value={self.value}; must not be negative, nor above 1 for profile.budget=share")
         for key in ("evaluation_size", "high_bits"):
             if getattr(self, key) < 1:
@@ -400,6 +442,7 @@ class Settings:
     compare: CompareSettings = field(default_factory=CompareSettings)
     profile: ProfileSettings = field(default_factory=ProfileSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
+    device: DeviceSettings | None = None
     seed: int = 0
     resume: str = "auto"  # auto, never, or the folder of the run to go on with
 

@@ -71,6 +71,20 @@ def test_a_killed_run_goes_on_and_ends_the_same_bit_for_bit(job: SweepJob, tmp_p
     assert not list(folder.parts.glob("*.safetensors")), "states of a finished run are taken away"
 
 
+def test_a_race_killed_in_any_round_goes_on_as_it_would_have(job: SweepJob, tmp_path: Path) -> None:
+    strict = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, missed=0.001))
+    undisturbed, _, whole = scores(strict, tmp_path / "whole")
+    rounds = {path.name.split("-")[0] for path in whole.parts.glob("exact*.parquet")}
+    assert len(rounds) >= 3, "a race of several rounds"
+    parts = len(list(whole.parts.glob("*.parquet")))
+    for writes in range(parts - 3 * len(rounds) + 1, parts):
+        path = tmp_path / str(writes)
+        with pytest.raises(Killed):
+            native.run(strict, FragileFolder(path, writes), Silent())
+        resumed, _, _ = scores(strict, path)
+        pd.testing.assert_frame_equal(resumed, undisturbed, check_exact=True)
+
+
 def test_auto_measures_what_decides_exactly(job: SweepJob, tmp_path: Path) -> None:
     frame, report, folder = scores(job, tmp_path)
     squared = frame[frame["metric"] == "squared_error"]

@@ -1,4 +1,4 @@
-"""kill -9 at random moments, then the same command: the result of a run that nobody disturbed, and nothing left behind."""
+"""kill -9 at random moments, then the same command: the result of an undisturbed run, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pandas.testing import assert_frame_equal
 from tests.program import finish, start
 
 CASES = {
-    "profile": "task=profile component=lm strategy.estimator=sketch calibration.size=4 profile.value=0.2",
+    "profile": "task=profile strategy.estimator=sketch calibration.size=4 profile.value=0.2 profile.evaluation_size=32",
     "exact": "experiment=lm_mse_v2 strategy.estimator=exact operators.max_ops=12 calibration.size=6",
     "auto": "experiment=lm_mse_v2 operators.max_ops=24 calibration.size=6",
     "sketch": "component=full strategy.estimator=sketch calibration.size=6",

@@ -17,12 +17,24 @@ from rich.console import Console
 from qvl_hydra.entry.compose import config_folder, scheme_settings, settings_from_config, with_choices
 from qvl_hydra.errors import ProfileError, SettingsError
 from qvl_hydra.operators.discover import Operator
-from qvl_hydra.profiles.choices import LEAVE, ChoiceUnit, assign, choice_units, frontier, plan_profile, undominated
+from qvl_hydra.profiles.costs import COSTS, LEAVE
+from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import weight_values
+from qvl_hydra.profiles.select import (
+    Budget,
+    assign,
+    frontier,
+    plan_profile,
+    prices_of,
+    select,
+    size_of,
+    undominated,
+)
+from qvl_hydra.profiles.units import Unit, units_from_scores
 from qvl_hydra.quantization.scheme import Scheme, scheme_from_settings
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
-from qvl_hydra.settings import Settings
+from qvl_hydra.settings import DeviceSettings, ProfileSettings, Settings, SpaceSettings
 from qvl_hydra.tasks import profile, sweep
 
 NAMES = ("nvfp4", "fp8_dynamic")
@@ -34,48 +46,117 @@ def operator(path: str, width: int = 64, group: str | None = None) -> Operator:
     return Operator(path, "lm", 0, role, group or path, "Linear", width, width, width * width, "qwen2_5_vl")
 
 
-def random_units(rng: np.random.Generator, count: int) -> list[ChoiceUnit]:
+TERMS = Terms(SCHEMES)
+BITS = COSTS["average_bits"]
+
+
+def random_units(rng: np.random.Generator, count: int) -> list[Unit]:
     units = []
     for index in range(count):
         op = operator(f"op{index}", 16 * int(rng.integers(1, 5)))
-        size = weight_values(op)
         scores = {"nvfp4": 10 ** rng.uniform(-4, 0), "fp8_dynamic": 10 ** rng.uniform(-6, -1), LEAVE: 0.0}
-        bits = {"nvfp4": 4.5 * size, "fp8_dynamic": 8.1 * size, LEAVE: 16.0 * size}
         if rng.random() < 0.2:
-            del scores["nvfp4"], bits["nvfp4"]
-        units.append(ChoiceUnit(op.path, (op,), scores, bits, {}))
+            del scores["nvfp4"]
+        units.append(Unit(op.path, (op,), scores))
     return units
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_no_assignment_within_the_budget_loses_less(seed: int) -> None:
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("seed", range(5))
+def test_no_assignment_within_the_budget_loses_less(seed: int, cost: str) -> None:
     rng = np.random.default_rng(seed)
     units = random_units(rng, 7)
-    weights = sum(weight_values(op) for unit in units for op in unit.members)
-    value = float(rng.uniform(*frontier(units, 2)))
-    plan = assign(units, value)
-    spent = sum(unit.bits[plan[unit.name]] for unit in units) / weights
+    terms = dataclasses.replace(TERMS, device=DEVICE)
+    row = COSTS[cost]
+    prices, size = prices_of(units, row, terms), size_of(units, row)
+    value = float(rng.uniform(*frontier(units, prices, size, 2)))
+    plan = assign(units, prices, value * size)
+    spent = sum(own[plan[unit.name]] for unit, own in zip(units, prices, strict=True))
     lost = sum(unit.scores[plan[unit.name]] for unit in units)
     best = min(
         sum(unit.scores[choice] for unit, choice in zip(units, chosen, strict=True))
         for chosen in itertools.product(*(list(unit.scores) for unit in units))
-        if sum(unit.bits[choice] for unit, choice in zip(units, chosen, strict=True)) <= value * weights * (1 + 1e-12)
+        if sum(own[choice] for own, choice in zip(prices, chosen, strict=True)) <= value * size * (1 + 1e-12)
     )
-    assert spent <= value * (1 + 1e-9)
+    assert spent <= value * size * (1 + 1e-9)
     assert lost == pytest.approx(best, rel=1e-6, abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_no_assignment_within_an_error_keeps_fewer(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    units = random_units(rng, 7)
+    allowed = float(rng.uniform(0, sum(max(unit.scores.values()) for unit in units)))
+    profile = select(units, Budget("error", allowed), TERMS)
+    fewest = min(
+        sum(choice == LEAVE for choice in chosen)
+        for chosen in itertools.product(*(list(unit.scores) for unit in units))
+        if sum(unit.scores[choice] for unit, choice in zip(units, chosen, strict=True)) <= allowed
+    )
+    assert len(profile.high) == fewest
+    assert profile.predicted is not None
+    assert profile.predicted <= allowed * (1 + 1e-9)
+
+
 def test_a_choice_that_costs_more_and_loses_more_is_dropped() -> None:
-    unit = ChoiceUnit("a", (operator("a"),), {"x": 1.0, "y": 2.0, LEAVE: 0.0}, {"x": 4.0, "y": 8.0, LEAVE: 16.0}, {})
-    assert undominated(unit) == ["x", LEAVE]
+    unit = Unit("a", (operator("a"),), {"x": 1.0, "y": 2.0, LEAVE: 0.0})
+    assert undominated(unit, {"x": 4.0, "y": 8.0, LEAVE: 16.0}) == ["x", LEAVE]
 
 
 def test_the_cheapest_plan_is_the_least_budget() -> None:
     units = random_units(np.random.default_rng(0), 12)
-    least, most = frontier(units, 2)
-    assert set(assign(units, most).values()) == {LEAVE}
+    prices, size = prices_of(units, BITS, TERMS), size_of(units, BITS)
+    least, most = frontier(units, prices, size, 2)
+    assert set(assign(units, prices, most * size).values()) == {LEAVE}
     with pytest.raises(ProfileError, match="not even the cheapest choice of every unit is that small"):
-        assign(units, least * 0.99)
+        select(units, Budget("average_bits", least * 0.99), TERMS)
+
+
+DEVICE = DeviceSettings("made up", bandwidth_gb_s=1000.0, tera_ops={"bf16": 100.0, "fp8": 200.0})
+
+
+@pytest.mark.parametrize("scheme", [None, "nvfp4", "fp8_dynamic"])
+@pytest.mark.parametrize(("path", "component"), [("a", "lm"), ("lm_head", "lm"), ("v", "vision")])
+def test_a_roofline_is_the_longer_of_arithmetic_and_traffic(scheme: str | None, path: str, component: str) -> None:
+    lengths = ProfileSettings(prompt_tokens=100, image_tokens=400, answer_tokens=50, requests=4)
+    op = dataclasses.replace(operator(path, 1024), component=component)
+    terms = Terms(SCHEMES, 16, DEVICE, lengths)
+    own = None if scheme is None else SCHEMES[scheme]
+    weight = 1024 * 1024 * {None: 16, "nvfp4": 4.5, "fp8_dynamic": 8 + 16 / 1024}[scheme] / 8
+    peak = 200e12 if scheme == "fp8_dynamic" else 100e12  # no FP4 on this device: half precision
+
+    def product(tokens: int) -> float:
+        return max(2 * tokens * 1024 * 1024 / peak, (weight + 2 * tokens * 2048) / 1e12)
+
+    once = {"a": 500, "lm_head": 1, "v": 1600}[path]
+    expected = product(once) + (50 * product(4) / 4 if component == "lm" else 0.0)
+    assert COSTS["seconds"].load()(op, own, terms) == pytest.approx(expected)
+    moved = weight / 4 if component == "lm" else weight / 50
+    assert COSTS["bytes_per_token"].load()(op, own, terms) == pytest.approx(moved)
+
+
+def scored(operators: list[Operator], score: float = 1.0) -> pd.DataFrame:
+    rows = [(op.path, "scored", score, None) for op in operators]
+    return pd.DataFrame(rows, columns=["op", "status", "score", "reason"])
+
+
+def test_spaces_are_choices_of_some_operators_alone() -> None:
+    operators = [operator("a.q_proj", group="a.qkv_proj"), operator("a.k_proj", group="a.qkv_proj"), operator("b")]
+    tables = {name: scored(operators) for name in NAMES}
+    everything = (*NAMES, LEAVE)
+
+    def choices(*spaces: SpaceSettings) -> dict[str, set[str]]:
+        found = units_from_scores(operators, tables, everything, spaces)
+        return {unit.name: set(unit.scores) for unit in found}
+
+    assert choices() == {"a.qkv_proj": set(everything), "b": set(everything)}
+    assert choices(SpaceSettings("a.*", ["fp8_dynamic"])) == {"a.qkv_proj": {"fp8_dynamic"}, "b": set(everything)}
+    both = SpaceSettings("*", ["nvfp4"]), SpaceSettings("b", [LEAVE])
+    assert choices(*both) == {"a.qkv_proj": {"nvfp4"}, "b": {LEAVE}}
+    with pytest.raises(ProfileError, match=r"'\*q_proj' cuts a\.qkv_proj in two.*leaves out a\.k_proj"):
+        choices(SpaceSettings("*q_proj", ["nvfp4"]))
+    with pytest.raises(ProfileError, match="'c' matches no operator; one is called a.q_proj"):
+        choices(SpaceSettings("c", ["nvfp4"]))
 
 
 def test_a_unit_takes_what_it_can_have() -> None:
@@ -86,26 +167,26 @@ def test_a_unit_takes_what_it_can_have() -> None:
         return pd.DataFrame(rows, columns=["op", "status", "score", "reason"])
 
     tables = {"nvfp4": table({"a.k_proj": "skipped"}), "fp8_dynamic": table({})}
-    first, second = choice_units(operators, tables, SCHEMES, NAMES, 16)
+    first, second = units_from_scores(operators, tables, NAMES)
     assert (first.name, dict(first.scores)) == ("a.qkv_proj", {"fp8_dynamic": 2.0})
     assert "not offered: odd" in first.reasons["nvfp4"]
     assert set(second.scores) == set(NAMES), "leave was not among the choices"
     none = {"nvfp4": table({"b": "failed"}), "fp8_dynamic": table({"b": "failed"})}
-    assert dict(choice_units(operators, none, SCHEMES, NAMES, 16)[1].scores) == {LEAVE: 0.0}
-    made = plan_profile([first, second], {"a.qkv_proj": "fp8_dynamic", "b": "nvfp4"}, SCHEMES, 16)
+    assert dict(units_from_scores(operators, none, NAMES)[1].scores) == {LEAVE: 0.0}
+    made = plan_profile([first, second], {"a.qkv_proj": "fp8_dynamic", "b": "nvfp4"}, SCHEMES, 16, "scores")
     assert [made.scheme_of(op).name for op in operators] == ["fp8_dynamic", "fp8_dynamic", "nvfp4"]
     assert made.average_bits == pytest.approx((2 * (8 + 16 / 64) + 4.5) / 3)
 
 
 def test_a_thousand_units_with_six_choices_are_solved() -> None:
-    rng, units = np.random.default_rng(0), []
+    rng, units, prices = np.random.default_rng(0), [], []
     for index in range(1000):
         op = operator(f"op{index}")
-        bits = {f"c{k}": float(k + 3) * weight_values(op) for k in range(6)}
-        scores = {f"c{k}": float(rng.exponential() * 4.0**-k) for k in range(6)}
-        units.append(ChoiceUnit(op.path, (op,), scores, bits, {}))
-    plan = assign(units, 5.0)
-    assert sum(unit.bits[plan[unit.name]] for unit in units) <= 5.0 * 1000 * 64 * 64 * (1 + 1e-9)
+        prices.append({f"c{k}": float(k + 3) * weight_values(op) for k in range(6)})
+        units.append(Unit(op.path, (op,), {f"c{k}": float(rng.exponential() * 4.0**-k) for k in range(6)}))
+    limit = 5.0 * 1000 * 64 * 64
+    plan = assign(units, prices, limit)
+    assert sum(own[plan[unit.name]] for unit, own in zip(units, prices, strict=True)) <= limit * (1 + 1e-9)
 
 
 SMALL = [

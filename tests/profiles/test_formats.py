@@ -12,7 +12,8 @@ from qvl_hydra.errors import ProfileError
 from qvl_hydra.models.load import LoadedModel, describe_model
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.formats.rendered import misaligned
-from qvl_hydra.profiles.formats.table import FORMATS, write_formats
+from qvl_hydra.profiles.formats.table import FORMATS
+from qvl_hydra.profiles.formats.written import write_formats
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 from qvl_hydra.settings import ModelSettings
@@ -25,7 +26,7 @@ LINEAR_ONLY = ("compressed_tensors", "llm_compressor", "auto_round", "tensorrt_l
 def test_a_convolution_is_refused_by_name(small_model: LoadedModel, name: str) -> None:
     profile = some_profile(small_model, W8A8)
     with pytest.raises(ProfileError, match=rf"{name} .*model\.visual\.patch_embed\.proj \(Conv3d\)"):
-        FORMATS[name].render(profile, profile.operators)
+        FORMATS[name].load()(profile, profile.operators)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_a_convolution_is_refused_by_name(small_model: LoadedModel, name: str) -
 def test_a_scheme_that_cannot_be_expressed_is_refused(small_model: LoadedModel, name: str, scheme: Scheme) -> None:
     profile = some_profile(small_model, scheme, convolutions=False)
     with pytest.raises(ProfileError, match=rf"{name} cannot express .*{scheme.name}.*{profile.low[0].path}"):
-        FORMATS[name].render(profile, profile.operators)
+        FORMATS[name].load()(profile, profile.operators)
 
 
 def test_every_operator_is_in_every_format(small_model: LoadedModel, tmp_path: Path) -> None:

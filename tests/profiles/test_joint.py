@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from qvl_hydra.operators.discover import Operator
+from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.profiles.joint import Interactions, interactions_from
 from qvl_hydra.profiles.units import Unit
 
@@ -50,7 +51,7 @@ def test_members_of_a_unit_add_their_signed_sums() -> None:
         for probe in (0, 1)
     ]
     frame = pd.DataFrame(rows, columns=["op", "sample", "probe", "signed", "metric", "scheme"])
-    unit = Unit("fused", (operator("a"), operator("b")), 9.0)
+    unit = Unit("fused", (operator("a"), operator("b")), {"w8": 9.0, LEAVE: 0.0})
     found = interactions_from(frame, [unit], "w8", "kl")
     assert found is not None
     assert found.signed.tolist() == [[-3.0, 3.0]]

@@ -19,7 +19,9 @@ from qvl_hydra.profiles.baselines import (
     take_in_order,
     weight_errors,
 )
+from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.profiles.figure import draw_spectrum, lines
+from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.select import Budget, select
 from qvl_hydra.profiles.spectrum import COLUMNS, best_baseline, candidates, measure_curve
@@ -33,14 +35,21 @@ def operator(path: str, component: str = "lm", width: int = 8) -> Operator:
     return Operator(path, component, 0, path, path, "Linear", width, width, width * width, "qwen2_5_vl")
 
 
+TERMS = Terms({COARSE.name: COARSE})
+
+
+def unit_of(name: str, members: tuple[Operator, ...], score: float | None) -> Unit:
+    return Unit(name, members, {LEAVE: 0.0} if score is None else {COARSE.name: score, LEAVE: 0.0})
+
+
 def single_units(count: int, forced: int = 0) -> list[Unit]:
-    return [Unit(f"op{i}", (operator(f"op{i}"),), None if i < forced else float(i)) for i in range(count)]
+    return [unit_of(f"op{i}", (operator(f"op{i}"),), None if i < forced else float(i)) for i in range(count)]
 
 
 def test_baselines_keep_as_many_operators_as_the_budget_allows() -> None:
     units = single_units(10, forced=1)
     values = {f"op{i}": float((7 * i) % 10) for i in range(10)}
-    found = baseline_profiles(units, Budget("count", 4), COARSE, 16, values, values)
+    found = baseline_profiles(units, Budget("count", 4), TERMS, values, values)
     assert {profile.chooser for profile in found} == {
         "random-0", "random-1", "random-2", "first_and_last", "activation_range", "weight_error",
     }  # fmt: skip
@@ -56,13 +65,13 @@ def test_baselines_keep_as_many_operators_as_the_budget_allows() -> None:
 
 def test_one_that_does_not_fit_is_passed_over() -> None:
     sizes = {"a": 3, "b": 2, "c": 1}
-    units = [Unit(name, tuple(operator(f"{name}{i}") for i in range(size)), 1.0) for name, size in sizes.items()]
-    kept = take_in_order(units, [0, 1, 2], Budget("count", 4), COARSE, 16)
+    units = [unit_of(name, tuple(operator(f"{name}{i}") for i in range(size)), 1.0) for name, size in sizes.items()]
+    kept = take_in_order(units, [0, 1, 2], Budget("count", 4), TERMS)
     assert kept.tolist() == [True, False, True]
 
 
 def test_ends_are_those_of_each_tower() -> None:
-    units = [Unit(f"v{i}", (operator(f"v{i}", "vision"),), 1.0) for i in range(3)] + single_units(5)
+    units = [unit_of(f"v{i}", (operator(f"v{i}", "vision"),), 1.0) for i in range(3)] + single_units(5)
     assert distance_from_ends(units).tolist() == [0, 0.5, 0, 0, 0.25, 0.5, 0.25, 0]
 
 
@@ -80,11 +89,11 @@ def measured(small_model: LoadedModel, small_samples: tuple[Sample, ...]) -> tup
     from qvl_hydra.profiles.measure import measure_profiles
 
     scores = [item.squared_error for item in measure_profiles(module, alone, quantizers, held_out, "lm")]
-    units = [Unit(op.path, (op,), score) for op, score in zip(operators, scores, strict=True)]
+    units = [unit_of(op.path, (op,), score) for op, score in zip(operators, scores, strict=True)]
     budget = Budget("share", 0.2)
-    chosen = select(units, budget, COARSE, 16)
+    chosen = select(units, budget, TERMS)
     errors = weight_errors(module, quantizers)
-    found = candidates(units, chosen, budget, [0.1, 0.5], errors, input_ranges(quantizers))
+    found = candidates(units, chosen, budget, TERMS, [0.1, 0.5], errors, input_ranges(quantizers))
     table = measure_curve(module, found, quantizers, held_out, "lm", "squared_error")
     return units, table, errors, quantizers, small_model
 
@@ -96,7 +105,7 @@ def test_the_curve_has_both_ends_and_equal_budgets(measured: tuple) -> None:
     assert own["n_high"].tolist() == [0, 1, 3, 7, 15]  # floor of the shares of 15
     assert own.iloc[-1]["squared_error"] == 0
     assert own.iloc[-1]["kl"] == pytest.approx(0, abs=1e-6)
-    assert own["predicted"].iloc[0] == pytest.approx(sum(unit.score for unit in units))
+    assert own["predicted"].iloc[0] == pytest.approx(sum(unit.scores[COARSE.name] for unit in units))
     for _, same in table.groupby(["budget", "value"]):
         assert same["n_high"].nunique() == 1
         assert len(same) in (1, 7)

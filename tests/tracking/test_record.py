@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -325,3 +326,25 @@ def test_a_broken_sqlite_store_is_one_message(tmp_path: Path, stored: bytes) -> 
             store.open_client(settings)
     else:
         store.open_client(settings)  # an empty file is an empty store
+
+
+def test_a_store_that_was_being_made_when_killed_is_made_again(
+    settings: TrackingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = TrackingSettings(uri=f"sqlite:///{tmp_path / 'fresh' / 'mlflow.db'}", experiment="tests")
+    whole = tmp_path / "store" / "mlflow.db"
+    made = []
+
+    def killed(source: Path, target: Path) -> None:
+        made.append(source)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.open_client(fresh)
+    monkeypatch.undo()
+    assert not (tmp_path / "fresh" / "mlflow.db").exists(), "half a store is no store"
+    made[0].write_bytes(whole.read_bytes()[:5000])
+    store.open_client(fresh)
+    assert not made[0].exists()
+    assert record.open_run(fresh, write_run(tmp_path / "run"), name="one", tags={}, sweep=None) is not None

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qvl_hydra.entry.compose import CONFIG, config_folder, plain, scheme_settings
 from qvl_hydra.errors import SettingsError
-from qvl_hydra.profiles.choices import LEAVE
+from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.settings import judge_settings
 from qvl_hydra.tasks.prepare import environment_faults
 

@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from qvl_hydra.errors import SettingsError
-from qvl_hydra.profiles.choices import LEAVE
+from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.runs.files import read_yaml
 from qvl_hydra.settings import QuantSettings, Settings, build_settings
 

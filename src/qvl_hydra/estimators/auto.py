@@ -63,18 +63,21 @@ def _race(bench: Bench, scheme: Scheme) -> None:
     bench.folder.remember(CONTROLS, bench.folder.recall(CONTROLS, {}) | {scheme.name: controls})
     chosen = {*names[:FIRST], *controls}
     turn, missed = 0, 0.0
+    measured: set[str] = set()
+    exact: dict[str, float] = {}
     while chosen:
         together = [target for target in bench.targets if target.name in chosen]
         measure_exact(bench, together, scheme, f"{turn:02d}")
         turn += 1
-        exact = _means(bench, scheme, "exact")
+        measured |= chosen  # a run that was killed may have left more, which must not change what follows
+        exact = {name: value for name, value in _means(bench, scheme, "exact").items() if name in measured}
         wrong = wrong_side({name: sketched[name] for name in names}, exact, k)
         missed = sum(wrong.values())
         ranked = sorted(wrong, key=lambda name: -wrong[name])
         # Of those expected wrong as many again: a wavefront of few operators costs nearly what one of many does.
         chosen = set(ranked[: max(ROUND, math.ceil(2 * missed))]) if missed > strategy.missed else set()
     if scheme is bench.job.scheme:
-        _report(bench, sketched, exact if turn else {}, controls, k, missed)
+        _report(bench, sketched, exact, controls, k, missed)
 
 
 def wrong_side(sketched: Mapping[str, float], exact: Mapping[str, float], k: int) -> dict[str, float]:

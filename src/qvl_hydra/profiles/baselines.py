@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float64
 from torch import nn
 
+from qvl_hydra.profiles.costs import COSTS, LEAVE
+from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.profiles.select import Budget, cost_and_limit, profile_of, select
+from qvl_hydra.profiles.select import Budget, prices_of, profile_of, select, size_of
 from qvl_hydra.profiles.units import Unit, units_with_values
 from qvl_hydra.quantization.qdq import OperatorQuantizer
-from qvl_hydra.quantization.scheme import Scheme
 
 RANDOM_SEEDS = (0, 1, 2)
 
@@ -20,8 +22,7 @@ RANDOM_SEEDS = (0, 1, 2)
 def baseline_profiles(
     units: Sequence[Unit],
     budget: Budget,
-    scheme: Scheme,
-    high_bits: int,
+    terms: Terms,
     weight_errors: Mapping[str, float],
     ranges: Mapping[str, float],
 ) -> list[Profile]:
@@ -34,38 +35,46 @@ def baseline_profiles(
       input ranges).
 
     Args:
+        budget: of a cost.
+        terms: of one scheme.
         weight_errors, ranges: one number an operator path.
     """
+    (scheme,) = terms.schemes.values()
+    high_bits = terms.high_bits
     orders = {f"random-{seed}": np.random.default_rng(seed).permutation(len(units)) for seed in RANDOM_SEEDS}
     orders["first_and_last"] = np.argsort(distance_from_ends(units), kind="stable")
     if ranges:
         widest = [max(ranges[op.path] for op in unit.members) for unit in units]
         orders["activation_range"] = np.argsort(-np.array(widest), kind="stable")
     profiles = [
-        profile_of(units, take_in_order(units, order.tolist(), budget, scheme, high_bits), scheme, high_bits, name)
+        profile_of(units, take_in_order(units, order.tolist(), budget, terms), scheme, high_bits, name)
         for name, order in orders.items()
     ]
     if any(weight_errors.values()):
-        by_weight = select(units_with_values(units, weight_errors), budget, scheme, high_bits)
+        by_weight = select(units_with_values(units, scheme.name, weight_errors), budget, terms)
         kept = np.array([unit.members[0].path in by_weight.high for unit in units])
         profiles.append(profile_of(units, kept, scheme, high_bits, "weight_error"))
     return profiles
 
 
 def take_in_order(
-    units: Sequence[Unit], order: Sequence[int], budget: Budget, scheme: Scheme, high_bits: int
+    units: Sequence[Unit], order: Sequence[int], budget: Budget, terms: Terms
 ) -> Bool[np.ndarray, " unit"]:
     """Keep units one after the other as long as they fit; one that does not fit is passed over.
 
     Units without a score stay in high precision first.
     """
-    cost, limit = cost_and_limit(units, budget, scheme, high_bits)
-    kept = np.array([unit.score is None for unit in units])
-    spent = float(cost[kept].sum())
+    (scheme,) = terms.schemes
+    cost = COSTS[budget.kind]
+    prices = prices_of(units, cost, terms)
+    limit = budget.value * size_of(units, cost)
+    kept = np.array([unit.stays for unit in units])
+    spent = math.fsum(own[LEAVE if keep else scheme] for own, keep in zip(prices, kept, strict=True))
     for index in order:
-        if not kept[index] and spent + cost[index] <= limit:
+        more = 0.0 if kept[index] else prices[index][LEAVE] - prices[index][scheme]
+        if not kept[index] and spent + more <= limit * (1 + 1e-12) + 1e-9:
             kept[index] = True
-            spent += float(cost[index])
+            spent += more
     return kept
 
 

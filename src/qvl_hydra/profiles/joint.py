@@ -87,7 +87,7 @@ def interactions_from(samples: pd.DataFrame, units: Sequence[Unit], scheme: str,
         return None
     frame = samples[(samples["scheme"] == scheme) & (samples["metric"] == metric) & samples["signed"].notna()]
     table = frame.pivot_table(index="op", columns=["sample", "probe"], values="signed", sort=False)
-    scored = [unit for unit in units if unit.score is not None]
+    scored = [unit for unit in units if scheme in unit.scores]
     rows = [[unit.name] if unit.name in table.index else [op.path for op in unit.members] for unit in scored]
     if not scored or table.empty or any(path not in table.index for members in rows for path in members):
         return None
@@ -97,5 +97,5 @@ def interactions_from(samples: pd.DataFrame, units: Sequence[Unit], scheme: str,
         tuple(unit.name for unit in scored),
         signed[:, whole],
         table.columns.get_level_values("sample").astype(str).to_numpy()[whole],
-        np.array([float(unit.score or 0.0) for unit in scored]),
+        np.array([float(unit.scores[scheme]) for unit in scored]),
     )

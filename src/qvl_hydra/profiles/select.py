@@ -1,174 +1,218 @@
-"""Selection of a profile under a budget, solved exactly as a small integer program (`scipy.optimize.milp`, HiGHS).
+"""Plans under a budget, solved exactly as small integer programs (`scipy.optimize.milp`, HiGHS).
 
-One yes-or-no a unit (stays in high precision or not). Four budgets bound what high precision may cost and keep the
-units whose scores sum highest; the fifth bounds the predicted error and keeps as few operators as possible.
+One yes-or-no a unit and choice. A budget of a cost bounds what all choices cost together and takes those whose scores
+sum lowest; `error` bounds the sum of scores and keeps as few operators in high precision as possible. A choice that
+costs as much as another of its unit and loses more is dropped first, since no plan needs it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool
 from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 from qvl_hydra.errors import ProfileError
-from qvl_hydra.profiles.profile import Profile, low_bits, weight_values
+from qvl_hydra.profiles.costs import COSTS, ERROR, LEAVE, Cost
+from qvl_hydra.profiles.prices import Terms
+from qvl_hydra.profiles.profile import Profile, weight_values
 from qvl_hydra.profiles.units import Unit
 from qvl_hydra.quantization.scheme import Scheme
 
-# HiGHS takes a solution for optimal within 1e-6 and a constraint for kept within 1e-6, absolute: with the largest
-# score at this value both are a billionth of it and less.
+# HiGHS takes a solution for optimal and a constraint for kept within 1e-6, absolute: with the largest score and the
+# largest price at these values that is a trillionth of the one and a ten-billionth of the other.
 _SCALE = 1e6
+_TIGHT = 1e4  # larger ones make HiGHS repair its own solutions
+_SLACK = 1e-9  # of the largest price: what a budget is overrun by that rounding alone overruns
+
+Prices = Sequence[Mapping[str, float]]  # of each unit, by choice
+Plan = dict[str, str]  # the choice of each unit, by its name
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a profile may cost.
+    """What a plan may cost.
 
     Attributes:
-        kind: `count` and `share` of operators kept in high precision, `average_bits` a weight and `weight_bytes` over
-            all weights decided on, or `error`, the predicted error allowed.
+        kind: a row of the table of costs, or `error`, the predicted error allowed.
         value: the limit, inclusive.
     """
 
-    kind: Literal["count", "share", "average_bits", "weight_bytes", "error"]
+    kind: str
     value: float
 
     def __str__(self) -> str:
         return f"{self.kind}={self.value:g}"
 
 
-def select(units: Sequence[Unit], budget: Budget, scheme: Scheme, high_bits: int, chooser: str = "scores") -> Profile:
+def select(units: Sequence[Unit], budget: Budget, terms: Terms, chooser: str = "scores") -> Profile:
     """The best profile of the budget.
 
     Args:
-        units: from `units_from_scores`; those without a score stay in high precision and count.
+        units: from `units_from_scores`.
+        terms: the schemes of all choices, and what prices depend on.
         chooser: name noted in the profile.
 
     Returns:
-        For `error` the profile with the fewest operators in high precision, of equals the one with the fewest bytes;
-        for the other budgets the one with the lowest sum of scores over quantized operators.
+        For `error` the profile with the fewest operators in high precision, of equals the one with the fewest bits; for
+        a cost the one with the lowest sum of scores.
 
     Raises:
         ProfileError: no profile meets the budget.
     """
-    scores = np.array([0.0 if unit.score is None else unit.score for unit in units])
-    forced = np.array([unit.score is None for unit in units])
-    cost, limit = cost_and_limit(units, budget, scheme, high_bits)
-    if budget.kind == "error":
-        extra, _ = cost_and_limit(units, Budget("weight_bytes", 0.0), scheme, high_bits)
-        kept = _fewest(units, scores, forced, budget.value, extra)
+    if budget.kind == ERROR:
+        plan = _fewest(units, budget.value, terms)
     else:
-        _require(units, cost, limit, forced, budget)
-        kept = _solve(-_scaled(scores), cost, limit, forced)
-    return profile_of(units, kept, scheme, high_bits, chooser)
+        prices = prices_of(units, COSTS[budget.kind], terms)
+        plan = assign(units, prices, budget.value * size_of(units, COSTS[budget.kind]), str(budget))
+    return plan_profile(units, plan, terms.schemes, terms.high_bits, chooser)
+
+
+def prices_of(units: Sequence[Unit], cost: Cost, terms: Terms) -> list[dict[str, float]]:
+    """What every choice of every unit costs."""
+    price = cost.load()
+    return [
+        {choice: math.fsum(price(op, terms.of(choice), terms) for op in unit.members) for choice in unit.scores}
+        for unit in units
+    ]
+
+
+def size_of(units: Sequence[Unit], cost: Cost) -> float:
+    """What a budget's value is multiplied with to bound the sum of prices."""
+    operators = [op for unit in units for op in unit.members]
+    return float({"": 1, "operators": len(operators), "weights": sum(map(weight_values, operators))}[cost.per])
+
+
+def cost_of(profile: Profile, cost: Cost, terms: Terms) -> float:
+    """What a profile costs over all operators that it decides on."""
+    price = cost.load()
+    return math.fsum(
+        price(op, None if op.path in profile.high else profile.scheme_of(op), terms) for op in profile.operators
+    )
+
+
+def undominated(unit: Unit, prices: Mapping[str, float]) -> list[str]:
+    """The unit's choices that no other of it beats in both price and score, cheapest first."""
+    kept: list[str] = []
+    for choice in sorted(unit.scores, key=lambda name: (prices[name], unit.scores[name])):
+        if not kept or unit.scores[choice] < unit.scores[kept[-1]]:
+            kept.append(choice)
+    return kept
+
+
+def assign(units: Sequence[Unit], prices: Prices, limit: float, budget: str = "") -> Plan:
+    """The choice of every unit with the lowest sum of scores whose prices sum to the limit at most.
+
+    Args:
+        budget: the limit in the words of the user.
+
+    Raises:
+        ProfileError: not even the cheapest choices are that small.
+    """
+    options = [undominated(unit, own) for unit, own in zip(units, prices, strict=True)]
+    least = math.fsum(own[choices[0]] for own, choices in zip(prices, options, strict=True))
+    largest = max(max(own.values()) for own in prices) or 1.0
+    if least > limit + _SLACK * max(largest, abs(limit)):
+        raise _too_small(units, budget, least / limit if limit > 0 else math.inf)
+    score = [[unit.scores[choice] for choice in own] for unit, own in zip(units, options, strict=True)]
+    price = [[own[choice] for choice in choices] for own, choices in zip(prices, options, strict=True)]
+    return _solve(units, options, score, price, limit - least)
+
+
+def frontier(units: Sequence[Unit], prices: Prices, size: float, count: int) -> list[float]:
+    """So many budgets from the cheapest plan to the one that loses least."""
+    options = [undominated(unit, own) for unit, own in zip(units, prices, strict=True)]
+    ends = [math.fsum(own[names[at]] for own, names in zip(prices, options, strict=True)) / size for at in (0, -1)]
+    return [float(value) for value in np.linspace(ends[0], ends[1], count)]
+
+
+def plan_profile(
+    units: Sequence[Unit], plan: Mapping[str, str], schemes: Mapping[str, Scheme], high_bits: int, chooser: str
+) -> Profile:
+    """The profile of a plan; its first scheme is the one that most operators have."""
+    assigned = {op.path: schemes[plan[unit.name]] for unit in units if plan[unit.name] != LEAVE for op in unit.members}
+    counts = {name: sum(scheme.name == name for scheme in assigned.values()) for name in schemes}
+    main = schemes[max(counts, key=lambda name: counts[name])]
+    operators = tuple(op for unit in units for op in unit.members)
+    return Profile(
+        scheme=main,
+        operators=operators,
+        high=frozenset(op.path for op in operators if op.path not in assigned),
+        high_bits=high_bits,
+        chooser=chooser,
+        predicted=math.fsum(unit.scores.get(plan[unit.name], 0.0) for unit in units),
+        others={path: scheme for path, scheme in assigned.items() if scheme.name != main.name},
+    )
 
 
 def profile_of(
     units: Sequence[Unit], kept: Bool[np.ndarray, " unit"], scheme: Scheme, high_bits: int, chooser: str
 ) -> Profile:
-    """The profile that keeps some units in high precision and quantizes the others."""
-    high = frozenset(op.path for unit, keep in zip(units, kept, strict=True) if keep for op in unit.members)
-    operators = tuple(op for unit in units for op in unit.members)
-    return Profile(scheme, operators, high, high_bits, chooser, predicted_error(units, high))
+    """The profile that keeps some units in high precision and puts the others into one scheme."""
+    plan = {unit.name: LEAVE if keep else scheme.name for unit, keep in zip(units, kept, strict=True)}
+    return plan_profile(units, plan, {scheme.name: scheme}, high_bits, chooser)
 
 
-def predicted_error(units: Sequence[Unit], high: frozenset[str]) -> float:
-    """Sum of the scores of the quantized units: what the error would be if single errors added up."""
-    low = [unit for unit in units if unit.members[0].path not in high]
-    return math.fsum(unit.score or 0.0 for unit in low)
-
-
-def cost_and_limit(
-    units: Sequence[Unit], budget: Budget, scheme: Scheme, high_bits: int
-) -> tuple[Float64[np.ndarray, " unit"], float]:
-    """What keeping each unit costs, and what all kept ones may cost together.
-
-    Bits and bytes are counted above everything quantized.
-    """
-    counts = np.array([float(len(unit.members)) for unit in units])
-    if budget.kind in ("count", "error"):
-        return counts, budget.value
-    if budget.kind == "share":
-        return counts, math.floor(budget.value * counts.sum() + 1e-9)
-    weights = np.array([float(sum(weight_values(op) for op in unit.members)) for unit in units])
-    low = np.array([sum(low_bits(op, scheme, high_bits) for op in unit.members) for unit in units])
-    allowed_bits = budget.value * (weights.sum() if budget.kind == "average_bits" else 8)
-    return weights * high_bits - low, allowed_bits - low.sum()
-
-
-def _fewest(
-    units: Sequence[Unit],
-    scores: Float64[np.ndarray, " unit"],
-    forced: Bool[np.ndarray, " unit"],
-    allowed: float,
-    extra: Float64[np.ndarray, " unit"],
-) -> Bool[np.ndarray, " unit"]:
-    """The smallest set of units whose removal brings the sum of the others' scores down to what is allowed.
-
-    Args:
-        extra: bits that keeping each unit costs.
-    """
-    counts = np.array([float(len(unit.members)) for unit in units])
-    reachable = math.fsum(scores[(scores < 0) & ~forced])
-    if allowed < reachable:
+def _fewest(units: Sequence[Unit], allowed: float, terms: Terms) -> Plan:
+    """The plan with the fewest operators in high precision whose scores sum to what is allowed at most."""
+    options = [list(unit.scores) for unit in units]
+    score = [[unit.scores[choice] for choice in own] for unit, own in zip(units, options, strict=True)]
+    least = math.fsum(map(min, score))
+    if allowed < least:
         raise ProfileError(
             f"profile.budget=error, profile.value={allowed:g}: with every operator in high precision the predicted "
-            f"error is {reachable:g}; allow at least that"
+            f"error is {least:g}; allow at least that"
         )
+    counts, bits = (prices_of(units, COSTS[name], terms) for name in ("count", "weight_bytes"))
     # Bytes decide between equal counts: all of them together weigh less than one operator.
-    objective = _SCALE * (counts + extra / (2 * np.abs(extra).sum() or 1.0))
-    return _solve(objective, -scores, allowed - math.fsum(scores[~forced]), forced)
+    total = math.fsum(max(own.values()) for own in bits) or 1.0
+    price = [[c[choice] + b[choice] / (2 * total) for choice in own]
+             for c, b, own in zip(counts, bits, options, strict=True)]  # fmt: skip
+    return _solve(units, options, price, score, allowed - least)
 
 
 def _solve(
-    objective: Float64[np.ndarray, " unit"],
-    cost: Float64[np.ndarray, " unit"],
-    limit: float,
-    forced: Bool[np.ndarray, " unit"],
-) -> Bool[np.ndarray, " unit"]:
-    """Minimise `objective @ kept` with `cost @ kept <= limit` over units that are not forced; the forced are kept."""
-    free = ~forced
-    size = np.abs(cost).max(initial=0.0) or 1.0
-    left = limit - cost[forced].sum()
+    units: Sequence[Unit],
+    options: Sequence[Sequence[str]],
+    objective: Sequence[Sequence[float]],
+    spent: Sequence[Sequence[float]],
+    left: float,
+) -> Plan:
+    """One option a unit: the lowest sum of objectives, with at most `left` spent above the least possible."""
+    rows = [row for row, own in enumerate(options) for _ in own]
+    worth = np.array([value - min(own) for own in objective for value in own])
+    above = np.array([value - min(own) for own in spent for value in own])
+    one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(units), len(rows)))
+    size = above.max(initial=0.0) or 1.0
     result = milp(
-        objective[free],
-        integrality=np.ones(free.sum()),
+        worth / (worth.max(initial=0.0) or 1.0) * _SCALE,
+        integrality=np.ones(len(rows)),
         bounds=Bounds(0, 1),
-        constraints=LinearConstraint(cost[free][None] / size * _SCALE, -np.inf, left / size * _SCALE),
-        options={"mip_rel_gap": 0.0},
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(above[None] / size * _TIGHT, -np.inf, (max(left, 0.0) / size + _SLACK) * _TIGHT),
+        ],
+        options={"mip_rel_gap": 0.0, "disp": False},
     )
     assert result.status == 0, f"a program that has a solution was not solved: {result.message}"
-    kept = forced.copy()
-    kept[free] = result.x > 0.5
-    return kept
+    names = [choice for own in options for choice in own]
+    return {units[row].name: name for row, name, taken in zip(rows, names, result.x > 0.5, strict=True) if taken}
 
 
-def _scaled(scores: Float64[np.ndarray, " unit"]) -> Float64[np.ndarray, " unit"]:
-    largest = np.abs(scores).max(initial=0.0)
-    return scores if largest == 0 else scores / largest * _SCALE
-
-
-def _require(
-    units: Sequence[Unit],
-    cost: Float64[np.ndarray, " unit"],
-    limit: float,
-    forced: Bool[np.ndarray, " unit"],
-    budget: Budget,
-) -> None:
-    if cost[forced].sum() <= limit:
-        return
-    stay = [unit for unit in units if unit.score is None]
+def _too_small(units: Sequence[Unit], budget: str, ratio: float) -> ProfileError:
+    said = "profile.budget=" + budget.replace("=", ", profile.value=", 1)
+    stay = [unit for unit in units if unit.stays and unit.reasons]
     if not stay:
-        raise ProfileError(
-            f"profile.budget={budget.kind}, profile.value={budget.value:g}: not even everything quantized is that small"
+        return ProfileError(
+            f"{said}: not even the cheapest choice of every unit is that small, by {ratio:.4g} times; raise the "
+            "budget, or offer cheaper choices"
         )
-    reasons = "; ".join(f"{unit.name} ({unit.reason})" for unit in stay[:5])
-    raise ProfileError(
-        f"profile.budget={budget.kind}, profile.value={budget.value:g}: {len(stay)} units without a score must stay in "
-        f"high precision and cost more than that: {reasons}; raise the budget, or score them"
+    reasons = "; ".join(f"{unit.name} ({'; '.join(dict.fromkeys(unit.reasons.values()))})" for unit in stay[:5])
+    return ProfileError(
+        f"{said}: {len(stay)} units without a score must stay in high precision and cost more than that: {reasons}; "
+        "raise the budget, or score them"
     )

@@ -11,8 +11,10 @@ from torch import nn
 
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.profiles.baselines import baseline_profiles
+from qvl_hydra.profiles.costs import ERROR
 from qvl_hydra.profiles.joint import Interactions
 from qvl_hydra.profiles.measure import Measurement, measure_profiles
+from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.select import Budget, select
 from qvl_hydra.profiles.units import Unit
@@ -53,6 +55,7 @@ def candidates(
     units: Sequence[Unit],
     chosen: Profile,
     budget: Budget,
+    terms: Terms,
     shares: Sequence[float],
     errors: Mapping[str, float] | None,
     ranges: Mapping[str, float],
@@ -61,21 +64,21 @@ def candidates(
 
     Args:
         chosen: the profile selected for `budget`.
+        terms: what it was selected with; of one scheme.
         shares: the spectrum. A share that operators without a score overrun is raised to what they take.
         errors: weight error of each operator; None leaves all baselines out.
         ranges: width of each operator's input range.
     """
-    scheme, bits = chosen.scheme, chosen.high_bits
     total = sum(len(unit.members) for unit in units)
-    least = sum(len(unit.members) for unit in units if unit.score is None) / total
+    least = sum(len(unit.members) for unit in units if unit.stays) / total
     found: list[Candidate] = []
     budgets = [Budget("share", max(share, least)) for share in sorted({0.0, *shares, 1.0})]
     for item in dict.fromkeys([*budgets, budget]):
-        best = chosen if item == budget else select(units, item, scheme, bits)
+        best = chosen if item == budget else select(units, item, terms)
         found.append(Candidate(item, best))
         if errors is not None and least * total < len(best.high) < total:
-            same = Budget("count", len(best.high)) if item.kind == "error" else item
-            others = baseline_profiles(units, same, scheme, bits, errors, ranges)
+            same = Budget("count", len(best.high)) if item.kind == ERROR else item
+            others = baseline_profiles(units, same, terms, errors, ranges)
             found += [Candidate(item, other) for other in others]
     return found
 

@@ -1,92 +1,152 @@
-"""Units of a decision: operators that a runtime fuses (q/k/v, gate/up) get one precision.
+"""Units of a decision: operators that a runtime fuses (q/k/v, gate/up) get one choice.
 
-An operator without a score (skipped or failed in the sweep, or left out of it while a neighbour that is fused with it
-was scored) keeps its whole unit in high precision: what was not measured is not quantized.
+A unit has a score for every choice that each of its operators was scored in. An operator without a score (skipped or
+failed in the sweep, or left out of it while a neighbour that is fused with it was scored) takes that choice from its
+whole unit: what was not measured is not quantized.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.operators.discover import Operator
+from qvl_hydra.profiles.costs import LEAVE
+from qvl_hydra.settings import SpaceSettings
 
 Rows = Mapping[str, Mapping[Any, Any]]  # scores.parquet by operator
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Operators that get one precision.
+    """Operators that get one choice.
 
     Attributes:
         name: path of the fused operator, or of the only member.
-        score: what quantizing the unit costs, higher is worse; None when it must stay in high precision.
-        reason: why it must stay; None otherwise.
+        scores: what each choice that the unit can have costs the output, higher is worse; 0 for `leave`.
+        reasons: why it cannot have the others.
     """
 
     name: str
     members: tuple[Operator, ...]
-    score: float | None
-    reason: str | None = None
+    scores: Mapping[str, float]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def stays(self) -> bool:
+        """Whether high precision is all it can have."""
+        return set(self.scores) == {LEAVE}
 
 
-def units_from_scores(operators: Sequence[Operator], table: pd.DataFrame) -> list[Unit]:
+def units_from_scores(
+    operators: Sequence[Operator],
+    tables: Mapping[str, pd.DataFrame],
+    choices: Sequence[str],
+    spaces: Sequence[SpaceSettings] = (),
+) -> list[Unit]:
     """Units of all operators that a sweep was asked for, in data order.
 
     A unit's score is the sum of its members' scores, or the score of the fused operator where the sweep scored that.
+    One that can have none of its choices stays in high precision, also where `leave` is not among them.
 
     Args:
-        operators: every operator of the model.
-        table: `scores.parquet`: columns op, status, reason, score.
+        operators: every operator of the model's component.
+        tables: `scores.parquet` of each scheme: columns op, status, reason, score.
+        choices: schemes, and `leave`.
+        spaces: choices of some operators alone; of several that match, the last.
 
     Raises:
-        ProfileError: the table names operators that the model does not have, or no operator of it is scored.
+        ProfileError: a table names operators that the model does not have; no operator is scored in any scheme; a
+            space names no operator, or some but not all operators of a unit.
     """
-    rows: Rows = {str(row["op"]): row for row in table.to_dict("records")}
+    by_scheme: dict[str, Rows] = {
+        name: {str(row["op"]): row for row in table.to_dict("records")} for name, table in tables.items()
+    }
     known = {op.path for op in operators} | {op.group for op in operators}
-    foreign = [name for name in rows if name not in known]
+    asked = {name for rows in by_scheme.values() for name in rows}
+    foreign = [name for rows in by_scheme.values() for name in rows if name not in known]
     if foreign:
         raise ProfileError(
             f"the sweep scored {len(foreign)} operators that this model does not have, first {foreign[:3]}; "
             "take the sweep of this model, or the model of this sweep"
         )
-    touched = {op.group for op in operators if op.path in rows or op.group in rows}
+    touched = {op.group for op in operators if op.path in asked or op.group in asked}
     members: dict[str, list[Operator]] = {}
     for op in operators:
         if op.group in touched:
             members.setdefault(op.group, []).append(op)
-    units = [_unit(name, tuple(ops), rows) for name, ops in members.items()]
-    if all(unit.score is None for unit in units):
-        raise ProfileError("the sweep has no scored operator to decide on; see the reasons in its scores.parquet")
+    allowed = _spaces({name: tuple(ops) for name, ops in members.items()}, choices, spaces)
+    units = [_unit(name, tuple(ops), by_scheme, allowed[name]) for name, ops in members.items()]
+    if all(unit.stays for unit in units):
+        raise ProfileError(
+            "the sweep has no scored operator to decide on; see the reasons in its scores.parquet"
+            if len(tables) == 1
+            else f"no operator was scored in any of {', '.join(tables)}; see scores.parquet for the reasons"
+        )
     return units
 
 
-def units_with_values(units: Sequence[Unit], values: Mapping[str, float]) -> list[Unit]:
-    """The same units with other values in the place of scores; what must stay still must.
+def units_with_values(units: Sequence[Unit], scheme: str, values: Mapping[str, float]) -> list[Unit]:
+    """The same units with other values in the place of a scheme's scores; what must stay still must.
 
     Args:
         values: one number an operator path.
     """
     return [
         unit
-        if unit.score is None
-        else Unit(unit.name, unit.members, sum(values[op.path] for op in unit.members))
+        if scheme not in unit.scores
+        else Unit(unit.name, unit.members, {**unit.scores, scheme: sum(values[op.path] for op in unit.members)})
         for unit in units
     ]
 
 
-def _unit(name: str, members: tuple[Operator, ...], rows: Rows) -> Unit:
-    asked = [name] if name in rows else [op.path for op in members]
-    missing = [path for path in asked if path not in rows or rows[path]["status"] != "scored"]
-    if missing:
-        return Unit(name, members, None, "; ".join(_why(path, rows) for path in missing))
-    score = sum(float(rows[path]["score"]) for path in asked)
-    return Unit(name, members, score) if math.isfinite(score) else Unit(name, members, None, f"its score is {score}")
+def _spaces(
+    members: Mapping[str, tuple[Operator, ...]], choices: Sequence[str], spaces: Sequence[SpaceSettings]
+) -> dict[str, Sequence[str]]:
+    """The choices that each unit may have."""
+    allowed: dict[str, Sequence[str]] = dict.fromkeys(members, choices)
+    for space in spaces:
+        found = False
+        for name, ops in members.items():
+            inside = [fnmatch.fnmatchcase(op.path, space.match) for op in ops]
+            if any(inside) and not all(inside):
+                parted = ", ".join(op.path for op, one in zip(ops, inside, strict=True) if not one)
+                raise ProfileError(
+                    f"profile.spaces: {space.match!r} cuts {name} in two, which gets one choice: it leaves out {parted}"
+                )
+            if all(inside):
+                found, allowed[name] = True, space.choices
+        if not found:
+            one = next(iter(members.values()))[0].path
+            raise ProfileError(f"profile.spaces: {space.match!r} matches no operator; one is called {one}")
+    return allowed
+
+
+def _unit(name: str, members: tuple[Operator, ...], by_scheme: Mapping[str, Rows], choices: Sequence[str]) -> Unit:
+    scores: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    for scheme, rows in by_scheme.items():
+        if scheme not in choices:
+            continue
+        asked = [name] if name in rows else [op.path for op in members]
+        missing = [path for path in asked if path not in rows or rows[path]["status"] != "scored"]
+        if missing:
+            reasons[scheme] = "; ".join(_why(path, rows) for path in missing)
+            continue
+        score = sum(float(rows[path]["score"]) for path in asked)
+        if math.isfinite(score):
+            scores[scheme] = score
+        else:
+            reasons[scheme] = f"its score is {score}"
+    if LEAVE in choices or not scores:
+        scores[LEAVE] = 0.0
+    return Unit(name, members, scores, reasons)
 
 
 def _why(path: str, rows: Rows) -> str:

@@ -19,7 +19,7 @@ from qvl_hydra.settings import Settings, judge_settings
 from qvl_hydra.tasks.prepare import Prepared
 
 # What decides neither a score nor its place among others.
-UNFINGERPRINTED = ("tracking", "resume", "compare", "profile", "export", "task")
+UNFINGERPRINTED = ("tracking", "resume", "compare", "profile", "export", "device", "task")
 ROOTS = ("outputs", "multirun")  # where resume=auto looks, below the working folder
 
 

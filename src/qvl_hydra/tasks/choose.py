@@ -16,16 +16,17 @@ from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import make_quantizers
-from qvl_hydra.profiles.choices import LEAVE, ChoiceUnit, assign, choice_units, frontier, plan_profile
+from qvl_hydra.profiles.costs import COSTS, LEAVE, Cost
 from qvl_hydra.profiles.figure import draw_front
-from qvl_hydra.profiles.formats.table import write_formats
+from qvl_hydra.profiles.formats.written import write_formats
 from qvl_hydra.profiles.measure import steps
+from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile, describe
-from qvl_hydra.profiles.select import Budget
+from qvl_hydra.profiles.select import Budget, cost_of, frontier, prices_of, select, size_of
 from qvl_hydra.profiles.spectrum import Candidate, measure_curve
+from qvl_hydra.profiles.units import Unit, units_from_scores
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.qdq import OperatorQuantizer
-from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.reports.profile import profile_sections
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.files import read_table, write_json, write_parquet
@@ -33,7 +34,7 @@ from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import sweep
-from qvl_hydra.tasks.decide import fetch, record_of
+from qvl_hydra.tasks.decide import fetch, record_of, terms_of
 from qvl_hydra.tasks.prepare import Prepared, prepare
 
 FRONT = 9  # plans between the cheapest and the one that loses least, where no values are given
@@ -46,15 +47,16 @@ class Plans:
     """What was decided, and from what.
 
     Attributes:
-        values: budgets in bits a weight, of each plan.
+        values: budgets of each plan, in the unit of the cost.
         chosen: which plan is exported.
     """
 
     prepared: Prepared
     sweep: Mapping[str, Any]
     metric: str
-    units: Sequence[ChoiceUnit]
-    schemes: Mapping[str, Scheme]
+    units: Sequence[Unit]
+    terms: Terms
+    cost: Cost
     values: Sequence[float]
     profiles: Sequence[Profile]
     chosen: int
@@ -75,7 +77,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     table, samples = _measure(settings, plans, folder, screen)
     write_parquet(folder.path / "profiles.parquet", table)
     chosen = plans.profiles[plans.chosen]
-    budget = f"average_bits={plans.values[plans.chosen]:g}"
+    budget = str(Budget(plans.cost.name, plans.values[plans.chosen]))
     write_json(folder.path / "profile.json", {"budget": budget, **describe(chosen)})
     draw_front(table, folder.path / FIGURE)
     everything = find_operators(plans.prepared.model.module, "full")
@@ -113,17 +115,18 @@ def _decide(settings: Settings, folder: RunFolder, screen: Screen, further: Sequ
     schemes = {scheme.name: scheme for scheme in prepared.schemes}
     tables = _tables(folder.path, str(record.get("scheme")), list(schemes))
     operators = find_operators(prepared.model.module, settings.component.name)
-    bits = settings.profile.high_bits
-    units = choice_units(operators, tables, schemes, settings.profile.choices, bits)
-    values = settings.profile.values or frontier(units, FRONT)
-    profiles = [plan_profile(units, assign(units, value), schemes, bits) for value in values]
+    wanted = settings.profile
+    units = units_from_scores(operators, tables, wanted.choices, wanted.spaces)
+    terms, cost = terms_of(settings, schemes), COSTS[wanted.cost]
+    values = wanted.values or frontier(units, prices_of(units, cost, terms), size_of(units, cost), FRONT)
+    profiles = [select(units, Budget(cost.name, value), terms) for value in values]
     scored = pd.concat(tables.values()).dropna(subset=["metric"]).iloc[0]
     metric = "kl_answer" if scored["unit"] == unit_of("kl", "answer") else str(scored["metric"])
     chosen = 0
     if not settings.profile.values:
         limit = SMALL_LOSS * (profiles[0].predicted or 0.0)
         chosen = next(i for i, p in enumerate(profiles) if (p.predicted or 0.0) <= limit or i == len(profiles) - 1)
-    return Plans(prepared, record, metric, units, schemes, values, profiles, chosen)
+    return Plans(prepared, record, metric, units, terms, cost, values, profiles, chosen)
 
 
 def _tables(folder: Path, main: str, schemes: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -144,7 +147,7 @@ def _quantizers(settings: Settings, plans: Plans) -> dict[str, OperatorQuantizer
     module, samples = plans.prepared.model.module, plans.prepared.calibration.samples
     operators = [op for unit in plans.units for op in unit.members]
     found: dict[str, OperatorQuantizer] = {}
-    for name, scheme in plans.schemes.items():
+    for name, scheme in plans.terms.schemes.items():
         able = [op for op in operators if not_offered([op], scheme) is None]
         made = make_quantizers(module, able, samples, settings.component.name, scheme)
         found |= {f"{path}#{name}": quantizer for path, quantizer in made.items()}
@@ -154,15 +157,17 @@ def _quantizers(settings: Settings, plans: Plans) -> dict[str, OperatorQuantizer
 def _measure(settings: Settings, plans: Plans, folder: RunFolder, screen: Screen) -> tuple[pd.DataFrame, int]:
     """Plans, everything in its cheapest choice and everything in high precision, on held-out samples."""
     prepared, bits = plans.prepared, settings.profile.high_bits
-    cheapest = frontier(plans.units, 2)[0]
-    least = plan_profile(plans.units, assign(plans.units, cheapest), plans.schemes, bits)
+    cost, terms = plans.cost, plans.terms
+    size = size_of(plans.units, cost)
+    cheapest = frontier(plans.units, prices_of(plans.units, cost, terms), size, 2)[0]
+    least = select(plans.units, Budget(cost.name, cheapest), terms)
     operators = least.operators
     whole = Profile(least.scheme, operators, frozenset(op.path for op in operators), bits, "scores", 0.0)
-    ends = [Candidate(Budget("average_bits", cheapest), least), Candidate(Budget("average_bits", float(bits)), whole)]
-    found = [
-        *ends,
-        *(Candidate(Budget("average_bits", v), p) for v, p in zip(plans.values, plans.profiles, strict=True)),
+    ends = [
+        Candidate(Budget(cost.name, cheapest), least),
+        Candidate(Budget(cost.name, cost_of(whole, cost, terms) / size), whole),
     ]
+    found = [*ends, *(Candidate(Budget(cost.name, v), p) for v, p in zip(plans.values, plans.profiles, strict=True))]
     seen = seen_by([folder.path]) | {sample.id for sample in prepared.calibration.samples}
     samples = held_out(settings.calibration, prepared.processor, settings.profile.evaluation_size, seen)
     module, component = prepared.model.module, settings.component.name
@@ -173,8 +178,9 @@ def _measure(settings: Settings, plans: Plans, folder: RunFolder, screen: Screen
         table = measure_curve(module, found, quantizers, samples, component, plans.metric, screen.step, folder=folder)
     finally:
         screen.finish()
-    for name in plans.schemes:
+    for name in plans.terms.schemes:
         table[f"n_{name}"] = [sum(p.scheme_of(op).name == name for op in p.low) for p in profiles]
+    table["cost"] = [cost_of(p, cost, terms) / size for p in profiles]
     return table.drop_duplicates(["value", "average_bits", "n_high", "predicted"]).reset_index(drop=True), len(samples)
 
 
@@ -183,7 +189,7 @@ def _summary(table: pd.DataFrame, plans: Plans, budget: str, samples: int) -> di
     names = ("n_high", "share_high", "average_bits", "weight_bytes", "predicted", "measured", "squared_error", "kl",
              "kl_answer", "loss", "exact_match", "recovered")  # fmt: skip
     found = {name: None if pd.isna(own[name]) else own[name].item() for name in names}
-    found |= {f"n_{name}": int(own[f"n_{name}"]) for name in plans.schemes}
+    found |= {f"n_{name}": int(own[f"n_{name}"]) for name in plans.terms.schemes}
     ends = {"quantized": table.iloc[0], "float": table[table["kl"] == 0].iloc[0] if (table["kl"] == 0).any() else own}
     for name, row in ends.items():
         found |= {f"exact_match_{name}": float(row["exact_match"]), f"loss_{name}": float(row["loss"])}
@@ -191,11 +197,13 @@ def _summary(table: pd.DataFrame, plans: Plans, budget: str, samples: int) -> di
 
 
 def _show(table: pd.DataFrame, plans: Plans, notes: Sequence[str], samples: int, screen: Screen) -> None:
-    ordered = table.sort_values("average_bits").to_dict("records")
+    bits = plans.cost.name == "average_bits"
+    ordered = table.sort_values("cost").to_dict("records")
     rows = [
         [
+            *([] if bits else [f"{row['cost']:.4g}"]),
             f"{row['average_bits']:.3f}",
-            *(str(row[f"n_{name}"]) for name in plans.schemes),
+            *(str(row[f"n_{name}"]) for name in plans.terms.schemes),
             str(row["n_high"]),
             f"{row['predicted']:.3g}",
             f"{row['kl_answer']:.3g}",
@@ -204,12 +212,13 @@ def _show(table: pd.DataFrame, plans: Plans, notes: Sequence[str], samples: int,
         for row in ordered
     ]
     name = plans.prepared.description.settings.name
-    columns = ["bits", *plans.schemes, LEAVE, "predicted", "KL at the answer", "exact match"]
+    first = [*([] if bits else [plans.cost.name]), "bits"]
+    columns = [*first, *plans.terms.schemes, LEAVE, "predicted", "KL at the answer", "exact match"]
     screen.table(f"plans of {name} on {samples} held-out samples", columns, rows)
     for note in notes:
         screen.say(note)
     chosen = plans.profiles[plans.chosen]
-    said = ", ".join(f"{sum(chosen.scheme_of(op).name == s for op in chosen.low)} {s}" for s in plans.schemes)
+    said = ", ".join(f"{sum(chosen.scheme_of(op).name == s for op in chosen.low)} {s}" for s in plans.terms.schemes)
     screen.say(
-        f"exported: the plan of {plans.values[plans.chosen]:.3f} bits a weight ({said}, {len(chosen.high)} {LEAVE})"
+        f"exported: the plan of {plans.values[plans.chosen]:.4g} {plans.cost.unit} ({said}, {len(chosen.high)} {LEAVE})"
     )

@@ -14,8 +14,10 @@ from qvl_hydra.errors import ProfileError
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import make_quantizers
+from qvl_hydra.profiles.costs import ERROR, LEAVE
 from qvl_hydra.profiles.joint import Interactions, interactions_from
 from qvl_hydra.profiles.measure import measure_profiles
+from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.select import Budget, select
 from qvl_hydra.profiles.units import Unit, units_from_scores
@@ -51,6 +53,7 @@ class Decision:
     metric: str
     interactions: Interactions | None
     units: tuple[Unit, ...]
+    terms: Terms
     budget: Budget
     profile: Profile
     quantizers: Mapping[str, OperatorQuantizer]
@@ -77,20 +80,22 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
     scheme = prepared.schemes[0]
     notes = _compare_settings(settings, record, scheme, prepared)
     table = read_table(folder.path / "scores.parquet")
-    units = tuple(units_from_scores(find_operators(prepared.model.module, settings.component.name), table))
+    operators = find_operators(prepared.model.module, settings.component.name)
+    units = tuple(units_from_scores(operators, {scheme.name: table}, (scheme.name, LEAVE)))
     scored = table.dropna(subset=["metric"]).iloc[0]
     samples = read_table(folder.path / "sample_scores.parquet")
     interactions = interactions_from(samples, units, scheme.name, str(scored["metric"]))
     metric = "kl_answer" if scored["unit"] == unit_of("kl", "answer") else str(scored["metric"])
     budget = Budget(settings.profile.budget, settings.profile.value)
-    if budget.kind == "error":
+    if budget.kind == ERROR:
         _require_bound(record, metric)
-    profile = select(units, budget, scheme, settings.profile.high_bits)
+    terms = terms_of(settings, {scheme.name: scheme})
+    profile = select(units, budget, terms)
     quantizers = make_quantizers(
         prepared.model.module, profile.operators, prepared.calibration.samples, settings.component.name, scheme
     )
-    if budget.kind == "error":
-        profile, said = _held_bound(settings, prepared, units, profile, budget, metric, quantizers)
+    if budget.kind == ERROR:
+        profile, said = _held_bound(settings, prepared, units, terms, profile, budget, metric, quantizers)
         notes = (*notes, said)
     return Decision(
         prepared=prepared,
@@ -98,11 +103,17 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
         metric=metric,
         interactions=interactions,
         units=units,
+        terms=terms,
         budget=budget,
         profile=profile,
         quantizers=quantizers,
         notes=(*notes, *_kept_notes(units)),
     )
+
+
+def terms_of(settings: Settings, schemes: Mapping[str, Scheme]) -> Terms:
+    """What prices depend on, by the settings."""
+    return Terms(schemes, settings.profile.high_bits, settings.device, settings.profile)
 
 
 def _require_bound(record: Mapping[str, Any], metric: str) -> None:
@@ -119,6 +130,7 @@ def _held_bound(
     settings: Settings,
     prepared: Prepared,
     units: Sequence[Unit],
+    terms: Terms,
     profile: Profile,
     budget: Budget,
     metric: str,
@@ -142,7 +154,7 @@ def _held_bound(
         if holds:
             break
         middle = (low + high) / 2
-        candidate = select(units, Budget("error", middle), profile.scheme, profile.high_bits)
+        candidate = select(units, Budget(ERROR, middle), terms)
         found = error_of(candidate)
         if found <= budget.value:
             best, error, low = candidate, found, middle
@@ -150,7 +162,7 @@ def _held_bound(
         else:
             high = middle
     if error > budget.value:
-        best = select(units, Budget("error", 0.0), profile.scheme, profile.high_bits)
+        best = select(units, Budget(ERROR, 0.0), terms)
         error = error_of(best)
     kept = "held" if error <= budget.value else "not held even by what quantizes nothing that was scored above zero"
     return best, (
@@ -216,4 +228,8 @@ def _compare_settings(
 
 
 def _kept_notes(units: Sequence[Unit]) -> list[str]:
-    return [f"{unit.name} stays in high precision: {unit.reason}" for unit in units if unit.score is None]
+    return [
+        f"{unit.name} stays in high precision: {'; '.join(dict.fromkeys(unit.reasons.values()))}"
+        for unit in units
+        if unit.stays
+    ]

@@ -15,7 +15,7 @@ from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.baselines import input_ranges, weight_errors
 from qvl_hydra.profiles.figure import draw_spectrum
-from qvl_hydra.profiles.formats.table import write_formats
+from qvl_hydra.profiles.formats.written import write_formats
 from qvl_hydra.profiles.measure import steps
 from qvl_hydra.profiles.profile import describe
 from qvl_hydra.profiles.spectrum import best_baseline, candidates, measure_curve
@@ -66,7 +66,7 @@ def _measure(
     module = decision.prepared.model.module
     errors = weight_errors(module, decision.quantizers) if settings.profile.baselines else None
     found = candidates(
-        decision.units, decision.profile, decision.budget, settings.profile.spectrum, errors,
+        decision.units, decision.profile, decision.budget, decision.terms, settings.profile.spectrum, errors,
         input_ranges(decision.quantizers),
     )  # fmt: skip
     component = settings.component.name

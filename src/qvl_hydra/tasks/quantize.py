@@ -25,7 +25,7 @@ from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import applied
 from qvl_hydra.profiles.checkpoint import write_checkpoint
-from qvl_hydra.profiles.formats.table import write_formats
+from qvl_hydra.profiles.formats.written import write_formats
 from qvl_hydra.profiles.profile import Profile, describe
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.reports.quantize import quantize_sections

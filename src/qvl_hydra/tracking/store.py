@@ -13,6 +13,7 @@ import os
 import shlex
 import sqlite3
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,10 +81,23 @@ def open_client(settings: TrackingSettings) -> MlflowClient:
     """
     uri = tracking_uri(settings)
     with told(uri), _store_lock(uri):
+        _make(uri)
         _require_open(uri)
         client = MlflowClient(tracking_uri=uri)
         client.get_experiment_by_name(settings.experiment)  # makes the tables of a new store, one process at a time
     return client
+
+
+def _make(uri: str) -> None:
+    """Make a SQLite store beside its place, and put it there whole: half of its tables are no store for anybody."""
+    path = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or path.exists():
+        return
+    for left in path.parent.glob(f"{path.name}.new-*"):  # of one that was killed
+        left.unlink(missing_ok=True)
+    beside = path.with_name(f"{path.name}.new-{uuid.uuid4().hex}")
+    MlflowClient(tracking_uri=f"{SQLITE}{beside}").search_experiments(max_results=1)
+    os.replace(beside, path)
 
 
 def _require_open(uri: str) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qvl_hydra.errors import ProfileError
-from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.profile import Profile
 
 KERNEL_MULTIPLE = 64  # widths that INT8 kernels tile by; vLLM's CUTLASS and Marlin refuse or pad others
@@ -23,22 +22,6 @@ class Rendered:
 
     files: Mapping[str, str]
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Format:
-    """A format and its consumer.
-
-    Attributes:
-        consumer: the tool that reads it.
-        loaded: versions the tests load it with; None when no test does.
-        render: makes the files of a profile, given every operator of the model. Raises ProfileError, naming the
-            operators, for what the format cannot express.
-    """
-
-    consumer: str
-    loaded: str | None
-    render: Callable[[Profile, Sequence[Operator]], Rendered]
 
 
 def require_linear(profile: Profile, format_name: str) -> None:

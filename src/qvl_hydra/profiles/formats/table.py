@@ -1,88 +1,63 @@
-"""The table of formats, and the writing of a profile in some of them."""
+"""The table of consumers: tools that a profile is written for. Nothing here needs torch.
+
+One addition is a function of a profile and every operator of the model that gives a `Rendered`, and a row here
+(docs/extending.md).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from qvl_hydra.errors import ProfileError
-from qvl_hydra.operators.discover import Operator
-from qvl_hydra.profiles.formats import (
-    auto_round,
-    compressed_tensors,
-    llm_compressor,
-    modelopt,
-    neural_compressor,
-    tensorrt_llm,
-)
-from qvl_hydra.profiles.formats.rendered import Format, misaligned
-from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.runs.files import write_atomically, write_json
-
-FORMATS = {
-    "neural_compressor": Format("Neural Compressor", "neural-compressor 3.7.1", neural_compressor.render),
-    "compressed_tensors": Format("transformers, vLLM", "compressed-tensors 0.20.0", compressed_tensors.render),
-    "llm_compressor": Format("llm-compressor", "llmcompressor 0.14.0", llm_compressor.render),
-    "modelopt": Format("NVIDIA ModelOpt", "nvidia-modelopt 0.47.0", modelopt.render),
-    "auto_round": Format("auto-round", "auto-round 0.16.1", auto_round.render),
-    "tensorrt_llm": Format("TensorRT-LLM", None, tensorrt_llm.render),
-}
+ALL_NUMBERS = ("int", "float8_e4m3", "nvfp4", "mxfp4", "mxfp8")
 
 
-FLOATS = ("compressed_tensors", "llm_compressor")  # those that can say more than integers
+@dataclass(frozen=True)
+class Consumer:
+    """A tool and the files that it reads.
 
-
-def _require_integers(profile: Profile, name: str) -> None:
-    scheme = profile.scheme
-    if profile.others and name != "compressed_tensors":
-        raise ProfileError(
-            f"{name} is written for one scheme, and this profile has {', '.join(profile.schemes)}; "
-            "take profile.formats=[compressed_tensors]"
-        )
-    numbers = {part.number for part in (scheme.weight, scheme.input) if part is not None} - {"int"}
-    if numbers and name not in FLOATS:
-        raise ProfileError(
-            f"{name} is written for integers only, and quant={scheme.name} has {', '.join(sorted(numbers))}; "
-            f"take profile.formats=[{','.join(FLOATS)}]"
-        )
-
-
-def write_formats(
-    profile: Profile, operators: Sequence[Operator], names: Sequence[str], folder: Path
-) -> list[dict[str, Any]]:
-    """Write a profile in several formats, each in its own folder, and `exports.json` about all of them.
-
-    Args:
-        operators: every operator of the model, decided on or not.
-        names: keys of `FORMATS`; none asks for all of them, and then one that cannot express the profile is reported
-            instead of written.
-
-    Returns:
-        The content of `exports.json`: one record a format with its files, notes, or the error.
-
-    Raises:
-        ProfileError: a format that was asked for by name cannot express the profile.
+    Attributes:
+        name: an entry of `profile.formats`, and the folder below `exports/`.
+        tool: what reads it.
+        loaded: version that the tests load it with; None when no test does.
+        render: `module:function`, makes the files of a profile, given every operator of the model; it raises
+            ProfileError, naming the operators, for what the tool cannot express.
+        numbers: number formats that it can say.
+        mixed: it can say several schemes in one profile.
     """
-    records: list[dict[str, Any]] = []
-    for name in names or FORMATS:
-        form = FORMATS[name]
-        record: dict[str, Any] = {"format": name, "consumer": form.consumer, "loaded_with": form.loaded}
-        try:
-            _require_integers(profile, name)
-            rendered = form.render(profile, operators)
-        except ProfileError as error:
-            if names:
-                raise
-            records.append(record | {"error": str(error)})
-            continue
-        target = folder / name
-        target.mkdir(parents=True, exist_ok=True)
-        for file, text in rendered.files.items():
-            write_atomically(target / file, text.encode())
-        files = [f"{name}/{file}" for file in rendered.files]
-        records.append(record | {"files": files, "notes": list(rendered.notes)})
-    content = {"formats": records, "misaligned": misaligned(profile)}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "exports.json", content)
-    return records
+
+    name: str
+    tool: str
+    loaded: str | None
+    render: str
+    numbers: tuple[str, ...] = ("int",)
+    mixed: bool = False
+
+    def load(self) -> Callable[..., Any]:
+        """The function that makes the files, imported now."""
+        module, _, function = self.render.partition(":")
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return found
+
+
+_OWN = "qvl_hydra.profiles.formats"
+FORMATS = {
+    row.name: row
+    for row in (
+        Consumer(
+            "neural_compressor", "Neural Compressor", "neural-compressor 3.7.1", f"{_OWN}.neural_compressor:render"
+        ),
+        Consumer(
+            "compressed_tensors", "transformers, vLLM", "compressed-tensors 0.20.0",
+            f"{_OWN}.compressed_tensors:render", ALL_NUMBERS, mixed=True,
+        ),
+        Consumer(
+            "llm_compressor", "llm-compressor", "llmcompressor 0.14.0", f"{_OWN}.llm_compressor:render", ALL_NUMBERS
+        ),
+        Consumer("modelopt", "NVIDIA ModelOpt", "nvidia-modelopt 0.47.0", f"{_OWN}.modelopt:render"),
+        Consumer("auto_round", "auto-round", "auto-round 0.16.1", f"{_OWN}.auto_round:render"),
+        Consumer("tensorrt_llm", "TensorRT-LLM", None, f"{_OWN}.tensorrt_llm:render"),
+    )
+}  # fmt: skip

@@ -117,4 +117,4 @@ def _scale_bits(form: WeightFormat, inputs: int) -> float:
     return each / min(form.group_size or inputs, inputs)
 
 
-INTEGER = NumberFormat("int", None, _weight, _activation, _static, _scale_bits)
+INTEGER = NumberFormat("int", None, _weight, _activation, _static, _scale_bits, "int8")

@@ -65,7 +65,7 @@ def _row(name: str, bits: int, offset: int, cast: Callable[[Tensor], Tensor]) ->
     own = {"offset": offset, "cast": cast}
     return NumberFormat(
         name, bits, partial(_weight, **own), partial(_activation, **own), _static,  # type: ignore[arg-type]
-        lambda form, inputs: 8 / GROUP, group=GROUP,
+        lambda form, inputs: 8 / GROUP, f"fp{bits}", group=GROUP,
     )  # fmt: skip
 
 

@@ -48,5 +48,5 @@ def _static(low: Tensor, high: Tensor, form: ActivationFormat) -> QuantParams:
 
 
 NVFP4 = NumberFormat(
-    "nvfp4", 4, _weight, _activation, _static, lambda form, inputs: 8 / GROUP, group=GROUP, whole_tensor=True
+    "nvfp4", 4, _weight, _activation, _static, lambda form, inputs: 8 / GROUP, "fp4", group=GROUP, whole_tensor=True
 )

@@ -36,6 +36,7 @@ class NumberFormat:
         activation: QDQ of tokens in float32, given the format and the parameters of a static range.
         static: parameters of a static range from the smallest and largest value seen.
         scale_bits: bits that the scales of a weight take for each of its values, given its inputs.
+        rate: what devices multiply it as (`tera_ops` of conf/device/); where they do not, half precision.
         group: values that share a scale always; None where the scheme chooses.
         whole_tensor: a weight's scale depends on all of it whatever its granularity, and fused operators share it.
         rows: of a weight that share scales, so that they are rounded together.
@@ -47,6 +48,7 @@ class NumberFormat:
     activation: Callable[[Float[Tensor, "token in"], ActivationFormat, QuantParams | None], Float[Tensor, "token in"]]
     static: Callable[[Tensor, Tensor, ActivationFormat], QuantParams]
     scale_bits: Callable[[WeightFormat, int], float]
+    rate: str
     group: int | None = None
     whole_tensor: bool = False
     rows: int = 1
