@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from qvl_hydra.backends.table import BACKENDS, Backend
 from qvl_hydra.errors import SettingsError
-from qvl_hydra.estimators.table import OF_CURVATURE, OF_OUTPUTS, estimator_of
+from qvl_hydra.estimators.table import estimator_of, of_curvature, of_outputs
 from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.profiles.costs import COSTS, ERROR, LEAVE
 from qvl_hydra.profiles.formats.table import FORMATS as CONSUMERS
@@ -134,7 +134,7 @@ class StrategySettings:
 
     def faults(self) -> list[str]:
         found = []
-        for key, able in (("estimator", OF_OUTPUTS), ("curvature", OF_CURVATURE)):
+        for key, able in (("estimator", of_outputs()), ("curvature", of_curvature())):
             if getattr(self, key) not in able:
                 found.append(f"strategy.{key}={getattr(self, key)}; allowed: {', '.join(able)}")
         if self.confidence_batches is not None and self.confidence_batches < 1:
@@ -449,7 +449,7 @@ class Settings:
     def faults(self) -> list[str]:
         """Faults between groups, and of the keys that belong to none."""
         found = [] if 0 <= self.seed < SEEDS else [f"seed={self.seed}; must lie between 0 and {SEEDS - 1}"]
-        known = self.strategy.estimator in OF_OUTPUTS and self.strategy.curvature in OF_CURVATURE
+        known = self.strategy.estimator in of_outputs() and self.strategy.curvature in of_curvature()
         if known:
             found += self._strategy_faults()
         if known and self.backend.name in BACKENDS:
@@ -469,20 +469,18 @@ class Settings:
     def _backend_faults(self, row: Backend) -> list[str]:
         """What of the settings the backend has not, by its row."""
         strategy, quant, name = self.strategy, self.quant, self.backend.name
-        asked = (  # key, value, what the backend has
-            ("strategy", strategy.name, row.strategies),
-            ("strategy.estimator", strategy.estimator, row.estimators),
-            ("strategy.direction", strategy.direction, row.directions),
-            ("quant.weight_format", quant.weight_format, row.formats),
-            ("quant.input_format", quant.input_format, row.formats),
-            ("model.placement", self.model.placement, row.placements),
-            ("model.dtype", self.model.dtype, row.dtypes),
-        )
+        asked = {
+            "strategy": strategy.name, "strategy.estimator": strategy.estimator,
+            "strategy.direction": strategy.direction, "quant.weight_format": quant.weight_format,
+            "quant.input_format": quant.input_format, "model.placement": self.model.placement,
+            "model.dtype": self.model.dtype,
+        }  # fmt: skip
         found = []
-        for key, value, able in asked:
-            if value not in able:
-                others = ", ".join(other.name for other in BACKENDS.values() if _has(other, key, value))
-                elsewhere = f"; {value} is done by backend={others}" if others else ""
+        for key, value in asked.items():
+            able = row.able(key)
+            if able and value not in able:
+                others = [other.name for other in BACKENDS.values() if value in other.able(key) or not other.able(key)]
+                elsewhere = f"; {value} is done by backend={', '.join(others)}" if others else ""
                 found.append(f"{key}={value}, but backend={name} has {', '.join(able)}{elsewhere}")
         if strategy.name == "mse_v2" and strategy.positions != "all" and not row.positions:
             found.append(f"strategy.positions={strategy.positions}; backend={name} compares all")
@@ -524,16 +522,6 @@ class Settings:
             metric: Literal["squared_error", "kl"] = "squared_error" if self.component.name == "vision" else "kl"
             strategy = dataclasses.replace(strategy, metric=metric)
         return dataclasses.replace(self, strategy=strategy)
-
-
-def _has(row: Backend, key: str, value: str) -> bool:
-    """Whether a backend has this value of a setting."""
-    able = {
-        "strategy": row.strategies, "strategy.estimator": row.estimators, "strategy.direction": row.directions,
-        "quant.weight_format": row.formats, "quant.input_format": row.formats, "model.placement": row.placements,
-        "model.dtype": row.dtypes,
-    }  # fmt: skip
-    return value in able[key]
 
 
 def build_settings(config: Mapping[str, Any]) -> Settings:

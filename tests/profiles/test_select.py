@@ -125,6 +125,12 @@ def test_fused_operators_get_one_precision_and_the_sum_of_their_scores() -> None
     assert select(units, Budget("count", 3), TERMS).high == set(QKV)
 
 
+def test_scores_that_are_their_whole_unit_s_are_not_added_up() -> None:
+    rows = [*((path, "scored", 7.0, None) for path in QKV), ("a.o_proj", "scored", 5.0, None)]
+    units = units_from_scores(ATTENTION, {W8A8.name: table(rows)}, BOTH, shared=True)
+    assert [unit.scores[W8A8.name] for unit in units] == [7.0, 5.0]
+
+
 def test_scores_of_fused_operators_count_once() -> None:
     scores = table([("a.qkv_proj", "scored", 7.0, None), ("a.o_proj", "scored", 5.0, None)])
     units = units_from(ATTENTION, scores)

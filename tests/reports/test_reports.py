@@ -67,7 +67,7 @@ def test_unfinished_run_has_a_report(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     for name in ("run.json", "sample_scores.parquet", "config.yaml"):
         (folder / name).unlink()
-    assert "running" in write_sweep_report(folder).read_text()
+    assert "partial" in write_sweep_report(folder).read_text()
 
 
 def test_run_without_any_score_has_a_report(tmp_path: Path) -> None:

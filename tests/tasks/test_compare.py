@@ -81,7 +81,7 @@ def test_multirun_with_a_failed_job_is_compared_tracked_and_linked(tmp_path: Pat
     sweep = tmp_path / "sweep"
     ids = [send_run(write_run(sweep / f"{index}", seed=index), tracking) for index in range(2)]
     (sweep / "2").mkdir()
-    (sweep / "2" / "run.json").write_text(json.dumps({"status": "failed", "error": "out of memory"}))
+    (sweep / "2" / "run.json").write_text(json.dumps({"task": "sweep", "status": "failed", "error": "out of memory"}))
     settings = dataclasses.replace(settings_for(kind="calibration_sizes"), tracking=tracking)
     screen = Heard()
     folder = compare.compare_sweep(sweep, settings, screen)

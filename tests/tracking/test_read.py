@@ -56,7 +56,8 @@ def test_jobs_that_failed_or_stopped_are_named(tmp_path: Path) -> None:
     write_run(tmp_path / "10", seed=1)
     write_run(tmp_path / "2", run={"status": "partial"})
     (tmp_path / "3").mkdir()
-    (tmp_path / "3" / "run.json").write_text(json.dumps({"status": "failed", "error": "no such model"}))
+    failed = {"task": "sweep", "status": "failed", "error": "no such model"}
+    (tmp_path / "3" / "run.json").write_text(json.dumps(failed))
     (tmp_path / "4").mkdir()
     (tmp_path / "4" / "config.yaml").write_text("seed: 0")
     found = jobs_of(tmp_path)

@@ -249,7 +249,7 @@ def test_a_run_that_is_sent_later_ended_as_its_folder_says(
     tmp_path: Path, end: str | None, status: str | None, expected: str
 ) -> None:
     if status is not None:
-        (tmp_path / "run.json").write_text(json.dumps({"status": status}))
+        (tmp_path / "run.json").write_text(json.dumps({"task": "sweep", "status": status}))
     if end is not None:
         (tmp_path / "end.json").write_text(json.dumps({"end": end}))
     assert send.status_of(tmp_path) == expected

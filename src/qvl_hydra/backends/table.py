@@ -23,15 +23,17 @@ class Backend:
         run: `module:function`, the engine; its packages are imported with it.
         memory: `module:function`; bytes that it needs beside the weights, from settings, description and operators.
         strategies: of `strategy.name` that it measures.
-        estimators: of `strategy.estimator`; `auto` and `exact` mean its own where it has one way.
+        estimators: of `strategy.estimator`; empty: all of the table; `auto` and `exact` mean its own where it has one
+            way.
         metrics: by `backend.method` what it ranks by, whatever `strategy.metric` says; empty: that one.
         weighting: of `strategy.weighting` that it has; empty: either.
         directions: of `strategy.direction` that it measures.
         positions: it compares at the positions that `strategy.positions` names, and else at all.
-        formats: number formats that it puts operators into.
+        formats: number formats that it puts operators into; empty: all of the table.
         scheme: that it always runs, whatever `quant` says; empty: the one asked for.
         several: it scores the schemes of `quant.also` in the same run.
         fuses: it scores what runtimes fuse as one.
+        shares: an operator's score is that of all operators that runtimes fuse with it.
         placements, dtypes: of `model.placement` and `model.dtype` that it works with.
         device: where the PyTorch model is held: `any`, as `backend.device` says, or `cpu`.
         computes: kinds of device that it computes on, if not where the model is held; it checks them itself.
@@ -52,12 +54,21 @@ class Backend:
     scheme: str = ""
     several: bool = False
     fuses: bool = False
+    shares: bool = False
     placements: tuple[str, ...] = ("resident",)
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     device: str = "any"
     computes: tuple[str, ...] = ()
     towers: bool = False
     package: tuple[str, str, str] | None = None
+
+    def able(self, key: str) -> tuple[str, ...]:
+        """What it has of a setting; empty: all that there is."""
+        return {
+            "strategy": self.strategies, "strategy.estimator": self.estimators, "strategy.direction": self.directions,
+            "quant.weight_format": self.formats, "quant.input_format": self.formats,
+            "model.placement": self.placements, "model.dtype": self.dtypes,
+        }[key]  # fmt: skip
 
     @property
     def foreign_device(self) -> bool:
@@ -75,9 +86,7 @@ BACKENDS = {
     for row in (
         Backend(
             "torch", f"{_OWN}.torch:run", f"{_OWN}.torch:extra_bytes", ("kl", "mse_v2", "hawq_v2"),
-            estimators=("auto", "exact", "sketch", "gradient"),
-            formats=("int", "float8_e4m3", "nvfp4", "mxfp4", "mxfp8"),
-            several=True, fuses=True, placements=("resident", "streamed"),
+            estimators=(), formats=(), several=True, fuses=True, placements=("resident", "streamed"),
         ),
         Backend(
             "onnxrt", f"{_OWN}.onnxrt:run", f"{_OWN}.onnx_graphs:extra_bytes", ("kl", "mse_v2"),
@@ -96,7 +105,7 @@ BACKENDS = {
         ),
         Backend(
             "modelopt", f"{_OWN}.modelopt:run", f"{_OWN}.torch:extra_bytes", ("kl", "mse_v2"),
-            metrics={"gradient": "gradient", "kl_div": "kl_sum"}, directions=("requantize",), towers=True,
+            metrics={"gradient": "gradient", "kl_div": "kl_sum"}, directions=("requantize",), shares=True, towers=True,
             package=("modelopt", "nvidia-modelopt", "modelopt"),
         ),
     )

@@ -48,7 +48,7 @@ def pair(
     row["note"] = "; ".join(_notes(a, b, x, y, tables))
     if all(table.can_resample for table in tables):
         row |= _intervals(row, tables, criterion, draws, seed)
-        told = [(run.run.run.get("model_sha"), run.run.run.get("scheme")) for run in (a, b)]
+        told = [(run.run.run.model_sha, run.run.run.scheme) for run in (a, b)]
         if not row["shared_samples"] and told[0] == told[1] and told[0][0] is not None:
             row["p_stable"] = _apart(row, tables, criterion, draws, seed)
     return row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pandas as pd
 from qvl_hydra.comparison.resampling import SampleTable, sample_table
 from qvl_hydra.errors import ComparisonError
 from qvl_hydra.runs.files import read_json, read_table, read_yaml
+from qvl_hydra.runs.record import RunRecord, read_record
 
 NEEDED = ("op", "component", "block", "role", "group", "status", "score", "rank", "metric", "estimator")  # columns
 
@@ -23,7 +24,7 @@ class RunScores:
     Attributes:
         name: short label, unique among the runs compared.
         config: resolved settings.
-        run: content of `run.json`; empty while the run goes on.
+        run: `run.json`.
         table: `scores.parquet`, indexed by operator, in data order.
         sample_scores: the per-sample rows behind the score of each operator; empty when the run kept none.
         run_id: of the MLflow run, when it is tracked.
@@ -33,7 +34,7 @@ class RunScores:
     name: str
     folder: Path
     config: Mapping[str, Any]
-    run: Mapping[str, Any]
+    run: RunRecord
     table: pd.DataFrame
     sample_scores: pd.DataFrame
     run_id: str | None = None
@@ -65,16 +66,16 @@ def read_run(folder: Path, *, name: str | None = None, scheme: str | None = None
         others = ", ".join(sorted(item.name for item in folder.glob("scores*.parquet"))) or "no scores at all"
         raise ComparisonError(f"{folder} has no {path.name} ({others}); give the folder of a sweep that has scores")
     table = read_table(path, NEEDED).set_index("op", drop=False)
-    run = read_json(folder / "run.json")
+    run = read_record(folder) or RunRecord("sweep", "partial")  # the run goes on
     tracked = read_json(folder / "mlflow.json")
     config = read_yaml(folder / "config.yaml")
     return RunScores(
         name=name or folder.name,
         folder=folder,
         config=config,
-        run=run if scheme is None else {**run, "scheme": scheme},
+        run=run if scheme is None else replace(run, scheme=scheme),
         table=table,
-        sample_scores=_ranking_rows(folder, table, scheme or run.get("scheme")),
+        sample_scores=_ranking_rows(folder, table, scheme or run.scheme),
         run_id=tracked.get("run_id"),
         uri=tracked.get("uri"),
     )

@@ -115,8 +115,8 @@ def _curve(
 ) -> pd.DataFrame:
     """Measured agreement by size, and predicted from the reference's samples for sets within them and for others."""
     reference = mapped[0].run
-    sizes = {item.name: int(item.run.run.get("n_samples") or 0) for item in mapped}
-    seeds = {item.name: int(item.run.run.get("calibration_seed") or 0) for item in mapped}
+    sizes = {item.name: item.run.run.n_samples or 0 for item in mapped}
+    seeds = {item.name: item.run.run.calibration_seed or 0 for item in mapped}
     measured = stability.measured_curve(agreement, sizes, seeds, reference.name)
     frames = [measured.assign(source="measured")]
     table = reference.samples()

@@ -109,8 +109,9 @@ def differences(runs: Sequence[RunScores]) -> pd.DataFrame:
 
 def _flat(run: RunScores) -> dict[str, str]:
     settings = {key: value for key, value in _leaves(run.config) if not key.startswith(ASIDE)}
-    told = {key: str(run.run[key]) for key in (*IDENTITIES, "scheme", "estimator", "device") if key in run.run}
-    versions = {f"versions.{key}": str(value) for key, value in run.run.get("versions", {}).items()}
+    record = run.run.plain()
+    told = {key: str(record[key]) for key in (*IDENTITIES, *DERIVED) if key in record}
+    versions = {f"versions.{key}": value for key, value in run.run.versions.items()}
     return {**settings, **told, **versions}
 
 
@@ -147,12 +148,12 @@ def _label(key: str, value: object) -> str:
 
 def pick_reference(runs: Sequence[RunScores]) -> RunScores:
     """The run with the most calibration samples; the first of several."""
-    return max(runs, key=lambda run: (run.run.get("calibration_size") or 0, run.run.get("n_samples") or 0))
+    return max(runs, key=lambda run: (run.run.calibration_size or 0, run.run.n_samples or 0))
 
 
 def costs(runs: Sequence[RunScores]) -> pd.DataFrame:
     """What each run took: one row a run, columns `COSTS`; empty where it is not known."""
-    rows = [{"run": run.name, **{key: run.run.get(key) for key in COSTS}} for run in runs]
+    rows = [{"run": run.name, **{key: getattr(run.run, key) for key in COSTS}} for run in runs]
     return pd.DataFrame(rows).astype(dict.fromkeys(COSTS, "float64"))
 
 

@@ -30,6 +30,7 @@ from qvl_hydra.entry.ends import BROKEN, STOPPED, WRONG_INPUT, End, note_end
 from qvl_hydra.errors import QvlHydraError, RunFolderError, TrackingError
 from qvl_hydra.runs.files import read_json, write_atomically, write_json
 from qvl_hydra.runs.folder import END, RESUMED_FROM, RunFolder, refuse_foreign_folder
+from qvl_hydra.runs.record import RUN_FILE, RunRecord, write_record
 from qvl_hydra.runs.resume import refuse_other_settings
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
@@ -238,9 +239,8 @@ def _explained(error: Exception, folder: Path) -> Exception:
 
 def _note_failure(settings: Settings, folder: RunFolder, error: Exception) -> None:
     """Leave a `run.json` that says how the run ended, unless the task left one with what it had."""
-    result = folder.path / "run.json"
-    if not result.exists():
-        write_json(result, {"task": settings.task.name, "status": "failed", "error": said(error), "fingerprint": None})
+    if not (folder.path / RUN_FILE).exists():
+        write_record(folder.path, RunRecord(settings.task.name, "failed", said(error)))
 
 
 def _run_name(settings: Settings) -> str:

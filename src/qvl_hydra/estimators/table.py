@@ -73,9 +73,17 @@ ESTIMATORS = {
         ),
     )
 }  # fmt: skip
-OF_CURVATURE = tuple(row.name for row in ESTIMATORS.values() if row.metric == "curvature")  # strategy.curvature
-OF_OUTPUTS = tuple(name for name in ESTIMATORS if name not in OF_CURVATURE)  # strategy.estimator
 CURVATURE_METRICS = {"weight_error": "omega", "trace": "mean_trace"}  # by strategy.weighting
+
+
+def of_curvature() -> tuple[str, ...]:
+    """What `strategy.curvature` can be."""
+    return tuple(row.name for row in ESTIMATORS.values() if row.metric == "curvature")
+
+
+def of_outputs() -> tuple[str, ...]:
+    """What `strategy.estimator` can be."""
+    return tuple(row.name for row in ESTIMATORS.values() if row.metric != "curvature")
 
 
 def estimator_of(strategy: str, estimator: str, direction: str, curvature: str) -> Estimator:

@@ -49,6 +49,7 @@ def units_from_scores(
     tables: Mapping[str, pd.DataFrame],
     choices: Sequence[str],
     spaces: Sequence[SpaceSettings] = (),
+    shared: bool = False,
 ) -> list[Unit]:
     """Units of all operators that a sweep was asked for, in data order.
 
@@ -60,6 +61,7 @@ def units_from_scores(
         tables: `scores.parquet` of each scheme: columns op, status, reason, score.
         choices: schemes, and `leave`.
         spaces: choices of some operators alone; of several that match, the last.
+        shared: an operator's score is already that of its whole unit.
 
     Raises:
         ProfileError: a table names operators that the model does not have; no operator is scored in any scheme; a
@@ -82,7 +84,7 @@ def units_from_scores(
         if op.group in touched:
             members.setdefault(op.group, []).append(op)
     allowed = _spaces({name: tuple(ops) for name, ops in members.items()}, choices, spaces)
-    units = [_unit(name, tuple(ops), by_scheme, allowed[name]) for name, ops in members.items()]
+    units = [_unit(name, tuple(ops), by_scheme, allowed[name], shared) for name, ops in members.items()]
     if all(unit.stays for unit in units):
         raise ProfileError(
             "the sweep has no scored operator to decide on; see the reasons in its scores.parquet"
@@ -128,7 +130,9 @@ def _spaces(
     return allowed
 
 
-def _unit(name: str, members: tuple[Operator, ...], by_scheme: Mapping[str, Rows], choices: Sequence[str]) -> Unit:
+def _unit(
+    name: str, members: tuple[Operator, ...], by_scheme: Mapping[str, Rows], choices: Sequence[str], shared: bool
+) -> Unit:
     scores: dict[str, float] = {}
     reasons: dict[str, str] = {}
     for scheme, rows in by_scheme.items():
@@ -139,7 +143,8 @@ def _unit(name: str, members: tuple[Operator, ...], by_scheme: Mapping[str, Rows
         if missing:
             reasons[scheme] = "; ".join(_why(path, rows) for path in missing)
             continue
-        score = sum(float(rows[path]["score"]) for path in asked)
+        values = [float(rows[path]["score"]) for path in asked]
+        score = max(values) if shared else sum(values)
         if math.isfinite(score):
             scores[scheme] = score
         else:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qvl_hydra.reports.page import Column, Section, facts, notes, number, table, text
 from qvl_hydra.runs.files import read_json, read_table, read_value
+from qvl_hydra.runs.record import record_of
 
 SHOWN = {
     "chooser": "chosen by",
@@ -32,7 +33,7 @@ def profile_sections(folder: Path) -> list[Section]:
     Args:
         folder: with `run.json`, `profiles.parquet`, `profile.json`, `exports/exports.json` and the figure.
     """
-    record = read_json(folder / "run.json")["profile"]
+    record = record_of(folder).further["profile"]
     profile = read_json(folder / "profile.json")
     profiles = read_table(folder / "profiles.parquet")
     picture = base64.b64encode((folder / "figures" / "profile_spectrum.png").read_bytes()).decode()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qvl_hydra.reports.page import Column, Section, table
 from qvl_hydra.reports.profile import exports_section
-from qvl_hydra.runs.files import read_json
+from qvl_hydra.runs.record import record_of
 
 SHOWN = {
     "n_quantized": "in INT8",
@@ -24,7 +24,7 @@ def quantize_sections(folder: Path) -> list[Section]:
     Args:
         folder: with `run.json` and `exports/exports.json`.
     """
-    results = read_json(folder / "run.json")["quantize"]
+    results = record_of(folder).further["quantize"]
     columns = [Column("tool"), *(Column(title, number=True) for title in SHOWN.values())]
     rows = [[name, *(item[key] for key in SHOWN)] for name, item in results.items()]
     return [Section("Quantized by other tools", table(columns, rows)), exports_section(folder)]

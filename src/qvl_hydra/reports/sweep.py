@@ -70,7 +70,7 @@ def write_sweep_report(folder: Path, extra: Sequence[Section] = ()) -> Path:
             f"<details><summary>All settings</summary><pre>{text(yaml.safe_dump(dict(run.config)))}</pre></details>",
         ),
     ]
-    title = " · ".join(str(run.run[key]) for key in ("model", "component", "strategy", "backend") if key in run.run)
+    title = " · ".join(filter(None, (run.run.model, run.run.component, run.run.strategy, run.run.backend)))
     return write_page(folder / REPORT, title or folder.name, sections)
 
 
@@ -95,20 +95,20 @@ def _census(scores: pd.DataFrame) -> list[Section]:
 def _summary(run: RunScores) -> str:
     counts, told = run.table["status"].value_counts(), run.run
     tiles = {
-        "status": told.get("status", "running"),
+        "status": told.status,
         "operators": len(run.table),
         **{status: int(counts.get(status, 0)) for status in ("scored", "skipped", "failed")},
-        "scheme": told.get("scheme"),
-        "estimator": told.get("estimator"),
+        "scheme": told.scheme,
+        "estimator": told.estimator,
         "metric": run.table["metric"].dropna().iloc[0] if run.table["metric"].notna().any() else None,
-        "samples scored": told.get("n_samples"),
-        "calibration samples": told.get("calibration_size"),
-        "device": told.get("device"),
-        "time": f"{told['wall_s']:.1f} s" if "wall_s" in told else None,
-        "forward-equivalents": number(told.get("forward_equivalents")),
-        "peak memory": f"{told['peak_memory_bytes'] / MIB:.0f} MiB" if "peak_memory_bytes" in told else None,
+        "samples scored": told.n_samples,
+        "calibration samples": told.calibration_size,
+        "device": told.device,
+        "time": None if told.wall_s is None else f"{told.wall_s:.1f} s",
+        "forward-equivalents": number(told.forward_equivalents),
+        "peak memory": f"{told.peak_memory_bytes / MIB:.0f} MiB" if told.peak_memory_bytes else None,
     }
-    return facts(tiles) + notes(told.get("notes", []))
+    return facts(tiles) + notes(told.notes)
 
 
 def stability(run: RunScores, criterion: Criterion) -> pd.DataFrame:

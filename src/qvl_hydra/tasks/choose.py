@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import pandas as pd
 from qvl_hydra.calibration.held_out import held_out, seen_by
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.estimators.metrics import unit_of
-from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import make_quantizers
 from qvl_hydra.profiles.costs import COSTS, LEAVE, Cost
@@ -31,10 +30,11 @@ from qvl_hydra.reports.profile import profile_sections
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.files import read_table, write_json, write_parquet
 from qvl_hydra.runs.folder import RunFolder
+from qvl_hydra.runs.record import RunRecord, record_of, write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import sweep
-from qvl_hydra.tasks.decide import fetch, record_of, terms_of
+from qvl_hydra.tasks.decide import fetch, of_profile, shared, terms_of
 from qvl_hydra.tasks.prepare import Prepared, prepare
 
 FRONT = 9  # plans between the cheapest and the one that loses least, where no values are given
@@ -52,7 +52,7 @@ class Plans:
     """
 
     prepared: Prepared
-    sweep: Mapping[str, Any]
+    sweep: RunRecord
     metric: str
     units: Sequence[Unit]
     terms: Terms
@@ -88,17 +88,8 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
         for unit in plans.units
         if unit.reasons
     ]
-    record = {
-        **plans.sweep,
-        "task": "profile",
-        "status": "complete",
-        "profile": _summary(table, plans, budget, samples),
-        "wall_s": time.perf_counter() - began,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "versions": sweep.versions(),
-        "notes": [*plans.sweep.get("notes", []), *notes],
-    }
-    write_json(folder.path / "run.json", record)
+    summary = _summary(table, plans, budget, samples)
+    write_record(folder.path, of_profile(plans.sweep, "profile", summary, notes, time.perf_counter() - began))
     write_sweep_report(folder.path, extra=profile_sections(folder.path))
     _show(table, plans, notes, samples, screen)
 
@@ -113,10 +104,10 @@ def _decide(settings: Settings, folder: RunFolder, screen: Screen, further: Sequ
         record = fetch(settings, settings.profile.scores, folder.path)
     prepared = prepare(settings, further)
     schemes = {scheme.name: scheme for scheme in prepared.schemes}
-    tables = _tables(folder.path, str(record.get("scheme")), list(schemes))
+    tables = _tables(folder.path, str(record.scheme), list(schemes))
     operators = find_operators(prepared.model.module, settings.component.name)
     wanted = settings.profile
-    units = units_from_scores(operators, tables, wanted.choices, wanted.spaces)
+    units = units_from_scores(operators, tables, wanted.choices, wanted.spaces, shared(record))
     terms, cost = terms_of(settings, schemes), COSTS[wanted.cost]
     values = wanted.values or frontier(units, prices_of(units, cost, terms), size_of(units, cost), FRONT)
     profiles = [select(units, Budget(cost.name, value), terms) for value in values]

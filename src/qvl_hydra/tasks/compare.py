@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from qvl_hydra.profiles.measure import measure_profiles, steps
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.apply import make_quantizer, observe_ranges
 from qvl_hydra.reports.comparison import write_comparison_report
-from qvl_hydra.runs.files import write_atomically, write_json
+from qvl_hydra.runs.files import write_atomically
 from qvl_hydra.runs.folder import RunFolder
+from qvl_hydra.runs.record import RunRecord, write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import CompareSettings, Settings, TaskSettings, build_settings
 from qvl_hydra.tasks.prepare import prepare
@@ -106,7 +107,7 @@ def _compare(settings: Settings, folder: RunFolder, screen: Screen, found: Found
         comparison = _with_regret(comparison, wanted, settings.seed, screen)
     write_comparison(comparison, folder.path)
     write_atomically(folder.path / "description.md", _description(comparison).encode())
-    write_json(folder.path / "run.json", _record(comparison, settings, time.perf_counter() - began))
+    write_record(folder.path, _record(comparison, settings, time.perf_counter() - began))
     write_comparison_report(comparison, folder.path)
     _show(comparison, folder, screen)
 
@@ -117,7 +118,7 @@ def _reference(read: Sequence[RunScores], wanted: CompareSettings) -> RunScores:
     asked, _, scheme = wanted.reference.partition("#")
     for item in read:
         same_place = item.folder.absolute() == Path(asked).expanduser().absolute()
-        same_scheme = not scheme or item.run.get("scheme") == scheme
+        same_scheme = not scheme or item.run.scheme == scheme
         if same_scheme and (same_place or asked in (item.run_id, item.name, item.folder.name)):
             return item
     names = ", ".join(f"{item.name} ({item.run_id or item.folder})" for item in read)
@@ -191,7 +192,7 @@ def _description(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _record(comparison: Comparison, settings: Settings, wall_s: float) -> dict[str, Any]:
+def _record(comparison: Comparison, settings: Settings, wall_s: float) -> RunRecord:
     """`run.json` of the comparison; its numbers become metrics, its `tags` tags."""
     reference = comparison.reference
     mine = comparison.pairs[comparison.pairs["a"] == reference.name].to_dict("records")
@@ -200,28 +201,34 @@ def _record(comparison: Comparison, settings: Settings, wall_s: float) -> dict[s
         name: {row["b"]: row[name] for row in mine if row.get(name) == row.get(name) and row.get(name) is not None}
         for name in ("spearman", "kendall", "overlap", "p_stable")
     }
-    told: Mapping[str, Any] = reference.run
-    return {
-        "task": "compare",
-        "status": "complete",
-        "comparison": comparison.kind,
-        **{key: told[key] for key in ("model", "component", "strategy", "backend", "scheme") if key in told},
-        "reference": reference.name,
-        "n_runs": len(comparison.runs),
-        "n_refused": len(comparison.refused),
-        "n_missing": len(comparison.missing),
-        **numbers,
-        "regret": _regret_numbers(comparison),
-        "wall_s": wall_s,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "notes": list(comparison.verdicts),
-        "seed": settings.seed,
-        "tags": {
+    told = reference.run
+    return RunRecord(
+        task="compare",
+        status="complete",
+        model=told.model,
+        component=told.component,
+        strategy=told.strategy,
+        backend=told.backend,
+        scheme=told.scheme,
+        wall_s=wall_s,
+        peak_memory_bytes=peak_memory_bytes(),
+        notes=list(comparison.verdicts),
+        tags={
             "comparison": comparison.kind,
             "reference_run": links.get(reference.name, str(reference.folder)),
             "compared_runs": ",".join(links.get(item.name, str(item.run.folder)) for item in comparison.runs),
         },
-    }
+        further={
+            "comparison": comparison.kind,
+            "reference": reference.name,
+            "n_runs": len(comparison.runs),
+            "n_refused": len(comparison.refused),
+            "n_missing": len(comparison.missing),
+            **numbers,
+            "regret": _regret_numbers(comparison),
+            "seed": settings.seed,
+        },
+    )
 
 
 def _regret_numbers(comparison: Comparison) -> dict[str, float]:

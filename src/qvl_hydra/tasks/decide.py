@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.calibration.held_out import held_out, seen_by
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.estimators.metrics import unit_of
+from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import make_quantizers
 from qvl_hydra.profiles.costs import ERROR, LEAVE
@@ -23,12 +26,14 @@ from qvl_hydra.profiles.select import Budget, select
 from qvl_hydra.profiles.units import Unit, units_from_scores
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.quantization.scheme import Scheme
-from qvl_hydra.runs.files import read_json, read_table
+from qvl_hydra.runs.files import read_table
 from qvl_hydra.runs.folder import RunFolder
+from qvl_hydra.runs.record import RunRecord, record_of
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks import sweep
 from qvl_hydra.tasks.prepare import Prepared, prepare
+from qvl_hydra.tasks.sweep import versions
 from qvl_hydra.tracking.read import find_runs
 
 MEASURED = ("squared_error", "kl", "kl_answer")  # metrics that a profile's error is measured in
@@ -49,7 +54,7 @@ class Decision:
     """
 
     prepared: Prepared
-    sweep: Mapping[str, Any]
+    sweep: RunRecord
     metric: str
     interactions: Interactions | None
     units: tuple[Unit, ...]
@@ -81,7 +86,7 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
     notes = _compare_settings(settings, record, scheme, prepared)
     table = read_table(folder.path / "scores.parquet")
     operators = find_operators(prepared.model.module, settings.component.name)
-    units = tuple(units_from_scores(operators, {scheme.name: table}, (scheme.name, LEAVE)))
+    units = tuple(units_from_scores(operators, {scheme.name: table}, (scheme.name, LEAVE), shared=shared(record)))
     scored = table.dropna(subset=["metric"]).iloc[0]
     samples = read_table(folder.path / "sample_scores.parquet")
     interactions = interactions_from(samples, units, scheme.name, str(scored["metric"]))
@@ -111,14 +116,20 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
     )
 
 
+def shared(record: RunRecord) -> bool:
+    """Whether the scores of operators are those of their whole units."""
+    row = BACKENDS.get(record.backend or "")
+    return row is not None and row.shares
+
+
 def terms_of(settings: Settings, schemes: Mapping[str, Scheme]) -> Terms:
     """What prices depend on, by the settings."""
     return Terms(schemes, settings.profile.high_bits, settings.device, settings.profile)
 
 
-def _require_bound(record: Mapping[str, Any], metric: str) -> None:
+def _require_bound(record: RunRecord, metric: str) -> None:
     """Refuse scores whose sum says nothing of the error of what is quantized together."""
-    direction = record.get("direction", "requantize")
+    direction = record.direction or "requantize"
     if direction != "requantize" or metric not in MEASURED:
         raise ProfileError(
             f"profile.budget=error bounds a measured error, and these scores are direction={direction}, "
@@ -189,7 +200,7 @@ def evaluation_samples(settings: Settings, decision: Decision, folder: Path) -> 
     return samples, [f"{left}; profiles were measured on those"]
 
 
-def fetch(settings: Settings, reference: str, into: Path) -> dict[str, Any]:
+def fetch(settings: Settings, reference: str, into: Path) -> RunRecord:
     """Copy the tables of a sweep, from a folder or from the tracker, and give its `run.json`."""
     path = Path(reference).expanduser()
     reference = str(path.parent) if path.name == "scores.parquet" else reference
@@ -199,31 +210,41 @@ def fetch(settings: Settings, reference: str, into: Path) -> dict[str, Any]:
         raise ProfileError(f"profile.scores={reference} holds {len(found)} sweeps ({names}); give one of them")
     source, scheme = found[0]
     record = record_of(source)
-    further = [path.name for path in source.glob("scores_*.parquet")]
-    for name in (*KEPT, *further):
+    others = [path.name for path in source.glob("scores_*.parquet")]
+    for name in (*KEPT, *others):
         origin = source / (f"scores_{scheme}.parquet" if scheme and name == "scores.parquet" else name)
         if origin.exists():
             shutil.copyfile(origin, into / name)
-    return record | ({"scheme": scheme} if scheme else {}) | {"source": reference}
+    further = {**record.further, "source": reference}
+    return dataclasses.replace(record, scheme=scheme or record.scheme, further=further)
 
 
-def record_of(folder: Path) -> dict[str, Any]:
-    """`run.json` of a folder; empty where there is none."""
-    return read_json(folder / "run.json")
+def of_profile(sweep: RunRecord, task: str, said: Mapping[str, Any], notes: Sequence[str], wall_s: float) -> RunRecord:
+    """The sweep's record with what a profile says beside it, and this run's own times."""
+    return dataclasses.replace(
+        sweep,
+        task=task,
+        status="complete",
+        further={**sweep.further, task: dict(said)},
+        wall_s=wall_s,
+        peak_memory_bytes=peak_memory_bytes(),
+        versions=versions(),
+        notes=[*sweep.notes, *notes],
+    )
 
 
 def _compare_settings(
-    settings: Settings, record: Mapping[str, Any], scheme: Scheme, prepared: Prepared
+    settings: Settings, record: RunRecord, scheme: Scheme, prepared: Prepared
 ) -> tuple[str, ...]:
     faults = []
-    if record.get("scheme", scheme.name) != scheme.name:
-        faults.append(f"quant={record['scheme']}, here quant={scheme.name}")
-    if record.get("component", settings.component.name) != settings.component.name:
-        faults.append(f"component={record['component']}, here component={settings.component.name}")
+    if (record.scheme or scheme.name) != scheme.name:
+        faults.append(f"quant={record.scheme}, here quant={scheme.name}")
+    if (record.component or settings.component.name) != settings.component.name:
+        faults.append(f"component={record.component}, here component={settings.component.name}")
     if faults:
         raise ProfileError(f"the scores were measured with {' and '.join(faults)}; give this run the same")
-    if record.get("model_sha", prepared.model.sha) != prepared.model.sha:
-        return (f"the scores are of another model or checkpoint ({record.get('model')})",)
+    if (record.model_sha or prepared.model.sha) != prepared.model.sha:
+        return (f"the scores are of another model or checkpoint ({record.model})",)
     return ()
 
 

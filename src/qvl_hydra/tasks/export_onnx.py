@@ -15,8 +15,8 @@ from qvl_hydra.models.load import BUNDLED, describe_model, require_memory
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
 from qvl_hydra.onnx.export.component import Exported, export_component
 from qvl_hydra.onnx.scoring.session import pick_provider
-from qvl_hydra.runs.files import write_json
 from qvl_hydra.runs.folder import RunFolder
+from qvl_hydra.runs.record import RunRecord, write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks.prepare import Prepared, prepare
@@ -85,33 +85,35 @@ def _resized(settings: Settings, processor: Processor, height: int, width: int) 
 
 def _write(settings: Settings, folder: RunFolder, prepared: Prepared, exported: Exported, wall_s: float) -> None:
     manifest, difference = exported.manifest, exported.difference
-    write_json(
-        folder.path / "run.json",
-        {
-            "task": "export_onnx",
-            "status": "complete",
-            "component": manifest.component,
-            "model": settings.model.name,
-            "graph": str(exported.path),
-            "exporter": manifest.exporter,
-            "opset": manifest.opset,
-            "grid": manifest.grid,
-            "image_size": manifest.image_size,
-            "weight_bytes": manifest.weight_bytes,
-            "external_data": manifest.weights,
-            "n_products": len(manifest.nodes),
-            "n_ops": sum(product.operator for product in manifest.nodes.values()),
-            "largest_difference": difference.largest,
-            "largest_output": difference.scale,
-            "relative_difference": difference.relative,
-            "n_samples": len(difference.samples),
-            "wall_s": wall_s,
-            "peak_memory_bytes": peak_memory_bytes(),
-            "versions": manifest.versions,
-            "model_sha": prepared.model.sha,
-            "calibration_sha": prepared.calibration.sha,
-            "notes": [f"{name} failed: {error}" for name, error in exported.tried.items()],
-        },
+    write_record(
+        folder.path,
+        RunRecord(
+            task="export_onnx",
+            status="complete",
+            component=manifest.component,
+            model=settings.model.name,
+            n_ops=sum(product.operator for product in manifest.nodes.values()),
+            n_samples=len(difference.samples),
+            wall_s=wall_s,
+            peak_memory_bytes=peak_memory_bytes(),
+            versions=dict(manifest.versions),
+            model_sha=prepared.model.sha,
+            calibration_sha=prepared.calibration.sha,
+            notes=[f"{name} failed: {error}" for name, error in exported.tried.items()],
+            further={
+                "graph": str(exported.path),
+                "exporter": manifest.exporter,
+                "opset": manifest.opset,
+                "grid": manifest.grid,
+                "image_size": manifest.image_size,
+                "weight_bytes": manifest.weight_bytes,
+                "external_data": manifest.weights,
+                "n_products": len(manifest.nodes),
+                "largest_difference": difference.largest,
+                "largest_output": difference.scale,
+                "relative_difference": difference.relative,
+            },
+        ),
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.baselines import input_ranges, weight_errors
 from qvl_hydra.profiles.figure import draw_spectrum
@@ -23,11 +22,11 @@ from qvl_hydra.reports.profile import profile_sections
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.files import write_json, write_parquet
 from qvl_hydra.runs.folder import RunFolder
+from qvl_hydra.runs.record import write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import choose
-from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples
-from qvl_hydra.tasks.sweep import versions
+from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples, of_profile
 
 FIGURE = Path("figures") / "profile_spectrum.png"
 
@@ -55,7 +54,8 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     exports = write_formats(decision.profile, everything, settings.profile.formats, folder.path / "exports")
     summary = summarise(table, decision) | {"evaluation_samples": len(samples)}
     notes = [*decision.notes, *few, *_export_notes(exports)]
-    write_json(folder.path / "run.json", _run_record(decision, summary, notes, time.perf_counter() - began))
+    said = {"budget": str(decision.budget), **summary}
+    write_record(folder.path, of_profile(decision.sweep, "profile", said, notes, time.perf_counter() - began))
     write_sweep_report(folder.path, extra=profile_sections(folder.path))
     _show(decision, table, summary, notes, screen)
 
@@ -108,20 +108,6 @@ def _plain(value: Any) -> float | int | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     return int(value) if float(value).is_integer() and not isinstance(value, float) else float(value)
-
-
-def _run_record(decision: Decision, summary: dict[str, Any], notes: list[str], wall_s: float) -> dict[str, Any]:
-    """The sweep's record, with the profile's numbers beside it and this run's own times."""
-    return {
-        **decision.sweep,
-        "task": "profile",
-        "status": "complete",
-        "profile": {"budget": str(decision.budget), **summary},
-        "wall_s": wall_s,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "versions": versions(),
-        "notes": [*decision.sweep.get("notes", []), *notes],
-    }
 
 
 def _export_notes(exports: list[dict[str, Any]]) -> list[str]:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from qvl_hydra.calibration.sample import Sample, collate
 from qvl_hydra.errors import MissingExtraError, ProfileError
 from qvl_hydra.models.forward import reference_output
-from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import applied
 from qvl_hydra.profiles.checkpoint import write_checkpoint
@@ -32,10 +31,10 @@ from qvl_hydra.reports.quantize import quantize_sections
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.files import write_json
 from qvl_hydra.runs.folder import RunFolder
+from qvl_hydra.runs.record import write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
-from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples
-from qvl_hydra.tasks.sweep import versions
+from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples, of_profile
 
 # module, distribution and our extra of what each driver needs
 PACKAGES = {
@@ -91,17 +90,8 @@ def run(settings: Settings, folder: RunFolder, screen: Screen) -> None:
     everything = find_operators(decision.prepared.model.module, "full")
     write_formats(decision.profile, everything, settings.profile.formats, folder.path / "exports")
     write_json(folder.path / "profile.json", {"budget": str(decision.budget), **describe(decision.profile)})
-    record = {
-        **decision.sweep,
-        "task": "quantize",
-        "status": "complete",
-        "quantize": {name: asdict(result) for name, result in results.items()},
-        "wall_s": time.perf_counter() - began,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "versions": versions(),
-        "notes": [*decision.sweep.get("notes", []), *notes],
-    }
-    write_json(folder.path / "run.json", record)
+    said = {name: asdict(result) for name, result in results.items()}
+    write_record(folder.path, of_profile(decision.sweep, "quantize", said, notes, time.perf_counter() - began))
     write_sweep_report(folder.path, extra=quantize_sections(folder.path))
     _show(decision, results, notes, folder.path, screen)
 

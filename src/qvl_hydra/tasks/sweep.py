@@ -28,6 +28,7 @@ from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.files import read_table, write_json, write_parquet
 from qvl_hydra.runs.folder import RunFolder
+from qvl_hydra.runs.record import RunRecord, write_record
 from qvl_hydra.runs.resume import fingerprint_of, take_up
 from qvl_hydra.runs.versions import installed_versions
 from qvl_hydra.scores.spread import sharpening
@@ -68,7 +69,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further_schemes: 
         screen.finish()
         record = _write_results(settings, folder, prepared, report, note)
     _show(settings, folder, report, record, screen)
-    if not record["n_scored"]:
+    if not record.n_scored:
         raise EngineError(NOTHING_SCORED)
 
 
@@ -127,11 +128,9 @@ def _tables(
     frame = folder.frame()
     metric = report.metric if report else _ranking_metric(settings)
     unit = report.unit if report else unit_of(metric, settings.strategy.positions)
-    schemes = list(dict.fromkeys([prepared.schemes[0].name, *frame["scheme"].unique()]))
-    main = prepared.schemes[0].name
+    main = BACKENDS[settings.backend.name].scheme or prepared.schemes[0].name
+    schemes = list(dict.fromkeys([main, *frame["scheme"].unique()]))
     by_name = defaultdict(lambda: prepared.schemes[0], {item.name: item for item in prepared.schemes})
-    if len(frame) and main not in set(frame["scheme"]):
-        schemes.remove(main)  # a backend that knows one scheme only scored that one
     return {
         scheme: score_table(
             Scored(
@@ -160,7 +159,7 @@ def _refresher(settings: Settings, folder: RunFolder, prepared: Prepared) -> Cal
 
 def _write_results(
     settings: Settings, folder: RunFolder, prepared: Prepared, report: EngineReport | None, note: dict[str, Any]
-) -> dict[str, Any]:
+) -> RunRecord:
     tables = _tables(settings, folder, prepared, report)
     main = next(iter(tables))
     for scheme, (table, _) in tables.items():
@@ -168,7 +167,7 @@ def _write_results(
         write_parquet(folder.path / name, table)
     write_parquet(folder.path / "sample_scores.parquet", folder.frame())
     record = _run_record(settings, prepared, report, tables[main], main, note)
-    write_json(folder.path / "run.json", record)
+    write_record(folder.path, record)
     write_sweep_report(folder.path)
     return record
 
@@ -180,7 +179,7 @@ def _run_record(
     scored: tuple[pd.DataFrame, float | None],
     scheme: str,
     note: dict[str, Any],
-) -> dict[str, Any]:
+) -> RunRecord:
     table, factor = scored
     status = table["status"].value_counts()
     forward_s, engine_s = (report.forward_s, report.engine_s) if report else (None, None)
@@ -190,39 +189,39 @@ def _run_record(
     if prepared.model.device.type == "cuda":
         details["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(prepared.model.device)
     n_scored = int(status.get("scored", 0))
-    failed = {"error": NOTHING_SCORED} if report and not n_scored else {}
-    return {
-        "task": "sweep",
-        "status": "failed" if failed else "complete" if report else "partial",
-        "backend": settings.backend.name,
-        "device": str(prepared.model.device),
-        "strategy": settings.strategy.name,
-        "direction": settings.strategy.direction,
-        "estimator": report.estimator if report else settings.strategy.estimator,
-        "scheme": scheme,
-        "component": settings.component.name,
-        "model": settings.model.name,
-        "n_ops": len(table),
-        "n_scored": n_scored,
-        "n_skipped": int(status.get("skipped", 0)),
-        "n_failed": int(status.get("failed", 0)),
-        "n_samples": len(prepared.scored),
-        "calibration_size": len(prepared.calibration.samples),
-        "calibration_seed": settings.calibration.seed,
-        "calibration_bad": len(prepared.calibration.bad),
-        "wall_s": time.perf_counter() - note["began"],
-        "engine_s": engine_s,
-        "forward_s": forward_s,
-        "forward_equivalents": engine_s / forward_s if engine_s is not None and forward_s else None,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "versions": versions(),
-        "model_sha": prepared.model.sha,
-        "calibration_sha": prepared.calibration.sha,
-        "fingerprint": note["fingerprint"],
-        "notes": list(report.notes) if report else ["stopped before the end: what is here was measured until then"],
-        "details": details,
-        **failed,
-    }
+    error = NOTHING_SCORED if report and not n_scored else None
+    return RunRecord(
+        task="sweep",
+        status="failed" if error else "complete" if report else "partial",
+        backend=settings.backend.name,
+        device=str(prepared.model.device),
+        strategy=settings.strategy.name,
+        direction=settings.strategy.direction,
+        estimator=report.estimator if report else settings.strategy.estimator,
+        scheme=scheme,
+        component=settings.component.name,
+        model=settings.model.name,
+        n_ops=len(table),
+        n_scored=n_scored,
+        n_skipped=int(status.get("skipped", 0)),
+        n_failed=int(status.get("failed", 0)),
+        n_samples=len(prepared.scored),
+        calibration_size=len(prepared.calibration.samples),
+        calibration_seed=settings.calibration.seed,
+        calibration_bad=len(prepared.calibration.bad),
+        wall_s=time.perf_counter() - note["began"],
+        engine_s=engine_s,
+        forward_s=forward_s,
+        forward_equivalents=engine_s / forward_s if engine_s is not None and forward_s else None,
+        peak_memory_bytes=peak_memory_bytes(),
+        versions=versions(),
+        model_sha=prepared.model.sha,
+        calibration_sha=prepared.calibration.sha,
+        fingerprint=note["fingerprint"],
+        notes=list(report.notes) if report else ["stopped before the end: what is here was measured until then"],
+        details=details,
+        error=error,
+    )
 
 
 def versions() -> dict[str, str]:
@@ -230,10 +229,10 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "qvl_hydra": __version__, **installed_versions(PACKAGES)}
 
 
-def _show(settings: Settings, folder: RunFolder, report: EngineReport, record: dict[str, Any], screen: Screen) -> None:
+def _show(settings: Settings, folder: RunFolder, report: EngineReport, record: RunRecord, screen: Screen) -> None:
     table = read_table(folder.path / "scores.parquet")
     top = table[table["status"] == "scored"].sort_values("rank").head(SHOWN)
-    title = f"most sensitive of {settings.model.name} ({record['scheme']}; {report.unit})"
+    title = f"most sensitive of {settings.model.name} ({record.scheme}; {report.unit})"
     rows = [
         [
             f"{row['rank']:2d} {row['op'].removeprefix('model.').removeprefix('language_model.')}",
@@ -255,20 +254,20 @@ def _show(settings: Settings, folder: RunFolder, report: EngineReport, record: d
             f"drawn at random sketch and exact have a rank correlation of {agreement:.3f}; expected on the wrong side "
             f"of the top {said['top_k']}: {said['expected_wrong_in_top_k']:.2f}"
         )
-    told = sharpening(read_table(folder.path / "sample_scores.parquet"), report.metric, record["scheme"])
+    told = sharpening(read_table(folder.path / "sample_scores.parquet"), report.metric, str(record.scheme))
     if told:
         screen.say(told)
-    counts = {name: record[f"n_{name}"] for name in ("scored", "skipped", "failed")}
+    counts = {"scored": record.n_scored, "skipped": record.n_skipped, "failed": record.n_failed}
     counted = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     screen.say(
-        f"{counted} of {record['n_ops']} operators on {record['n_samples']} samples in {record['wall_s']:.1f} s "
-        f"({record['forward_equivalents'] or 0:.1f} forward-equivalents, peak memory "
-        f"{record['peak_memory_bytes'] / GIB:.1f} GiB)"
+        f"{counted} of {record.n_ops} operators on {record.n_samples} samples in {record.wall_s:.1f} s "
+        f"({record.forward_equivalents or 0:.1f} forward-equivalents, peak memory "
+        f"{(record.peak_memory_bytes or 0) / GIB:.1f} GiB)"
     )
     failed = table[table["status"] == "failed"].to_dict("records")
     for row in failed[:SHOWN_FAILED]:
         screen.say(f"failed: {row['op']}: {row['reason']}")
     if len(failed) > SHOWN_FAILED:
         screen.say(f"failed: {len(failed) - SHOWN_FAILED} more; {folder.path / 'report.html'} names them all")
-    if record["calibration_bad"]:
-        screen.say(f"{record['calibration_bad']} bad calibration samples were left out; calibration.json names them")
+    if record.calibration_bad:
+        screen.say(f"{record.calibration_bad} bad calibration samples were left out; calibration.json names them")

@@ -11,7 +11,9 @@ from typing import Any
 
 import pandas as pd
 
+from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.runs.files import read_json, read_table, read_yaml
+from qvl_hydra.runs.record import read_record
 from qvl_hydra.tracking.store import masked
 
 VALUE_LIMIT = 6000  # characters of a parameter, MLflow's own limit
@@ -30,7 +32,7 @@ _FILES = (
     "profiles.parquet", "comparison.json", "comparison.parquet", "pairs.parquet", "stability.parquet",
     "parts.parquet", "regret.parquet", "alignment.parquet",
 )  # fmt: skip
-_FOLDERS = ("figures", "exports", "onnx", "inc", "compressed_tensors")
+_FOLDERS = ("figures", "exports", "onnx", "inc", "compressed_tensors", *BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Measured:
     key: str
     value: float
     step: int = 0
+
+
+def _plain(folder: Path) -> dict[str, Any]:
+    """`run.json` in plain values, without its version; empty while there is none."""
+    record = read_record(folder)
+    return {} if record is None else {key: value for key, value in record.plain().items() if key != "version"}
 
 
 def config(folder: Path) -> dict[str, Any]:
@@ -64,7 +72,7 @@ def metrics(folder: Path) -> list[Measured]:
     found = list(_score_metrics(read_table(path))) if path.exists() else []
     found += [
         Measured(_legal(key), float(value))
-        for key, value in _leaves(read_json(folder / "run.json"), "/")
+        for key, value in _leaves(_plain(folder), "/")
         if isinstance(value, int | float) and not isinstance(value, bool) and key not in _IDENTITY
     ]
     path = folder / "profiles.parquet"
@@ -92,9 +100,9 @@ def _score_metrics(scores: pd.DataFrame) -> Iterator[Measured]:
 
 def tags(folder: Path) -> dict[str, str]:
     """What runs are filtered by (task, status, model, component, strategy, ...), the description, and further tags."""
-    run = read_json(folder / "run.json")
+    run = _plain(folder)
     found = {key: str(run[key]) for key in _TAG_KEYS if run.get(key) is not None}
-    found.update({key: str(value)[:TAG_LIMIT] for key, value in (run.get("tags") or {}).items()})
+    found.update({key: str(value)[:TAG_LIMIT] for key, value in run.get("tags", {}).items()})
     note = description(folder)
     return {**found, "mlflow.note.content": note} if note else found
 
@@ -107,7 +115,7 @@ def description(folder: Path) -> str:
     path = folder / "scores.parquet"
     if not path.exists():
         return ""
-    run, scores = read_json(folder / "run.json"), read_table(path)
+    run, scores = _plain(folder), read_table(path)
     counts = scores["status"].value_counts()
     summary = ", ".join(f"{counts.get(status, 0)} {status}" for status in ("scored", "skipped", "failed"))
     names = " · ".join(str(run.get(key, "")) for key in ("model", "component", "strategy", "backend"))

@@ -10,8 +10,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from qvl_hydra.errors import ComparisonError
+from qvl_hydra.errors import ComparisonError, RunFolderError
 from qvl_hydra.runs.files import read_json, write_json
+from qvl_hydra.runs.record import RunRecord, read_record
 from qvl_hydra.settings import TrackingSettings
 from qvl_hydra.tracking.content import config
 from qvl_hydra.tracking.record import RECORD
@@ -74,24 +75,28 @@ def jobs_of(sweep_folder: Path) -> Found:
     for folder in sorted(
         folders, key=lambda path: (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0)
     ):
-        run = read_json(folder / "run.json")
-        if run.get("task") == "compare" or config(folder).get("task", {}).get("name") == "compare":
+        try:
+            run = read_record(folder)
+        except RunFolderError as error:
+            found.missing[folder.name] = str(error)
             continue
-        if run.get("status") == "complete" and (folder / "scores.parquet").exists():
+        if (run and run.task == "compare") or config(folder).get("task", {}).get("name") == "compare":
+            continue
+        if run and run.status == "complete" and (folder / "scores.parquet").exists():
             found.folders.append((folder, None))
         else:
             found.missing[folder.name] = _why(run)
     return found
 
 
-def _why(run: dict[str, object]) -> str:
-    if not run:
+def _why(run: RunRecord | None) -> str:
+    if run is None:
         return "it left no result"
-    if run.get("status") == "failed":
-        return f"it failed: {run.get('error')}"
-    if run.get("status") == "partial":
+    if run.status == "failed":
+        return f"it failed: {run.error}"
+    if run.status == "partial":
         return "it was stopped before its end"
-    return f"it has no scores (task {run.get('task')})"
+    return f"it has no scores (task {run.task})"
 
 
 def _add_folder(found: Found, folder: Path, scheme: str | None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from qvl_hydra.errors import QvlHydraError, TrackingError
 from qvl_hydra.runs.files import read_json
 from qvl_hydra.runs.folder import END
+from qvl_hydra.runs.record import read_record
 from qvl_hydra.tracking.record import PARENT_RECORD, RunStatus, finish_parent, recorded_settings, send_run
 
 
@@ -58,8 +59,9 @@ def status_of(folder: Path) -> RunStatus:
     end = read_json(folder / END).get("end")
     if end in ("FINISHED", "FAILED", "KILLED"):
         return end  # type: ignore[no-any-return]
-    known: dict[object, RunStatus] = {"complete": "FINISHED", "failed": "FAILED"}
-    return known.get(read_json(folder / "run.json").get("status"), "KILLED")
+    record = read_record(folder)
+    known: dict[str, RunStatus] = {"complete": "FINISHED", "failed": "FAILED"}
+    return "KILLED" if record is None else known.get(record.status, "KILLED")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

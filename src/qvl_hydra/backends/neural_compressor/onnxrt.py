@@ -201,7 +201,7 @@ class _Sweep:
             self.folder.write(
                 unit,
                 [
-                    SampleScore(path, sample.id, None, value, name, ESTIMATOR, self.job.scheme.name)
+                    SampleScore(path, sample.id, None, value, name, ESTIMATOR, SCHEME)
                     for sample, row in zip(self.scored, values.tolist(), strict=True)
                     for name, value in zip(names, row, strict=True)
                 ],
