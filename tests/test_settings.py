@@ -207,7 +207,7 @@ def test_limits(key: str, outside: object, inside: object) -> None:
         ({"calibration__source": "coco_captions", "calibration__images": "x"}, "needs calibration.annotations"),
         ({"calibration__min_pixels": 9, "calibration__max_pixels": 8}, "above calibration.max_pixels"),
         ({"export__image_height": 56}, "given together"),
-        ({"export__image_height": 56, "export__image_width": 30}, "multiple of 28"),
+        ({"export__image_height": 56, "export__image_width": 0}, "image_width=0; must be 1 or more"),
         ({"strategy__name": "hawq_v2", "backend__name": "onnxrt"}, "but backend=onnxrt has kl, mse_v2"),
         ({"strategy__name": "hawq_v2", "quant__weight_bits": None}, "weighs by the weight error"),
         (

@@ -1,7 +1,8 @@
 """The typed settings of a run, and the one door from a composed config to them.
 
 Nothing past `build_settings` reads a raw config. The door checks types, names and values, collects every fault and
-raises them together, before a model is loaded. Values and their reasons live in `conf/`, types and limits here.
+raises them together, before a model is loaded. Values and their reasons live in `conf/`, types and limits here. One
+file because a setting, its limits and its rules with other settings are read together, in the order of `conf/`.
 """
 
 from __future__ import annotations
@@ -406,7 +407,7 @@ class ExportSettings:
     opset: int = 18
     exporter: Literal["auto", "torchscript", "dynamo"] = "auto"  # auto: torchscript, and dynamo where that fails
     external_data: bool = False  # true: weights in a file of their own; beyond 2 GB they are in any case
-    image_height: int | None = None  # pixels, multiple of 28; null: the first calibration image, 672 for real models
+    image_height: int | None = None  # pixels, multiple of an image token's side; null: a calibration image's
     image_width: int | None = None
     tolerance: float = 1e-4  # largest difference to PyTorch allowed, relative to the largest output
     check_samples: int = 2  # calibration samples that the graph is compared on
@@ -419,8 +420,8 @@ class ExportSettings:
             found.append("export.image_height and export.image_width are given together, or both null")
         for key in ("image_height", "image_width"):
             value = getattr(self, key)
-            if value is not None and (value < 28 or value % 28):
-                found.append(f"export.{key}={value}; must be a positive multiple of 28 (patch 14, merge 2)")
+            if value is not None and value < 1:
+                found.append(f"export.{key}={value}; must be 1 or more")
         if self.tolerance <= 0:
             found.append(f"export.tolerance={self.tolerance}; must be above 0")
         return found

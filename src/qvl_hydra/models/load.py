@@ -1,7 +1,8 @@
 """Loads the models of the table of families: pretrained from a folder, the hub or the package, or random of a shape.
 
 `describe_model` needs no weights and comes first: it finds the config, builds the module tree on the meta device, and
-so lets operators be selected and memory be checked before anything large is read.
+so lets operators be selected and memory be checked before anything large is read. One file because describing and
+loading take the same steps up to the weights, and must refuse the same folders in the same words.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A run's folder: per-sample scores on disk as soon as they exist, a lock, and what a resumed run needs.
 
 Scores are written in parts, one file a unit of work (a sample, a group of samples, a batch), each whole or absent:
-written beside and renamed. A killed run leaves its parts; the same run started again skips them.
+written beside and renamed. A killed run leaves its parts; the same run started again skips them. One file because the
+names of the parts, their lock and their adoption by a later run keep one promise.
 """
 
 from __future__ import annotations

@@ -16,18 +16,17 @@ from qvl_hydra.runs.files import read_json, read_yaml, write_json
 from qvl_hydra.runs.folder import FINGERPRINT, RunFolder, adopt, find_resumable
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings, judge_settings
-from qvl_hydra.tasks.prepare import Prepared
 
 # What decides neither a score nor its place among others.
 UNFINGERPRINTED = ("tracking", "resume", "compare", "profile", "export", "device", "task")
 ROOTS = ("outputs", "multirun")  # where resume=auto looks, below the working folder
 
 
-def fingerprint_of(settings: Settings, prepared: Prepared) -> str:
+def fingerprint_of(settings: Settings, model_sha: str, calibration_sha: str) -> str:
     """Hash of everything that decides the result."""
     content = _deciding(settings) | {
-        "model_sha": prepared.model.sha,
-        "calibration_sha": prepared.calibration.sha,
+        "model_sha": model_sha,
+        "calibration_sha": calibration_sha,
         "torch": torch.__version__,
         "qvl_hydra": __version__,
     }

@@ -64,6 +64,12 @@ def _samples(settings: Settings, prepared: Prepared) -> list[Sample]:
         grid = first.image_grid_thw.tolist()
         alike = [one for one in samples if one.image_grid_thw is not None and one.image_grid_thw.tolist() == grid]
         return alike[:count]
+    side = prepared.processor.token_side
+    if side is not None and (height % side or width % side):
+        raise ExportError(
+            f"export.image_height={height}, export.image_width={width}: an image token of this model covers "
+            f"{side} x {side} pixels; give multiples of {side}"
+        )
     resized = _resized(settings, prepared.processor, height, width)
     found = [sample for sample, _ in zip(resized, range(count), strict=False)]
     if not found:

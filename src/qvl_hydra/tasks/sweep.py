@@ -55,7 +55,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further_schemes: 
     """
     began = time.perf_counter()
     prepared = prepare(settings, further_schemes)
-    fingerprint = fingerprint_of(settings, prepared)
+    fingerprint = fingerprint_of(settings, prepared.model.sha, prepared.calibration.sha)
     take_up(settings, folder, fingerprint, screen)
     _write_calibration(settings, folder, prepared)
     job = _job(settings, folder, prepared)

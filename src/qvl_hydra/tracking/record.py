@@ -2,7 +2,8 @@
 
 Which run belongs to a folder is kept in the folder (`mlflow.json`; `mlflow_parent.json` for a multirun). The key in it
 is also a tag of the run, so that a run is found again when the answer of the server was lost, and so that the same
-folder sent to a second server makes exactly one run there.
+folder sent to a second server makes exactly one run there. One file because opening, sending and ending read and write
+that one key, and a change to one of them is a change to all.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 One file, or the layout of the community's exports for browsers and mobile devices: `embed_tokens.onnx`,
 `vision_encoder.onnx` and `decoder_model_merged.onnx` in a folder, the decoder with past keys and values as inputs.
-Source: the model cards of onnx-community's Qwen2-VL exports.
+Source: the model cards of onnx-community's Qwen2-VL exports. One file because the names of a layout, its inputs and
+its refusals are one contract with graphs that this package does not write.
 """
 
 from __future__ import annotations
