@@ -184,7 +184,7 @@ def test_a_failing_job_does_not_stop_the_others(here: Here, tmp_path: Path) -> N
     assert "1 of 2 jobs did not finish: 0" in text
     (sweep,) = tmp_path.glob("multirun/*/*")
     assert record(sweep / "0") | {"error": ""} == {
-        "task": "sweep", "status": "failed", "error": "",
+        "task": "sweep", "status": "failed", "error": "", "version": 1,
     }  # fmt: skip
     assert record(sweep / "1")["status"] == "complete"
     ended = {name: run.info.status for name, run in tracked(tmp_path).items()}

@@ -6,7 +6,7 @@ made. Backends are imported when they are asked for: none of their packages is n
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -16,6 +16,7 @@ from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.runs.folder import RunFolder
 
 
+@runtime_checkable
 class Engine(Protocol):
     """A backend: measures the job's operators and puts their scores into the folder as they are made."""
 

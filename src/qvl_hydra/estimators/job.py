@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -15,6 +15,7 @@ from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.settings import BackendSettings, StrategySettings
 
 
+@runtime_checkable
 class Progress(Protocol):
     """The one progress bar of a run."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
@@ -15,6 +15,7 @@ from qvl_hydra.blockwise.batches import Batch, put_together
 from qvl_hydra.families.stages import State
 
 
+@runtime_checkable
 class Layout(Protocol):
     """One way of laying samples side by side."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ MakeProbes = Callable[[State], Sequence[State]]
 SamplesOf = Callable[[int], Sequence[slice]]  # from tokens in all, one behind the other, to those of each sample
 
 
+@runtime_checkable
 class Tap(Protocol):
     """What is read at one operator."""
 
@@ -32,6 +33,7 @@ class Tap(Protocol):
         """Read a probe's gradient at the operator's output and input."""
 
 
+@runtime_checkable
 class Reading(Protocol):
     """What is read from the gradients of a segment."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,6 +34,7 @@ MakeSampleProbes = Callable[[Sample, Tensor, Tensor], Iterable[Tensor]]
 FORWARDS = 3  # forward walk, recomputation, products of the weights' errors
 
 
+@runtime_checkable
 class Plan(Protocol):
     """What an estimator does on a reverse walk."""
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -84,6 +84,7 @@ class Segment:
         return any(path == root or path.startswith(f"{root}.") for root in self.roots)
 
 
+@runtime_checkable
 class RecordVision(Protocol):
     """Runs a vision tower with every computing part passed over, and notes what its blocks are given."""
 
