@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+import tests.typechecker
+
+install_import_hook("qvl_hydra", f"{tests.typechecker.__name__}.typechecked")  # before the package is imported
 
 from qvl_hydra.calibration.encode import Processor, load_processor
 from qvl_hydra.calibration.sample import Sample

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional
 
 from benchmarks.jobs import SCHEMES, Silent, make_job
 from qvl_hydra.backends import torch as native
-from qvl_hydra.blockwise.walker import Walker
+from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators.first_order import FirstOrder, OperatorChange, _dot, combine
 from qvl_hydra.estimators.probes import (
@@ -85,9 +84,9 @@ def sketched(model: MixedLinear, x: Tensor, scheme: Scheme, reduction: str, prob
         change = None if q.weight is None else q.weight - model.get_submodule(path).weight
         found[path] = [OperatorChange(scheme, change, q.input, q.output)]
     segment = Segment("all", False, ("first", "second"), lambda state, context: model(state))
-    walker: Any = SimpleNamespace(module=model)
+    walker = Mock(spec=Walker, module=model)  # all that is asked of it
     work = ReverseSegment(walker, segment, targets, FirstOrder(found, reduction))
-    context: Any = None
+    context = Mock(spec=Context)
     values, _ = step_back(work, context, x[None], [probe[None] for probe in probes], lambda tokens: [slice(tokens)])
     return {target.name: value[:, 1] for target, value in zip(targets, values[0][0], strict=True)}
 

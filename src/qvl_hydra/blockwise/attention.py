@@ -44,7 +44,7 @@ def plain_attention(
     query: Float[Tensor, "batch head query width"],
     key: Float[Tensor, "batch kv_head token width"],
     value: Float[Tensor, "batch kv_head token width"],
-    attn_mask: Bool[Tensor, "batch one query token"] | None = None,
+    attn_mask: Bool[Tensor, "_batch _head query token"] | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,

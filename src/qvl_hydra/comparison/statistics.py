@@ -6,13 +6,13 @@ Scores that are all equal rank nothing: correlations with them are nan, and thei
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from scipy import stats
 
 Array = np.ndarray
 
 
-def spearman(a: Float[Array, "*row op"], b: Float[Array, "*row op"]) -> Float[Array, "*row"]:
+def spearman(a: Real[Array, "*#row op"], b: Real[Array, "*#row op"]) -> Float[Array, "*#row"]:
     """Rank correlation of scores, ties at their mean rank; nan where one side is constant or has fewer than two values.
 
     Args:
@@ -27,7 +27,7 @@ def spearman(a: Float[Array, "*row op"], b: Float[Array, "*row op"]) -> Float[Ar
         return np.where(scale > 0, (x * y).sum(axis=-1) / scale, np.nan)
 
 
-def kendall(a: Float[Array, "*row op"], b: Float[Array, "*row op"]) -> Float[Array, "*row"]:
+def kendall(a: Real[Array, "*#row op"], b: Real[Array, "*#row op"]) -> Float[Array, "*#row"]:
     """Kendall's tau-b; nan where one side is constant or has fewer than two values."""
     a, b = np.broadcast_arrays(a, b)
     shape = a.shape[:-1]
@@ -43,7 +43,7 @@ def _kendall_row(x: Array, y: Array) -> float:
     return float(stats.kendalltau(x, y).statistic)
 
 
-def top_membership(scores: Float[Array, "*row op"], k: int) -> Float[Array, "*row op"]:
+def top_membership(scores: Real[Array, "*row op"], k: int) -> Float[Array, "*row op"]:
     """How much of each operator is among the `k` highest scores: 1, 0, or an equal share of those tied at the border.
 
     Each row sums to `k`, or to the number of operators when that is smaller.
@@ -55,13 +55,13 @@ def top_membership(scores: Float[Array, "*row op"], k: int) -> Float[Array, "*ro
     return above + tied * (left / tied.sum(axis=-1, keepdims=True))
 
 
-def top_overlap(a: Float[Array, "*row op"], b: Float[Array, "*row op"], k: int) -> Float[Array, "*row"]:
+def top_overlap(a: Real[Array, "*#row op"], b: Real[Array, "*#row op"], k: int) -> Float[Array, "*#row"]:
     """Share of the top k that two rankings have in common, 0 to 1.
 
     Operators tied at the border share the places that are left, so a constant score overlaps as much as chance would.
     """
     k = min(k, a.shape[-1])
-    return np.minimum(top_membership(a, k), top_membership(b, k)).sum(axis=-1) / k
+    return np.asarray(np.minimum(top_membership(a, k), top_membership(b, k)).sum(axis=-1) / k)
 
 
 def correlation_interval(estimate: float, resampled: Float[Array, " draw"], confidence: float) -> tuple[float, float]:

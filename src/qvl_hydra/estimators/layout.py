@@ -66,7 +66,7 @@ class ScoredTokens:
         masks: of each sample.
     """
 
-    masks: Sequence[Bool[Tensor, "token"]]
+    masks: Sequence[Bool[Tensor, "_token"]]
 
     def put_together(self, states: Sequence[State]) -> State:
         return torch.cat([state[:, mask.to(state.device)] for state, mask in zip(states, self.masks, strict=True)], 1)

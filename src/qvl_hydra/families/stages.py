@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from qvl_hydra.families.record import HEAD
 
-State = Float[Tensor, "row token width"]
+State = Float[Tensor, "_row _token _width"]
 BlockInputs = dict[str, dict[str, Any]]  # keyword arguments of each block, by module path
 
 

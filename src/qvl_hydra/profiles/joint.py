@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from qvl_hydra.profiles.units import Unit
 
@@ -38,7 +38,7 @@ class Interactions:
 
     names: tuple[str, ...]
     signed: Float[Array, "row draw"]
-    samples: Float[Array, " draw"]
+    samples: Shaped[Array, " draw"]
     scores: Float[Array, " row"]
 
     def joint(self, quantized: Collection[str]) -> tuple[float, float, float]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from scipy.stats import t
 
 CONFIDENCE = 0.95
@@ -28,7 +28,7 @@ Array = np.ndarray
 
 
 def intervals(
-    values: Sequence[Float[Array, " sample"]], extra: Float[Array, " op"] | None = None, confidence: float = CONFIDENCE
+    values: Sequence[Float[Array, "_sample"]], extra: Float[Array, " op"] | None = None, confidence: float = CONFIDENCE
 ) -> tuple[Float[Array, " op"], Float[Array, " op"], Float[Array, " op"]]:
     """Intervals for the means of several operators, which share what few samples cannot tell.
 
@@ -61,9 +61,9 @@ def intervals(
 
 
 def _log_normal(
-    values: Sequence[Float[Array, " sample"]],
+    values: Sequence[Float[Array, "_sample"]],
     mean: Float[Array, " op"],
-    count: Float[Array, " op"],
+    count: Int64[Array, " op"],
     quantile: Float[Array, " op"],
 ) -> tuple[Float[Array, " op"], Float[Array, " op"]]:
     floors = [FLOOR * max(own_mean, 0.0) for own_mean in np.nan_to_num(mean)]

@@ -23,13 +23,13 @@ def spreads(frame: pd.DataFrame, metric: str, scheme: str) -> tuple[float | None
     by_sample = frame.groupby(["op", "sample"])["value"].agg(["mean", "var", "size"])
     by_op = by_sample.groupby("op")
     mean = by_op["mean"].mean()
-    if by_op.size().max() < 2:
+    if by_sample.empty or by_op.size().max() < 2:
         between = None
     else:
         within = by_op.apply(lambda part: (part["var"] / part["size"]).mean()).fillna(0.0)
         variance = (by_op["mean"].var() - within).clip(lower=0.0)
         between = _median(variance**0.5 / mean)
-    probes = None if by_sample["size"].max() < 2 else _median(by_op["var"].mean() ** 0.5 / mean)
+    probes = None if by_sample.empty or by_sample["size"].max() < 2 else _median(by_op["var"].mean() ** 0.5 / mean)
     return between, probes
 
 
