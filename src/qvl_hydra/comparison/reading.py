@@ -86,7 +86,7 @@ def _ranking_rows(folder: Path, table: pd.DataFrame, scheme: str | None) -> pd.D
     path = folder / "sample_scores.parquet"
     if not path.exists():
         return pd.DataFrame({"op": [], "sample": [], "value": []})
-    rows = read_table(path)
+    rows = read_table(path, ("op", "sample", "value", "metric", "estimator", "scheme"))
     if scheme is not None and rows["scheme"].nunique() > 1:
         rows = rows[rows["scheme"] == scheme]
     wanted = table[["metric", "estimator"]].rename(columns={"metric": "row_metric", "estimator": "row_estimator"})

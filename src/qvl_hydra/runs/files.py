@@ -11,11 +11,15 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from qvl_hydra.errors import RunFolderError
 
 DEEPEST = 100  # levels of a file's content; what these readers are given has five
+# Columns of the tables of a run folder, wherever they stand.
+TEXTS = ("op", "component", "role", "group", "status", "reason", "metric", "unit", "estimator", "scheme", "sample")
+NUMBERS = ("score", "score_low", "score_high", "rank", "block", "n_params", "value", "probe")
 
 
 @contextmanager
@@ -104,12 +108,29 @@ def read_table(path: Path, columns: tuple[str, ...] = ()) -> pd.DataFrame:
         RunFolderError: it cannot be read, or lacks a column.
     """
     try:
-        frame = pd.read_parquet(path)
+        table = pq.read_table(path)
+        table.validate(full=True)  # texts that are none would end the process that reads them, not this call
+        frame = table.to_pandas()
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise damaged(path, error) from error
+    for field in table.schema:
+        if field.name in TEXTS and not (_is_text(field.type) or pa.types.is_null(field.type)):
+            raise damaged(path, f"{field.name} holds {field.type}, no text")
+        if field.name in NUMBERS and not (_is_number(field.type) or pa.types.is_null(field.type)):
+            raise damaged(path, f"{field.name} holds {field.type}, no numbers")
     if missing := [name for name in columns if name not in frame.columns]:
         raise damaged(path, f"it lacks the columns {', '.join(missing)}")
     return frame
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
 def damaged(path: Path, reason: object) -> RunFolderError:
