@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,39 @@ def test_external_data_is_one_file_and_gives_the_same_outputs(tmp_path: Path) ->
         feeds = as_arrays(sample_inputs(model.module, sample, "lm", False))
         results = [open_session(done.path, DEVICE).run(None, feeds)[0] for done in (inside, outside)]
         assert np.array_equal(*results)
+
+
+def test_weights_behind_links_are_found_as_in_the_cache_of_a_hub(tmp_path: Path) -> None:
+    model = small()
+    sample = make_sample(model.module, 0)
+    done = export_component(model, "lm", [sample], tmp_path / "plain", ExportSettings(external_data=True), DEVICE)
+    blobs, linked = tmp_path / "cache/blobs", tmp_path / "cache/snapshots/main/onnx"
+    blobs.mkdir(parents=True)
+    linked.mkdir(parents=True)
+    for number, path in enumerate(done.path.parent.iterdir()):
+        shutil.copy(path, blobs / f"{number:x}")
+        (linked / path.name).symlink_to(blobs / f"{number:x}")
+    feeds = as_arrays(sample_inputs(model.module, sample, "lm", False))
+    results = [open_session(path, DEVICE).run(None, feeds)[0] for path in (done.path, linked / "lm.onnx")]
+    assert np.array_equal(*results)
+    graphs = [read_graph(path) for path in (done.path, linked / "lm.onnx")]
+    weights = [[graph.array(node.weight) for node in weighted_nodes(graph)] for graph in graphs]
+    assert all(np.array_equal(one, other) for one, other in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("location", ["../lm.onnx.data", "/etc/hostname"])
+def test_weights_named_outside_of_the_folder_are_refused(location: str, tmp_path: Path) -> None:
+    model = small()
+    done = export_component(
+        model, "lm", [make_sample(model.module, 0)], tmp_path / "inside", ExportSettings(external_data=True), DEVICE
+    )
+    proto = onnx.load(done.path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for item in tensor.external_data:
+            item.value = location if item.key == "location" else item.value
+    onnx.save(proto, tmp_path / "inside/wrong.onnx")
+    with pytest.raises(ExportError, match="named outside of its folder"):
+        read_graph(tmp_path / "inside/wrong.onnx")
 
 
 def test_weights_beyond_what_a_message_holds_go_outside_by_themselves(

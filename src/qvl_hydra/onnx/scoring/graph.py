@@ -6,6 +6,7 @@ only name or transpose it.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -146,18 +147,33 @@ def read_graph(path: Path) -> Graph:
     if not proto.graph.node:
         raise ExportError(f"{path}: the ONNX model has no nodes")
     lifted(proto.graph)
-    graph = Graph(proto, path.parent)
-    locations = {
-        item.value
-        for tensor in graph.initializers.values()
+    return Graph(proto, _followed(proto, path))
+
+
+def _followed(proto: ModelProto, path: Path) -> Path:
+    """The folder that external weights lie in, their locations relative to it, links followed.
+
+    ONNX Runtime takes no file from outside of one folder, and a hub's cache links every file to a folder of blobs.
+    """
+    places = [
+        item
+        for tensor in proto.graph.initializer
         if external_data_helper.uses_external_data(tensor)
         for item in tensor.external_data
         if item.key == "location"
-    }
-    missing = sorted(location for location in locations if not (path.parent / location).is_file())
-    if missing:
+    ]
+    named = sorted({place.value for place in places})
+    if outside := [name for name in named if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise ExportError(f"{path}: its weights are named outside of its folder: {', '.join(outside)}")
+    if missing := [name for name in named if not (path.parent / name).is_file()]:
         raise ExportError(f"{path}: its weights are missing; put {', '.join(missing)} beside it")
-    return graph
+    files = {name: (path.parent / name).resolve() for name in named}
+    if all(file.is_relative_to(path.parent.resolve()) for file in files.values()):
+        return path.parent
+    folder = Path(os.path.commonpath([file.parent for file in files.values()]))
+    for place in places:
+        place.value = str(files[place.value].relative_to(folder))
+    return folder
 
 
 def lifted(graph: GraphProto) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from qvl_hydra.errors import EngineError, MissingExtraError
+from qvl_hydra.onnx.scoring.graph import read_graph
 from qvl_hydra.onnx.scoring.switched import SwitchedGraph
 
 try:
@@ -111,6 +112,8 @@ def open_session(
         arrays: values of initializers that stand as external in the model; must outlive the session.
         fold: let the runtime compute constant parts beforehand.
     """
+    if isinstance(model, Path) and (graph := read_graph(model)).folder != model.parent:  # its weights are linked
+        model, folder = graph.proto.SerializeToString(), str(graph.folder)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Threads that wait spinning take the cores from whoever else works, and from each other where cores are few.
