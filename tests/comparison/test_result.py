@@ -227,3 +227,14 @@ def test_further_scheme_is_a_run_of_its_own(tmp_path: Path) -> None:
     np.testing.assert_allclose(second.samples().values, 2 * first.samples().values)
     with pytest.raises(ComparisonError, match=r"scores_w2\.parquet"):
         read_run(folder, scheme="w2")
+
+
+def test_a_run_that_did_not_finish_is_compared_and_named(tmp_path: Path) -> None:
+    found = read(
+        write_run(tmp_path / "whole", seed=0),
+        write_run(tmp_path / "stopped", seed=1, failed=3, samples=4, run={"status": "partial"}),
+    )
+    verdicts = compare(found, found[0], "runs", CRITERION, draws=50, seed=0).verdicts
+    name = found[1].name
+    assert verdicts[0] == f"{name} did not finish: its scores cover {len(found[1].scores)} operators on 4 samples."
+    assert len(verdicts) == 2

@@ -144,7 +144,12 @@ def _verdicts(
     criterion: Criterion,
     mapped: Sequence[Mapped],
 ) -> list[str]:
-    said = []
+    said = [
+        f"{item.name} did not finish: its scores cover {len(item.run.scores)} operators"
+        f" on {item.run.run.n_samples or 'an unknown number of'} samples."
+        for item in mapped
+        if item.run.run.status == "partial"
+    ]
     if curve is not None:
         asked = f"{criterion.overlap:.0%} of the top {criterion.top_k} of {mapped[0].name}"
         told = curve[curve["p_stable"].notna()]
