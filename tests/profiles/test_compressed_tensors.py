@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,24 @@ import torch
 from safetensors import safe_open
 
 from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.entry.compose import scheme_settings
+from qvl_hydra.errors import ProfileError
 from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
-from qvl_hydra.profiles.apply import applied, make_quantizers
-from qvl_hydra.profiles.checkpoint import weight_scale, write_checkpoint
+from qvl_hydra.profiles.apply import applied, make_quantizers, quantizer_key
+from qvl_hydra.profiles.checkpoint import unpacked_narrow, write_checkpoint
 from qvl_hydra.profiles.formats.compressed_tensors import quantization_config
 from qvl_hydra.profiles.names import rename
 from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.qdq import OperatorQuantizer
-from qvl_hydra.quantization.scheme import Scheme
+from qvl_hydra.quantization.scheme import Scheme, WeightFormat, scheme_from_settings
 from qvl_hydra.tasks.quantize import compare, forward
 from tests.profiles.rounding import W8A8, W8A8_DYNAMIC, W8A8_SYMMETRIC, assert_only_rounding, some_profile
+
+Plan = tuple[Profile, dict[str, OperatorQuantizer]]
 
 
 def written(
@@ -109,18 +115,101 @@ def test_a_quantized_head_is_untied_from_the_embedding(tiny_model: LoadedModel, 
     assert config["quantization_config"]["format"] == "int-quantized"
 
 
-def test_the_scale_of_a_channel_is_its_largest_weight_over_half_the_range() -> None:
-    weight = torch.tensor([[0.5, -1.0, 0.25], [2.0, 0.0, 1.0]])
-    assert torch.allclose(weight_scale(weight, W8A8.weight), torch.tensor([[1.0], [2.0]]) / 127.5)
+STORED = ["fp8", "fp8_dynamic", "fp8_block", "nvfp4", "mxfp4", "mxfp8", "w8a8_int", "w8a16", "w4a16_g32"]
+
+
+def scheme_named(name: str) -> Scheme:
+    return scheme_from_settings(scheme_settings(name))
+
+
+def mixed(model: LoadedModel, samples: tuple[Sample, ...], names: Sequence[str], component: str = "full") -> Plan:
+    """Every fused unit in the next of some schemes that it can have, each fourth as it is."""
+    schemes = [scheme_named(name) for name in names]
+    operators = tuple(op for op in find_operators(model.module, component) if op.kind == "Linear")
+    groups = list(dict.fromkeys(op.group for op in operators))
+    assigned: dict[str, Scheme] = {}
+    for op in operators:
+        turn = groups.index(op.group)
+        scheme = schemes[turn % len(schemes)]
+        if turn % 4 != 3 and op.in_features % 32 == 0 and not_offered([op], scheme) is None:
+            assigned[op.path] = scheme
+    profile = Profile(
+        schemes[0],
+        operators,
+        frozenset(op.path for op in operators if op.path not in assigned),
+        16,
+        "test",
+        others={path: scheme for path, scheme in assigned.items() if scheme.name != names[0]},
+    )
+    quantizers: dict[str, OperatorQuantizer] = {}
+    for part in profile.by_scheme():
+        made = make_quantizers(model.module, part.low, samples, component, part.scheme)
+        quantizers |= {f"{path}#{part.scheme.name}": item for path, item in made.items()}
+    return profile, quantizers
+
+
+@pytest.mark.compressed_tensors
+@pytest.mark.parametrize("names", [*([name] for name in STORED), ["w4a16_g32", "w8a8_int"], STORED], ids="-".join)
+def test_every_scheme_is_stored_alone_and_beside_others(
+    tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...], names: list[str], tmp_path: Path
+) -> None:
+    """transformers finds every tensor, and unpacks the weights that QDQ computes with."""
+    pytest.importorskip("compressed_tensors")
+    profile, quantizers = mixed(tiny_model, tiny_samples, names)
+    assert set(profile.schemes) == set(names)
+    write_checkpoint(tiny_model, profile, quantizers, tmp_path)
+    loaded, info = FAMILIES["qwen2_5_vl"].load_class().from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())  # nothing missing, unexpected or of another shape
+    forward(loaded.eval(), tiny_samples[0])  # decompresses
+    narrow = unpacked_narrow(profile)
+    assert loaded.dtype == (torch.bfloat16 if narrow else torch.float32)
+    for op in profile.operators:
+        found = loaded.get_submodule(op.path).weight
+        if op.path in profile.high:
+            assert torch.equal(found, tiny_model.module.get_submodule(op.path).weight.to(loaded.dtype))
+            continue
+        ours = quantizers[quantizer_key(profile, op, quantizers)].weight
+        assert torch.allclose(found.float(), ours, rtol=2**-7 if narrow else 1e-6, atol=0), op.path
+
+
+@pytest.mark.compressed_tensors
+@pytest.mark.parametrize("names", [["w4a16_g32", "w8a8_int"], ["nvfp4", "fp8_dynamic"]], ids="-".join)
+def test_mixed_precisions_compute_what_qdq_computes(
+    tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...], names: list[str], tmp_path: Path
+) -> None:
+    """In the language tower: of the vision tower's 2-d inputs compressed-tensors takes one scale a tensor."""
+    pytest.importorskip("compressed_tensors")
+    profile, quantizers = mixed(tiny_model, tiny_samples, names, component="lm")
+    write_checkpoint(tiny_model, profile, quantizers, tmp_path)
+    loaded = FAMILIES["qwen2_5_vl"].load_class().from_pretrained(tmp_path).eval()
+    forward(loaded, tiny_samples[0])  # decompresses
+    if unpacked_narrow(profile):  # without bfloat16's rounding what is left is the arithmetic of the inputs
+        ours = {op.path: quantizers[quantizer_key(profile, op, quantizers)].weight for op in profile.low}
+        state = tiny_model.module.state_dict() | {f"{path}.weight": weight for path, weight in ours.items()}
+        torch.nn.Module.float(loaded).load_state_dict(state, strict=False)
+    outputs = compare(
+        lambda sample: forward(loaded, sample), tiny_model.module, profile, quantizers, tiny_samples, "full"
+    )
+    assert outputs.relative_difference < 0.2, outputs
+
+
+def test_what_a_checkpoint_cannot_hold_is_refused_by_name(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    (op, *_) = [op for op in find_operators(tiny_model.module, "lm") if op.in_features % 128]
+
+    def error_of(scheme: Scheme) -> str:
+        with pytest.raises(ProfileError) as raised:
+            write_checkpoint(tiny_model, Profile(scheme, (op,), frozenset(), 16, "test"), {}, tmp_path)
+        return str(raised.value)
+
+    assert f"first {op.path} with {op.in_features} inputs" in error_of(scheme_named("w4a16"))
+    assert "no inc_static: it has quantized outputs" in error_of(scheme_named("inc_static"))
+    assert "zero points" in error_of(Scheme("odd", WeightFormat(8, symmetric=False), None))
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_dynamic", "fp8_block", "nvfp4", "mxfp4", "mxfp8", "w8a8_int"])
 def test_deployed_formats_are_the_packages_presets(name: str) -> None:
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
-
-    from qvl_hydra.entry.compose import scheme_settings
-    from qvl_hydra.quantization.scheme import scheme_from_settings
 
     path = "model.language_model.layers.0.mlp.up_proj"
     op = Operator(path, "lm", 0, "up_proj", "g", "Linear", 128, 128, 128 * 128, "qwen2_5_vl")

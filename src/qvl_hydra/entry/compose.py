@@ -64,13 +64,13 @@ def scheme_settings(name: str) -> QuantSettings:
 def with_choices(settings: Settings) -> tuple[Settings, list[QuantSettings]]:
     """The settings whose `quant` is the first scheme to score, and the further ones.
 
-    Of task=profile they are `profile.choices`; else `quant.also`.
+    Of task=profile and task=quantize they are `profile.choices`; else `quant.also`.
 
     Raises:
         SettingsError: no such scheme.
     """
     wanted = [name for name in settings.profile.choices if name != LEAVE]
-    if settings.task.name != "profile" or not wanted:
+    if settings.task.name == "sweep" or not wanted:
         return settings, [scheme_settings(name) for name in settings.quant.also]
     if settings.quant.name not in wanted:
         quant = dataclasses.replace(scheme_settings(wanted[0]), perturb=settings.quant.perturb)

@@ -154,7 +154,7 @@ class _Job:
 
     def _run_task(self, settings: Settings, folder: RunFolder) -> None:
         task = importlib.import_module(TASKS[settings.task.name])
-        if settings.task.name in ("sweep", "profile"):
+        if settings.task.name in ("sweep", "profile", "quantize"):
             settings, further = with_choices(settings)
             task.run(settings, folder, self.screen, further)
         else:

@@ -75,7 +75,7 @@ class Bench:
 
         Operators that are scored as one target share what a runtime gives them together.
         """
-        if scheme.weight is None or not FORMATS[scheme.weight.number].whole_tensor:
+        if scheme.weight is None or FORMATS[scheme.weight.number].tensor_scale is None:
             return None
         own = next((t for t in self.targets if op in t.operators), None)
         if own is None or len(own.operators) == 1:

@@ -36,13 +36,13 @@ def make_quantizers(
             f"activation ranges cannot be calibrated ({error}); exclude the operator with operators.exclude, "
             "or give calibration samples that reach it"
         ) from error
-    shared = _shared_largest(module, operators, scheme)
+    shared = shared_largest(module, operators, scheme)
     return {op.path: make_quantizer(module, op.path, scheme, ranges, shared.get(op.group)) for op in operators}
 
 
-def _shared_largest(module: nn.Module, operators: Sequence[Operator], scheme: Scheme) -> dict[str, Tensor]:
+def shared_largest(module: nn.Module, operators: Sequence[Operator], scheme: Scheme) -> dict[str, Tensor]:
     """The largest |weight| of what a runtime fuses, where it gives that one tensor scale."""
-    if scheme.weight is None or not FORMATS[scheme.weight.number].whole_tensor:
+    if scheme.weight is None or FORMATS[scheme.weight.number].tensor_scale is None:
         return {}
     groups: dict[str, list[Tensor]] = {}
     for op in operators:

@@ -1,7 +1,7 @@
-"""Writes a compressed-tensors checkpoint (`int-quantized`) that plain transformers loads and runs.
+"""Writes a compressed-tensors checkpoint that plain transformers and vLLM load, in one scheme or several.
 
-Weights of quantized operators are INT8 with a scale an output channel, static inputs have a scale and a zero point;
-everything else is stored as it is. The numbers are exactly those of our QDQ.
+The numbers are those of our QDQ: weights go through the package's own compressors with the scales that QDQ took, static
+inputs have their scale and zero point. Operators that are not quantized are stored as they are.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,38 +18,39 @@ from torch import Tensor, nn
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.families.record import HEAD
 from qvl_hydra.models.load import LoadedModel
-from qvl_hydra.operators.discover import find_operators
-from qvl_hydra.profiles.formats.compressed_tensors import checkpoint_format, quantization_config
+from qvl_hydra.operators.discover import Operator, find_operators
+from qvl_hydra.profiles.apply import quantizer_key, shared_largest
+from qvl_hydra.profiles.formats.compressed_tensors import checkpoint_format, config_group, quantization_config
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantization.formats.integer import affine_params
-from qvl_hydra.quantization.qdq import OperatorQuantizer
-from qvl_hydra.quantization.scheme import WeightFormat
+from qvl_hydra.quantization.formats.table import FORMATS
+from qvl_hydra.quantization.qdq import OperatorQuantizer, weight_scales
+from qvl_hydra.quantization.scheme import Scheme
 
+NARROW = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 BESIDE = ("*.json", "*.jinja", "*.txt", "*.model")  # tokenizer, templates, image processor
 
 
 def write_checkpoint(
     model: LoadedModel, profile: Profile, quantizers: Mapping[str, OperatorQuantizer], folder: Path
 ) -> None:
-    """Write the model with the profile's low operators in INT8.
+    """Write the model with the profile's low operators in their schemes. Needs `compressed_tensors`.
 
     Args:
         model: the float model, resident.
-        quantizers: of every low operator.
+        quantizers: of every low operator, as for `applied`.
         folder: made if need be; holds weights, config, tokenizer and image processor afterwards.
 
     Raises:
-        ProfileError: the scheme is not W8A8 per channel, outputs are quantized, or a convolution is.
+        ProfileError: what such a checkpoint cannot hold, naming the operators.
     """
-    if checkpoint_format(profile) != "int-quantized" or profile.scheme.output is not None:
-        raise ProfileError(
-            f"the compressed-tensors checkpoint holds W8A8 (int-quantized), not {profile.scheme.name}; "
-            "take quant=w8a8_static or quant=w8a8_dynamic"
-        )
+    _require_storable(profile)
     config = quantization_config(profile, find_operators(model.module, "full"), "hugging_face")
     state = dict(model.module.state_dict())
-    for op in profile.low:
-        state |= _quantized_tensors(model.module, op.path, quantizers[op.path])
+    for part in profile.by_scheme():
+        found = {op.path: quantizers[quantizer_key(profile, op, quantizers)] for op in part.low}
+        for op, tensors in _compressed(model.module, part, found):
+            del state[f"{op}.weight"]
+            state |= {f"{op}.{name}": tensor for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in BESIDE:
         for path in model.description.folder.glob(pattern):
@@ -57,32 +59,81 @@ def write_checkpoint(
     model.module.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     content = json.loads((folder / "config.json").read_text())
     content["quantization_config"] = config
+    if unpacked_narrow(profile):
+        content["dtype"] = content["text_config"]["dtype"] = content["vision_config"]["dtype"] = "bfloat16"
     if HEAD in {op.path for op in profile.low}:  # a quantized head shares nothing with the embedding any more
         content["tie_word_embeddings"] = content["text_config"]["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _quantized_tensors(module: nn.Module, path: str, quantizer: OperatorQuantizer) -> dict[str, Tensor]:
-    form = quantizer.scheme.weight
-    assert form is not None
-    assert quantizer.weight is not None
-    weight = module.get_submodule(path).get_parameter("weight")
-    scale = weight_scale(weight, form)
-    # Rounding undoes the product exactly: a QDQ weight is a whole number of scales.
-    tensors = {
-        f"{path}.weight": torch.round(quantizer.weight.float() / scale).to(torch.int8),
-        f"{path}.weight_scale": scale,
-    }
-    if quantizer.input is not None:
-        shift = 0 if quantizer.input.qmin < 0 else 2 ** (8 - 1)  # its integers are signed, ours start at 0
-        tensors[f"{path}.input_scale"] = torch.tensor([quantizer.input.scale])
-        if shift:
-            zero_point = torch.tensor([quantizer.input.zero_point - shift], dtype=torch.int8)
-            tensors[f"{path}.input_zero_point"] = zero_point
-    return tensors
+def unpacked_narrow(profile: Profile) -> bool:
+    """Whether compressed-tensors unpacks a weight to bfloat16 whatever the model's dtype, so that it runs in that."""
+    return any(checkpoint_format(part) in NARROW for part in profile.by_scheme())
 
 
-def weight_scale(weight: Tensor, form: WeightFormat) -> Tensor:
-    """The scale of each output channel, as in `qdq_weight`: float32, (out, 1)."""
-    low, high = torch.aminmax(weight.detach().float(), dim=1)
-    return affine_params(low, high, form.limits, form.symmetric)[0][:, None]
+def _require_storable(profile: Profile) -> None:
+    for part in profile.by_scheme():
+        scheme, reason = part.scheme, None
+        weight = scheme.weight
+        if weight is None:
+            reason = "float weights; take schemes that quantize them"
+        elif scheme.output is not None:
+            reason = "quantized outputs; take a scheme without"
+        elif not weight.symmetric:
+            reason = "weights with zero points; take symmetric ones"
+        if reason:
+            raise ProfileError(f"a compressed-tensors checkpoint holds no {scheme.name}: it has {reason}")
+        odd = [op for op in part.low if _ragged(op, scheme)]
+        if odd:
+            assert weight is not None
+            raise ProfileError(
+                f"a compressed-tensors checkpoint holds whole groups only, and {len(odd)} operators have none of "
+                f"{weight.group_size} in {scheme.name}, first {odd[0].path} with {odd[0].in_features} inputs; take a "
+                "scheme with smaller groups, or fix them with profile.spaces"
+            )
+
+
+def _ragged(op: Operator, scheme: Scheme) -> bool:
+    group = None if scheme.weight is None else scheme.weight.group_size
+    return group is not None and op.in_features % group != 0
+
+
+def _compressed(
+    module: nn.Module, profile: Profile, quantizers: Mapping[str, OperatorQuantizer]
+) -> list[tuple[str, dict[str, Tensor]]]:
+    """What is stored of each operator of a profile of one scheme, by its name within the module."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    stored = checkpoint_format(profile)
+    compressor = BaseCompressor.get_value_from_registry(stored)
+    group = QuantizationScheme.model_validate(config_group(profile, "compressed_tensors") | {"format": stored})
+    largest = shared_largest(module, profile.low, profile.scheme)
+    found = []
+    for op in profile.low:
+        quantizer = quantizers[op.path]
+        # The rounded weight, not the weight: it is a whole number of scales, and the package's rounding leaves it.
+        tensors = {"weight": quantizer.weight} | _scales(module, op, quantizer, largest.get(op.group))
+        found.append((op.path, {name: item.contiguous() for name, item in compressor.compress(tensors, group).items()}))
+    return found
+
+
+def _scales(
+    module: nn.Module, op: Operator, quantizer: OperatorQuantizer, largest: Tensor | None
+) -> dict[str, Tensor]:
+    scheme, inputs = quantizer.scheme, quantizer.input
+    assert scheme.weight is not None
+    weight = module.get_submodule(op.path).get_parameter("weight")
+    row = FORMATS[scheme.weight.number]
+    found: dict[str, Any] = {"weight_scale": weight_scales(weight, scheme.weight, largest)}
+    if row.tensor_scale is not None:
+        assert largest is not None
+        found["weight_global_scale"] = row.tensor_scale(largest).reshape(1)
+    if scheme.input is None or inputs is None:
+        return found
+    whole = FORMATS[scheme.input.number].tensor_scale is not None
+    found["input_global_scale" if whole else "input_scale"] = torch.tensor([inputs.scale])
+    if not scheme.input.symmetric:
+        shift = 0 if inputs.qmin < 0 else 2 ** (scheme.input.bits - 1)  # its integers are signed, ours start at 0
+        found["input_zero_point"] = torch.tensor([inputs.zero_point - shift], dtype=torch.int8)
+    return found

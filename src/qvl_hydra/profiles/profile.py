@@ -47,6 +47,19 @@ class Profile:
         """Schemes that some operator is put into, by name, the first one first."""
         return {scheme.name: scheme for scheme in (self.scheme, *self.others.values())}
 
+    def by_scheme(self) -> list[Profile]:
+        """The quantized operators of each scheme, as a profile that keeps nothing in high precision."""
+        return [
+            Profile(
+                scheme,
+                tuple(op for op in self.low if self.scheme_of(op).name == name),
+                frozenset(),
+                self.high_bits,
+                self.chooser,
+            )
+            for name, scheme in self.schemes.items()
+        ]
+
     @property
     def key(self) -> frozenset[tuple[str, str]]:
         """What of a profile a measurement depends on: quantized operators and their schemes."""

@@ -34,6 +34,15 @@ def qdq_weight(
     return row.weight(flat.float(), form, largest).to(weight.dtype).view_as(weight)
 
 
+def weight_scales(
+    weight: Float[Tensor, "out *rest"], form: WeightFormat, largest: Tensor | None = None
+) -> Float[Tensor, "*scale"]:
+    """The scales that `qdq_weight` rounds with, as checkpoints hold them (`NumberFormat.scales`); float32."""
+    flat, row = weight.detach().flatten(1), FORMATS[form.number]
+    largest = largest_value([flat]) if largest is None and row.whole_tensor_of(form) else largest
+    return row.scales(flat.float(), form, largest)
+
+
 def weight_change(
     weight: Float[Tensor, "out *rest"], form: WeightFormat, largest: Tensor | None = None
 ) -> Float[Tensor, "out rest"]:

@@ -9,7 +9,7 @@ from qvl_hydra.reports.profile import exports_section
 from qvl_hydra.runs.record import record_of
 
 SHOWN = {
-    "n_quantized": "in INT8",
+    "n_quantized": "quantized",
     "largest_difference": "largest difference to QDQ",
     "relative_difference": "relative to the quantization's effect",
     "identical": "samples equal bit for bit",

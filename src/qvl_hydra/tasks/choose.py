@@ -34,7 +34,7 @@ from qvl_hydra.runs.record import RunRecord, record_of, write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import sweep
-from qvl_hydra.tasks.decide import fetch, of_profile, shared, terms_of
+from qvl_hydra.tasks.decide import Decision, fetch, of_profile, shared, terms_of
 from qvl_hydra.tasks.prepare import Prepared, prepare
 
 FRONT = 9  # plans between the cheapest and the one that loses least, where no values are given
@@ -73,7 +73,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
         QvlHydraError: what the sweep raises.
     """
     began = time.perf_counter()
-    plans = _decide(settings, folder, screen, further)
+    plans = plans_of(settings, folder, screen, further)
     table, samples = _measure(settings, plans, folder, screen)
     write_parquet(folder.path / "profiles.parquet", table)
     chosen = plans.profiles[plans.chosen]
@@ -83,18 +83,52 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     everything = find_operators(plans.prepared.model.module, "full")
     exports = write_formats(chosen, everything, settings.profile.formats, folder.path / "exports")
     notes = [f"not exported: {record['error']}" for record in exports if "error" in record]
-    notes += [
-        f"{unit.name} cannot be {', '.join(unit.reasons)}: {'; '.join(dict.fromkeys(unit.reasons.values()))}"
-        for unit in plans.units
-        if unit.reasons
-    ]
+    notes += _refused(plans)
     summary = _summary(table, plans, budget, samples)
     write_record(folder.path, of_profile(plans.sweep, "profile", summary, notes, time.perf_counter() - began))
     write_sweep_report(folder.path, extra=profile_sections(folder.path))
     _show(table, plans, notes, samples, screen)
 
 
-def _decide(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence[QuantSettings]) -> Plans:
+def decide(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence[QuantSettings]) -> Decision:
+    """The plan that is exported, as the decision that task=quantize works on.
+
+    Raises:
+        QvlHydraError: see `plans_of`.
+    """
+    plans = plans_of(settings, folder, screen, further)
+    return Decision(
+        prepared=plans.prepared,
+        sweep=plans.sweep,
+        metric=plans.metric,
+        interactions=None,
+        units=tuple(plans.units),
+        terms=plans.terms,
+        budget=Budget(plans.cost.name, plans.values[plans.chosen]),
+        profile=plans.profiles[plans.chosen],
+        quantizers=_quantizers(settings, plans),
+        notes=tuple(_refused(plans)),
+    )
+
+
+def _refused(plans: Plans) -> list[str]:
+    return [
+        f"{unit.name} cannot be {', '.join(unit.reasons)}: {'; '.join(dict.fromkeys(unit.reasons.values()))}"
+        for unit in plans.units
+        if unit.reasons
+    ]
+
+
+def plans_of(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence[QuantSettings]) -> Plans:
+    """Score or read scores, and the plan of every budget.
+
+    Args:
+        further: schemes of the choices beside `settings.quant`.
+
+    Raises:
+        ProfileError: scores without one of the schemes; a budget that nothing meets; streamed weights.
+        QvlHydraError: what the sweep raises.
+    """
     if settings.model.placement == "streamed":
         raise ProfileError("a profile is measured on the whole model: take model.placement=resident")
     if settings.profile.scores is None:

@@ -1,7 +1,7 @@
-"""task=quantize: puts a profile through tools that make INT8 models, and compares what they compute with our QDQ.
+"""task=quantize: puts a profile through tools that make quantized models, and compares what they compute with our QDQ.
 
 - `inc`: Neural Compressor's PyTorch FX path, saved and loaded again, against QDQ with its own scales;
-- `compressed_tensors`: an `int-quantized` checkpoint with our scales, loaded and run by plain transformers.
+- `compressed_tensors`: a checkpoint with our scales, in one scheme or several, loaded and run by plain transformers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qvl_hydra.errors import MissingExtraError, ProfileError
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import applied
-from qvl_hydra.profiles.checkpoint import write_checkpoint
+from qvl_hydra.profiles.checkpoint import unpacked_narrow, write_checkpoint
 from qvl_hydra.profiles.formats.written import write_formats
 from qvl_hydra.profiles.profile import Profile, describe
 from qvl_hydra.quantization.qdq import OperatorQuantizer
@@ -33,7 +33,8 @@ from qvl_hydra.runs.files import write_json
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.runs.record import write_record
 from qvl_hydra.screen import Screen
-from qvl_hydra.settings import Settings
+from qvl_hydra.settings import QuantSettings, Settings
+from qvl_hydra.tasks import choose
 from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples, of_profile
 
 # module, distribution and our extra of what each driver needs
@@ -48,7 +49,7 @@ class Agreement:
     """A tool's outputs beside those of our QDQ, on held-out samples.
 
     Attributes:
-        n_quantized: operators in INT8.
+        n_quantized: operators that are quantized.
         largest_difference: between the tool and QDQ, over all outputs.
         relative_difference: root mean square of that difference, over that of what quantization changes (QDQ - float).
         identical: samples on which both are equal bit for bit. Where they are not, a value lay so near to the middle
@@ -66,8 +67,11 @@ class Agreement:
     reload_difference: float | None = None
 
 
-def run(settings: Settings, folder: RunFolder, screen: Screen) -> None:
+def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence[QuantSettings] = ()) -> None:
     """Decide, quantize with each tool, compare, write, show.
+
+    Args:
+        further: schemes of `profile.choices` beside `settings.quant`.
 
     Raises:
         QvlHydraError: see `decide`; what a tool cannot do; a tool asked for that is not installed.
@@ -75,11 +79,19 @@ def run(settings: Settings, folder: RunFolder, screen: Screen) -> None:
     began = time.perf_counter()
     for asked in settings.profile.quantize_with:
         _require_package(asked, f"profile.quantize_with={asked}")
-    decision = decide(settings, folder, screen)
+    if settings.profile.choices:
+        decision = choose.decide(settings, folder, screen, further)
+    else:
+        decision = decide(settings, folder, screen)
     samples, few = evaluation_samples(settings, decision, folder.path)
     results: dict[str, Agreement] = {}
     notes = [*decision.notes, *few]
     drivers: Sequence[str] = settings.profile.quantize_with or tuple(DRIVERS)
+    if "compressed_tensors" in drivers and unpacked_narrow(decision.profile):
+        notes.append(
+            "compressed-tensors unpacks some of these formats to bfloat16, so that transformers runs the checkpoint in "
+            "it: its rounding is part of the difference to QDQ, which is computed in the model's own dtype"
+        )
     for name in drivers:
         try:
             results[name] = DRIVERS[name](settings, decision, samples, folder.path / name)
@@ -121,8 +133,8 @@ def _with_compressed_tensors(
     settings: Settings, decision: Decision, samples: Sequence[Sample], folder: Path
 ) -> Agreement:
     model = decision.prepared.model
+    _require_package("compressed_tensors", "writing a checkpoint, and loading it in transformers")
     write_checkpoint(model, decision.profile, decision.quantizers, folder)
-    _require_package("compressed_tensors", f"loading the checkpoint (written to {folder}) in transformers")
     reader = model.family.load_class()
     with contextlib.redirect_stderr(io.StringIO()):  # four bars of its own; the last belongs to the first forward
         loaded = reader.from_pretrained(folder).eval().to(model.device)
@@ -146,7 +158,7 @@ def forward(module: nn.Module, sample: Sample) -> Tensor:
     """Logits of a sample by the model's own forward, as a user calls it: (token, vocab)."""
     batch = {name: value.to(module.device) for name, value in collate([sample]).items() if name != "labels"}  # type: ignore[arg-type]
     found: Tensor = module(**batch, use_cache=False).logits[0]
-    return found
+    return found.float()
 
 
 @torch.no_grad()
@@ -192,7 +204,7 @@ def _show(
         ]
         for name, item in results.items()
     ]
-    columns = ["tool", "INT8", "samples as QDQ", "largest diff.", "of the effect"]
+    columns = ["tool", "quantized", "samples as QDQ", "largest diff.", "of the effect"]
     screen.table(f"profile {decision.budget}, computed by other tools and by QDQ", columns, rows)
     for note in notes:
         screen.say(note)

@@ -1,17 +1,19 @@
 """compressed-tensors: the `quantization_config` of a checkpoint's `config.json`, read by transformers and vLLM.
 
-One config group targets the class `Linear`; everything that stays in high precision is listed in `ignore` by its full
-name, so that no pattern can reach the other tower. transformers matches Hugging Face module paths; vLLM renames them
-with its own mapper and is also given the list in its own names.
+One config group targets the class `Linear`, several name their operators one by one; everything that stays in high
+precision is listed in `ignore` by its full name, so that no pattern can reach the other tower. vLLM's class of the head
+has no `Linear` in its name and its mapper leaves the bare name alone: the head is a target of its own, by a pattern.
+transformers matches Hugging Face module paths; vLLM renames them with its own mapper and is also given the list in its
+own names.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
+from qvl_hydra.families.record import HEAD
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.formats.rendered import Rendered, refuse, require_linear
 from qvl_hydra.profiles.names import rename
@@ -39,6 +41,8 @@ def quantization_config(profile: Profile, operators: Sequence[Operator], convent
     groups = {"group_0": config_group(profile, "compressed_tensors")}
     if profile.others:
         groups = _groups(profile, convention)
+    elif HEAD in {op.path for op in profile.low}:
+        groups["group_0"]["targets"].append(HEAD_TARGET)
     return {
         "quant_method": "compressed-tensors",
         "format": "mixed-precision" if profile.others else checkpoint_format(profile),
@@ -50,14 +54,15 @@ def quantization_config(profile: Profile, operators: Sequence[Operator], convent
     }
 
 
+HEAD_TARGET = f"re:.*{HEAD}$"
+
+
 def _groups(profile: Profile, convention: str) -> dict[str, Any]:
     """One config group a scheme; its operators are named one by one, so that no pattern reaches another's."""
     found = {}
-    for index, (name, scheme) in enumerate(profile.schemes.items()):
-        own = tuple(op for op in profile.low if profile.scheme_of(op).name == name)
-        alone = Profile(scheme, own, frozenset(), profile.high_bits, profile.chooser)
+    for index, alone in enumerate(profile.by_scheme()):
         group = config_group(alone, "compressed_tensors")
-        targets = [f"re:.*{re.escape(rename(op, convention))}$" for op in own]
+        targets = [HEAD_TARGET if op.path == HEAD else rename(op, convention) for op in alone.low]
         found[f"group_{index}"] = group | {"targets": targets, "format": checkpoint_format(alone)}
     return found
 
@@ -141,7 +146,7 @@ def _activation(form: ActivationFormat | None) -> dict[str, Any] | None:
 def _floating(number: str, granularity: str) -> dict[str, Any]:
     """A floating format: those whose groups are part of it have their own strategy."""
     row = FORMATS[number]
-    strategy = granularity if row.group is None else "tensor_group" if row.whole_tensor else "group"
+    strategy = granularity if row.group is None else "tensor_group" if row.tensor_scale else "group"
     content: dict[str, Any] = {"num_bits": row.bits, "type": "float", "symmetric": True, "strategy": strategy}
     content["group_size"] = row.group
     if number in SCALES:

@@ -36,11 +36,24 @@ def _weight(x: Float[Tensor, "out in"], form: WeightFormat, largest: Tensor | No
         return rounded(x, scale_of(largest))
     if form.granularity == "channel":
         return rounded(x, scale_of(x.abs().amax(1, keepdim=True)))
-    rows, columns = x.shape
-    padded = functional.pad(x, (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+    blocks = _blocks(x)
     scale = scale_of(blocks.abs().amax((1, 3), keepdim=True))
-    return rounded(blocks, scale).view_as(padded)[:rows, :columns].contiguous()
+    return rounded(blocks, scale).flatten(2).flatten(0, 1)[: x.shape[0], : x.shape[1]].contiguous()
+
+
+def _scales(x: Float[Tensor, "out in"], form: WeightFormat, largest: Tensor | None) -> Float[Tensor, "*scale"]:
+    if form.granularity == "tensor":
+        assert largest is not None, "a tensor's scale is taken from all of it"
+        return scale_of(largest).reshape(1)
+    if form.granularity == "channel":
+        return scale_of(x.abs().amax(1, keepdim=True))
+    return scale_of(_blocks(x).abs().amax((1, 3)))
+
+
+def _blocks(x: Float[Tensor, "out in"]) -> Float[Tensor, "down row across column"]:
+    """The weight in blocks of 128 x 128, filled up with zeros."""
+    padded = functional.pad(x, (0, -x.shape[1] % BLOCK, 0, -x.shape[0] % BLOCK))
+    return padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
 
 
 def _activation(
@@ -62,4 +75,4 @@ def _scale_bits(form: WeightFormat, inputs: int) -> float:
     return {"tensor": 0.0, "channel": 16 / inputs, "block": 32 / BLOCK**2}[form.granularity]
 
 
-FLOAT8 = NumberFormat("float8_e4m3", 8, _weight, _activation, _static, _scale_bits, "fp8", rows=BLOCK)
+FLOAT8 = NumberFormat("float8_e4m3", 8, _weight, _activation, _static, _scales, _scale_bits, "fp8", rows=BLOCK)

@@ -96,6 +96,13 @@ def _weight(x: Tensor, form: WeightFormat, largest: Tensor | None) -> Tensor:
     return qdq_groups(x, form)
 
 
+def _scales(x: Float[Tensor, "out in"], form: WeightFormat, largest: Tensor | None) -> Float[Tensor, "out group"]:
+    """As `qdq_groups` takes them; a last, shorter group has its own."""
+    parts = x.split(form.group_size or x.shape[1], dim=1)
+    low, high = (torch.stack([reach(part, 1) for part in parts], dim=1) for reach in (torch.amin, torch.amax))
+    return affine_params(low, high, form.limits, form.symmetric)[0]
+
+
 def _activation(x: Tensor, form: ActivationFormat, params: QuantParams | None) -> Tensor:
     if form.dynamic and form.divide and form.symmetric:
         largest = form.limits[1]
@@ -117,4 +124,4 @@ def _scale_bits(form: WeightFormat, inputs: int) -> float:
     return each / min(form.group_size or inputs, inputs)
 
 
-INTEGER = NumberFormat("int", None, _weight, _activation, _static, _scale_bits, "int8")
+INTEGER = NumberFormat("int", None, _weight, _activation, _static, _scales, _scale_bits, "int8")

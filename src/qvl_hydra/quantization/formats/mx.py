@@ -51,6 +51,10 @@ def _weight(
     return _rounded(x, offset, cast)
 
 
+def _scales(x: Tensor, form: WeightFormat, largest: Tensor | None, offset: int) -> Tensor:
+    return power_of_two(x.unflatten(-1, (-1, GROUP)).abs().amax(-1), offset)
+
+
 def _activation(
     x: Tensor, form: ActivationFormat, params: QuantParams | None, offset: int, cast: Callable[[Tensor], Tensor]
 ) -> Tensor:
@@ -65,7 +69,7 @@ def _row(name: str, bits: int, offset: int, cast: Callable[[Tensor], Tensor]) ->
     own = {"offset": offset, "cast": cast}
     return NumberFormat(
         name, bits, partial(_weight, **own), partial(_activation, **own), _static,  # type: ignore[arg-type]
-        lambda form, inputs: 8 / GROUP, f"fp{bits}", group=GROUP,
+        partial(_scales, offset=offset), lambda form, inputs: 8 / GROUP, f"fp{bits}", group=GROUP,
     )  # fmt: skip
 
 

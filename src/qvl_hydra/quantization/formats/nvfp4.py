@@ -25,17 +25,27 @@ def tensor_scale(largest: Tensor) -> Tensor:
     return scale.nan_to_num(nan=1.0, posinf=1.0, neginf=1.0)
 
 
+def _group_scales(groups: Float[Tensor, "row group value"], whole: Tensor) -> Float[Tensor, "row group"]:
+    """Of groups, as FP8 numbers: still to be divided by the tensor's scale."""
+    scale = whole * (groups.abs().amax(-1) / float4.LARGEST)
+    scale = scale.clamp(max=float8.LARGEST).to(torch.float8_e4m3fn).float()
+    return torch.where(scale == 0, ZERO_SCALE, scale)
+
+
 def _rounded(x: Float[Tensor, "row in"], whole: Tensor) -> Float[Tensor, "row in"]:
     groups = x.unflatten(-1, (-1, GROUP))
-    scale = whole * (groups.abs().amax(-1, keepdim=True) / float4.LARGEST)
-    scale = scale.clamp(max=float8.LARGEST).to(torch.float8_e4m3fn).float()
-    scale = torch.where(scale == 0, ZERO_SCALE, scale) / whole
+    scale = _group_scales(groups, whole)[..., None] / whole
     return (float4.rounded((groups / scale).clamp_(-float4.LARGEST, float4.LARGEST)) * scale).flatten(-2)
 
 
 def _weight(x: Tensor, form: WeightFormat, largest: Tensor | None) -> Tensor:
     assert largest is not None, "a tensor's scale is taken from all of it"
     return _rounded(x, tensor_scale(largest))
+
+
+def _scales(x: Tensor, form: WeightFormat, largest: Tensor | None) -> Tensor:
+    assert largest is not None, "a tensor's scale is taken from all of it"
+    return _group_scales(x.unflatten(-1, (-1, GROUP)), tensor_scale(largest))
 
 
 def _activation(x: Tensor, form: ActivationFormat, params: QuantParams | None) -> Tensor:
@@ -48,5 +58,6 @@ def _static(low: Tensor, high: Tensor, form: ActivationFormat) -> QuantParams:
 
 
 NVFP4 = NumberFormat(
-    "nvfp4", 4, _weight, _activation, _static, lambda form, inputs: 8 / GROUP, "fp4", group=GROUP, whole_tensor=True
-)
+    "nvfp4", 4, _weight, _activation, _static, _scales, lambda form, inputs: 8 / GROUP, "fp4", group=GROUP,
+    tensor_scale=tensor_scale,
+)  # fmt: skip

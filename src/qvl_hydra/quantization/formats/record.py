@@ -35,10 +35,13 @@ class NumberFormat:
             weight (of all weights that share its scale).
         activation: QDQ of tokens in float32, given the format and the parameters of a static range.
         static: parameters of a static range from the smallest and largest value seen.
+        scales: of a whole weight in float32, as checkpoints hold them: (1,) a tensor, (out, 1) a channel,
+            (out, in / group) a group, (out / block, in / block) a block; given as `weight` is.
         scale_bits: bits that the scales of a weight take for each of its values, given its inputs.
         rate: what devices multiply it as (`tera_ops` of conf/device/); where they do not, half precision.
         group: values that share a scale always; None where the scheme chooses.
-        whole_tensor: a weight's scale depends on all of it whatever its granularity, and fused operators share it.
+        tensor_scale: of formats whose groups' scales are in steps of one scale a tensor, whatever the granularity:
+            that scale, from the largest |value|. Fused operators share it.
         rows: of a weight that share scales, so that they are rounded together.
     """
 
@@ -47,15 +50,16 @@ class NumberFormat:
     weight: Callable[[Float[Tensor, "out in"], WeightFormat, Tensor | None], Float[Tensor, "out in"]]
     activation: Callable[[Float[Tensor, "token in"], ActivationFormat, QuantParams | None], Float[Tensor, "token in"]]
     static: Callable[[Tensor, Tensor, ActivationFormat], QuantParams]
+    scales: Callable[[Float[Tensor, "out in"], WeightFormat, Tensor | None], Float[Tensor, "*scale"]]
     scale_bits: Callable[[WeightFormat, int], float]
     rate: str
     group: int | None = None
-    whole_tensor: bool = False
+    tensor_scale: Callable[[Tensor], Tensor] | None = None
     rows: int = 1
 
     def whole_tensor_of(self, form: WeightFormat) -> bool:
         """Whether a scale depends on all of a weight in this format."""
-        return self.whole_tensor or form.granularity == "tensor"
+        return self.tensor_scale is not None or form.granularity == "tensor"
 
     def refusal(self, inputs: int, group: int | None) -> str | None:
         """Why an operator with so many inputs cannot have the format, or None.
