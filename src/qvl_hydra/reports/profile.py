@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.reports.page import Column, Section, facts, notes, number, table, text
 from qvl_hydra.runs.files import read_json, read_table, read_value
 from qvl_hydra.runs.record import record_of
@@ -83,7 +86,18 @@ def exports_section(folder: Path) -> Section:
         ]
         for item in content["formats"]
     ]
-    return Section("Exports", table(columns, rows) + notes(content["misaligned"]))
+    pastes = "".join(_pasted(item) for item in content["formats"] if item.get("paste"))
+    return Section("Exports", table(columns, rows) + notes(content["misaligned"]) + pastes)
+
+
+def _pasted(item: dict[str, Any]) -> str:
+    """The lists of a consumer, to copy."""
+    lists = "".join(
+        f"<p>{text('left in high precision' if choice == LEAVE else choice)}</p>"
+        f"<pre><code>{text(json.dumps(patterns, indent=1))}</code></pre>"
+        for choice, patterns in item["paste"].items()
+    )
+    return f"<details><summary>ready to paste: {text(item['consumer'])}</summary>{lists}</details>"
 
 
 def _value(value: object) -> object:

@@ -17,7 +17,7 @@ from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import make_quantizers
 from qvl_hydra.profiles.costs import COSTS, LEAVE, Cost
 from qvl_hydra.profiles.figure import draw_front
-from qvl_hydra.profiles.formats.written import write_formats
+from qvl_hydra.profiles.formats.written import pasted, write_formats
 from qvl_hydra.profiles.measure import steps
 from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile, describe
@@ -88,6 +88,8 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     write_record(folder.path, of_profile(plans.sweep, "profile", summary, notes, time.perf_counter() - began))
     write_sweep_report(folder.path, extra=profile_sections(folder.path))
     _show(table, plans, notes, samples, screen)
+    for line in pasted(exports):
+        screen.say(line)
 
 
 def decide(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence[QuantSettings]) -> Decision:

@@ -14,7 +14,7 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.baselines import input_ranges, weight_errors
 from qvl_hydra.profiles.figure import draw_spectrum
-from qvl_hydra.profiles.formats.written import write_formats
+from qvl_hydra.profiles.formats.written import pasted, write_formats
 from qvl_hydra.profiles.measure import steps
 from qvl_hydra.profiles.profile import describe
 from qvl_hydra.profiles.spectrum import best_baseline, candidates, measure_curve
@@ -58,6 +58,8 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     write_record(folder.path, of_profile(decision.sweep, "profile", said, notes, time.perf_counter() - began))
     write_sweep_report(folder.path, extra=profile_sections(folder.path))
     _show(decision, table, summary, notes, screen)
+    for line in pasted(exports):
+        screen.say(line)
 
 
 def _measure(

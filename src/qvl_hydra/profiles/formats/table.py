@@ -26,6 +26,8 @@ class Consumer:
             ProfileError, naming the operators, for what the tool cannot express.
         numbers: number formats that it can say.
         mixed: it can say several schemes in one profile.
+        dialect: of its lists of names, in `profiles/patterns.py`; empty where it reads full names alone.
+        names: whose names those are read against; each must match (`profiles/names.py`).
     """
 
     name: str
@@ -34,6 +36,8 @@ class Consumer:
     render: str
     numbers: tuple[str, ...] = ("int",)
     mixed: bool = False
+    dialect: str = ""
+    names: tuple[str, ...] = ("hugging_face",)
 
     def load(self) -> Callable[..., Any]:
         """The function that makes the files, imported now."""
@@ -47,17 +51,21 @@ FORMATS = {
     row.name: row
     for row in (
         Consumer(
-            "neural_compressor", "Neural Compressor", "neural-compressor 3.7.1", f"{_OWN}.neural_compressor:render"
+            "neural_compressor", "Neural Compressor", "neural-compressor 3.7.1", f"{_OWN}.neural_compressor:render",
+            dialect="regex",
         ),
         Consumer(
             "compressed_tensors", "transformers, vLLM", "compressed-tensors 0.20.0",
-            f"{_OWN}.compressed_tensors:render", ALL_NUMBERS, mixed=True,
+            f"{_OWN}.compressed_tensors:render", ALL_NUMBERS, mixed=True, dialect="re", names=("hugging_face", "vllm"),
         ),
         Consumer(
-            "llm_compressor", "llm-compressor", "llmcompressor 0.14.0", f"{_OWN}.llm_compressor:render", ALL_NUMBERS
+            "llm_compressor", "llm-compressor", "llmcompressor 0.14.0", f"{_OWN}.llm_compressor:render", ALL_NUMBERS,
+            dialect="re",
         ),
-        Consumer("modelopt", "NVIDIA ModelOpt", "nvidia-modelopt 0.47.0", f"{_OWN}.modelopt:render"),
+        Consumer("modelopt", "NVIDIA ModelOpt", "nvidia-modelopt 0.47.0", f"{_OWN}.modelopt:render", dialect="glob"),
         Consumer("auto_round", "auto-round", "auto-round 0.16.1", f"{_OWN}.auto_round:render"),
-        Consumer("tensorrt_llm", "TensorRT-LLM", None, f"{_OWN}.tensorrt_llm:render"),
+        Consumer(
+            "tensorrt_llm", "TensorRT-LLM", None, f"{_OWN}.tensorrt_llm:render", dialect="glob", names=("checkpoint",)
+        ),
     )
 }  # fmt: skip

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.operators.discover import Operator
+from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.profiles.formats.rendered import misaligned
 from qvl_hydra.profiles.formats.table import FORMATS, Consumer
+from qvl_hydra.profiles.names import rename
+from qvl_hydra.profiles.patterns import DIALECTS, shortest
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.runs.files import write_atomically, write_json
 
@@ -31,6 +35,45 @@ def _require_able(profile: Profile, row: Consumer) -> None:
             )
 
 
+def paste(profile: Profile, operators: Sequence[Operator], row: Consumer) -> dict[str, list[str]]:
+    """The profile as the shortest lists of patterns in a consumer's dialect, which mean exactly the profile.
+
+    Args:
+        operators: every operator of the model; the lists are read back against the names of all Linear ones.
+
+    Returns:
+        For `leave`, and for each scheme where there are several, its patterns.
+    """
+    low = {op.path: profile.scheme_of(op).name for op in profile.low}
+    linear = [op for op in operators if op.kind == "Linear" or op.path in low]
+    of_path = {op.path: op for op in linear}
+    by_choice: dict[str, list[str]] = {LEAVE: [], **{name: [] for name in profile.schemes if profile.others}}
+    for op in linear:
+        choice = low.get(op.path, LEAVE)
+        if choice in by_choice:
+            by_choice[choice].append(op.path)
+    return {
+        choice: shortest(
+            paths,
+            [path for path in of_path if path not in set(paths)],
+            DIALECTS[row.dialect],
+            lambda path: [rename(of_path[path], convention) for convention in row.names],
+        )
+        for choice, paths in by_choice.items()
+    }
+
+
+def pasted(records: Sequence[dict[str, Any]], consumer: str = "compressed_tensors") -> list[str]:
+    """The lists of one consumer in lines that can be copied: what it leaves alone, and the targets of each scheme."""
+    for record in records:
+        if record["format"] == consumer:
+            return [
+                f"{'ignore' if choice == LEAVE else f'targets of {choice}'}: {json.dumps(patterns)}"
+                for choice, patterns in record.get("paste", {}).items()
+            ]
+    return []
+
+
 def write_formats(
     profile: Profile, operators: Sequence[Operator], names: Sequence[str], folder: Path
 ) -> list[dict[str, Any]]:
@@ -42,7 +85,7 @@ def write_formats(
             instead of written.
 
     Returns:
-        The content of `exports.json`: one record a consumer with its files, notes, or the error.
+        The records of `exports.json`: one a consumer with its files, notes and lists to paste, or the error.
 
     Raises:
         ProfileError: a consumer that was asked for by name cannot express the profile.
@@ -64,7 +107,8 @@ def write_formats(
         for file, text in rendered.files.items():
             write_atomically(target / file, text.encode())
         files = [f"{name}/{file}" for file in rendered.files]
-        records.append(record | {"files": files, "notes": list(rendered.notes)})
+        record |= {"files": files, "notes": list(rendered.notes)}
+        records.append(record | ({"paste": paste(profile, operators, row)} if row.dialect else {}))
     content = {"formats": records, "misaligned": misaligned(profile)}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "exports.json", content)

@@ -1,0 +1,146 @@
+"""Checkpoints in vLLM: every layer has the scheme that the profile says, and answers are those of transformers.
+
+`make test-vllm` runs them in an environment of their own. A wrong list of names loads without an error, so that loading
+proves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from qvl_hydra.calibration.encode import encode, load_processor
+from qvl_hydra.calibration.sample import IGNORED, Sample
+from qvl_hydra.calibration.scenes import scene_examples
+from qvl_hydra.families.record import FUSED
+from qvl_hydra.models.load import LoadedModel
+from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.profiles.checkpoint import write_checkpoint
+from qvl_hydra.profiles.names import rename
+from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.tasks.quantize import forward
+from tests.conftest import load_tiny
+from tests.profiles.test_compressed_tensors import mixed
+from tests.vllm.serve import SEED
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+MODELS = ["tiny_qwen2_5_vl", "tiny_qwen2_vl", "tiny_qwen3_vl"]
+SCENES = 32
+SCHEMES = {  # ours to vLLM's
+    "w8a8_static": "W8A8Int8",
+    "w8a8_dynamic": "W8A8Int8",
+    "w8a8_int": "W8A8Int8",
+    "fp8": "W8A8Fp8",
+    "fp8_dynamic": "W8A8Fp8",
+    "w4a16_g32": "WNA16",
+}
+
+
+def serve(checkpoint: Path, dtype: str, folder: Path) -> dict[str, Any]:
+    """What vLLM makes of a checkpoint; see `serve.py`."""
+    script = Path(__file__).with_name("serve.py")
+    command = [sys.executable, script, checkpoint, dtype, str(SCENES), folder / "said.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    said: dict[str, Any] = torch.load(folder / "said.pt")
+    return said
+
+
+def scenes(folder: Path) -> list[Sample]:
+    """The samples that `serve.py` asks."""
+    processor = load_processor(folder)
+    examples = scene_examples("evaluation", SCENES, SEED)
+    return [encode(processor, item.id, item.prompt, item.answer, [item.image]) for item in examples]
+
+
+def agreement(model: LoadedModel, checkpoint: Path, dtype: str, said: dict[str, Any]) -> tuple[int, int, float]:
+    """Right answers in vLLM and in transformers, and KL(transformers || vLLM) in nats an answer token."""
+    loaded = model.family.load_class().from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+    samples = scenes(checkpoint)
+    assert said["prompts"] == [sample.input_ids.tolist() for sample in samples]
+    right, divergences = 0, []
+    for sample, theirs in zip(samples, said["log_probabilities"], strict=True):
+        asked = sample.labels[1:] != IGNORED
+        ours = forward(loaded, sample)[:-1][asked].double().log_softmax(-1)
+        right += bool((ours.argmax(-1) == sample.labels[1:][asked]).all())
+        divergences.append(float((ours.exp() * (ours - theirs[asked].double())).sum(-1).mean()))
+    expected = [item.answer for item in scene_examples("evaluation", SCENES, SEED)]
+    answered = sum(ours == theirs for ours, theirs in zip(said["answers"], expected, strict=True))
+    return answered, right, sum(divergences) / len(divergences)
+
+
+def in_vllm(path: str) -> str:
+    """vLLM's name of the layer that computes an operator: what is fused has one name."""
+    parent, _, leaf = path.rpartition(".")
+    tower = "visual" in path
+    return path if tower and leaf.endswith("_proj") and leaf not in FUSED else f"{parent}.{FUSED.get(leaf, leaf)}"
+
+
+def assert_layers(profile: Profile, model: LoadedModel, layers: dict[str, str]) -> None:
+    """Each Linear operator is computed as the profile says, by the schemes of the loaded layers."""
+    seen = set()
+    for op in find_operators(model.module, "full"):
+        if op.kind != "Linear":
+            continue
+        name = in_vllm(rename(op, "vllm"))
+        name = "language_model.lm_head" if op.path == "lm_head" else name
+        low = {item.path for item in profile.low}
+        expected = SCHEMES[profile.others.get(op.path, profile.scheme).name] if op.path in low else ""
+        assert layers.get(name, "missing") == expected, (op.path, name)
+        seen.add(name)
+    assert {name for name, scheme in layers.items() if scheme} <= seen
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_float_model_answers_as_in_transformers(name: str, tmp_path: Path) -> None:
+    model = load_tiny(name)
+    said = serve(Path(model.description.folder), "float32", tmp_path)
+    answered, right, kl = agreement(model, Path(model.description.folder), "float32", said)
+    print(f"\n{name} float: {answered} right in vLLM, {right} in transformers of {SCENES}; KL {kl:.2g}")
+    assert not any(said["layers"].values())
+    assert answered == right > SCENES // 2
+    assert kl < 1e-6
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("names", "dtype"),
+    [
+        (["w8a8_static"], "float32"),
+        (["w8a8_dynamic"], "float32"),
+        (["w8a8_int"], "float32"),
+        (["fp8_dynamic"], "float32"),
+        (["fp8"], "float32"),
+        (["fp8_dynamic", "w8a8_int"], "float32"),
+        (["w4a16_g32", "w8a8_int"], "bfloat16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_quantized_layers_are_those_of_the_profile(
+    name: str, names: Sequence[str], dtype: str, tmp_path: Path
+) -> None:
+    model = load_tiny(name)
+    samples = tuple(scenes(Path(model.description.folder))[:4])
+    profile, quantizers = mixed(model, samples, names)
+    write_checkpoint(model, profile, quantizers, tmp_path / "checkpoint")
+    said = serve(tmp_path / "checkpoint", dtype, tmp_path)
+    assert_layers(profile, model, said["layers"])
+    answered, right, kl = agreement(model, tmp_path / "checkpoint", dtype, said)
+    print(
+        f"\n{name} {'+'.join(names)} in {dtype}: {len(profile.low)} of {len(profile.operators)} quantized; {answered} "
+        f"right in vLLM, {right} in transformers of {SCENES}; KL {kl:.2g}"
+    )
+    assert "lm_head" in {op.path for op in profile.low} or json.loads(
+        (tmp_path / "checkpoint" / "config.json").read_text()
+    )["quantization_config"]["ignore"].count("lm_head") == 1
+    assert abs(answered - right) <= 1
+    assert kl < 1e-3
