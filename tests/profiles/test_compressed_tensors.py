@@ -17,7 +17,7 @@ from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
-from qvl_hydra.profiles.apply import applied, make_quantizers, quantizer_key
+from qvl_hydra.profiles.apply import Quantizers, applied, quantizer_key
 from qvl_hydra.profiles.checkpoint import unpacked_narrow, write_checkpoint
 from qvl_hydra.profiles.formats.compressed_tensors import quantization_config
 from qvl_hydra.profiles.names import rename
@@ -35,7 +35,7 @@ def written(
     model: LoadedModel, scheme: Scheme, samples: tuple[Sample, ...], folder: Path, component: str = "full"
 ) -> tuple[Profile, dict[str, OperatorQuantizer]]:
     profile = some_profile(model, scheme, component, convolutions=False)
-    quantizers = make_quantizers(model.module, profile.operators, samples, component, scheme)
+    quantizers = dict(Quantizers(model, profile.operators, samples, component, [scheme]))
     write_checkpoint(model, profile, quantizers, folder)
     return profile, quantizers
 
@@ -108,7 +108,7 @@ def test_dynamic_inputs_of_the_language_tower(
 def test_a_quantized_head_is_untied_from_the_embedding(tiny_model: LoadedModel, tmp_path: Path) -> None:
     head = [op for op in find_operators(tiny_model.module, "lm") if op.path == "lm_head"]
     profile = Profile(W8A8_DYNAMIC, tuple(head), frozenset(), 16, "test")
-    quantizers = make_quantizers(tiny_model.module, head, (), "lm", W8A8_DYNAMIC)
+    quantizers = Quantizers(tiny_model, head, (), "lm", [W8A8_DYNAMIC])
     write_checkpoint(tiny_model, profile, quantizers, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
@@ -143,7 +143,7 @@ def mixed(model: LoadedModel, samples: tuple[Sample, ...], names: Sequence[str],
     )
     quantizers: dict[str, OperatorQuantizer] = {}
     for part in profile.by_scheme():
-        made = make_quantizers(model.module, part.low, samples, component, part.scheme)
+        made = Quantizers(model, part.low, samples, component, [part.scheme])
         quantizers |= {f"{path}#{part.scheme.name}": item for path, item in made.items()}
     return profile, quantizers
 

@@ -15,7 +15,7 @@ from qvl_hydra.calibration.encode import Processor
 from qvl_hydra.calibration.sample import Sample, collate
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
-from qvl_hydra.profiles.apply import make_quantizers
+from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.formats import llm_compressor
 from tests.profiles.rounding import W8A8, assert_only_rounding, assert_weights_agree, some_profile
 
@@ -39,7 +39,7 @@ def test_oneshot_takes_the_recipe_and_computes_what_qdq_computes(
     )
     quantized = {name for name, module in found.named_modules() if hasattr(module, "quantization_scheme")}
     assert quantized == {op.path for op in profile.low}
-    quantizers = make_quantizers(tiny_model.module, profile.operators, tiny_samples, "full", W8A8)
+    quantizers = Quantizers(tiny_model, profile.operators, tiny_samples, "full", [W8A8])
     weights = {}
     for op in profile.low:
         target, ours = found.get_submodule(op.path), quantizers[op.path]

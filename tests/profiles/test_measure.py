@@ -10,7 +10,7 @@ from qvl_hydra.calibration.sample import IGNORED, Sample
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
-from qvl_hydra.profiles.apply import applied, make_quantizers
+from qvl_hydra.profiles.apply import Quantizers, applied
 from qvl_hydra.profiles.measure import Measurement, measure_profiles, steps
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
@@ -61,7 +61,7 @@ def test_batches_equal_one_forward_a_sample(
     small_model: LoadedModel, small_samples: tuple[Sample, ...], component: str
 ) -> None:
     operators = find_operators(small_model.module, component)
-    quantizers = make_quantizers(small_model.module, operators, small_samples[:4], component, COARSE)
+    quantizers = Quantizers(small_model, operators, small_samples[:4], component, [COARSE])
     # Labels that the float model gives itself, so that exact match starts at 1 and has something to lose.
     samples = tuple(self_labelled(small_model, sample) for sample in small_samples)
     before = {name: value.clone() for name, value in small_model.module.state_dict().items()}
@@ -69,7 +69,7 @@ def test_batches_equal_one_forward_a_sample(
     floats = profile_keeping(operators, {op.path for op in operators})
     calls: list[int] = []
     measured = measure_profiles(
-        small_model.module, [*profiles, floats, profiles[0]], quantizers, samples, component, lambda: calls.append(1)
+        small_model, [*profiles, floats, profiles[0]], quantizers, samples, component, lambda: calls.append(1)
     )
     for profile, found in zip(profiles, measured, strict=False):
         expected = one_by_one(small_model, profile, quantizers, samples, component)
@@ -81,7 +81,7 @@ def test_batches_equal_one_forward_a_sample(
     assert vars(measured[2]) == pytest.approx(vars(Measurement(0.0, 0.0, 0.0, measured[2].loss, 1.0)), abs=1e-12)
     assert measured[0].exact_match < 1.0
     assert measured[3] == measured[0]
-    assert len(calls) == steps(small_model.module, [*profiles, floats, profiles[0]], samples, component)
+    assert len(calls) == steps(small_model, [*profiles, floats, profiles[0]], samples, component)
     after = small_model.module.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
-from qvl_hydra.profiles.apply import make_quantizers
+from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.baselines import (
     baseline_profiles,
     distance_from_ends,
@@ -80,7 +80,7 @@ def measured(small_model: LoadedModel, small_samples: tuple[Sample, ...]) -> tup
     """A curve with exact scores of single operators, each measured alone on the held-out samples themselves."""
     module = small_model.module
     operators = [op for op in find_operators(module, "lm") if op.block is not None or op.path == "lm_head"]
-    quantizers = make_quantizers(module, operators, small_samples[:4], "lm", COARSE)
+    quantizers = Quantizers(small_model, operators, small_samples[:4], "lm", [COARSE])
     held_out = small_samples[4:]
     alone = [
         Profile(COARSE, tuple(operators), frozenset(other.path for other in operators) - {op.path}, 16, op.path)
@@ -88,13 +88,13 @@ def measured(small_model: LoadedModel, small_samples: tuple[Sample, ...]) -> tup
     ]
     from qvl_hydra.profiles.measure import measure_profiles
 
-    scores = [item.squared_error for item in measure_profiles(module, alone, quantizers, held_out, "lm")]
+    scores = [item.squared_error for item in measure_profiles(small_model, alone, quantizers, held_out, "lm")]
     units = [unit_of(op.path, (op,), score) for op, score in zip(operators, scores, strict=True)]
     budget = Budget("share", 0.2)
     chosen = select(units, budget, TERMS)
     errors = weight_errors(module, quantizers)
     found = candidates(units, chosen, budget, TERMS, [0.1, 0.5], errors, input_ranges(quantizers))
-    table = measure_curve(module, found, quantizers, held_out, "lm", "squared_error")
+    table = measure_curve(small_model, found, quantizers, held_out, "lm", "squared_error")
     return units, table, errors, quantizers, small_model
 
 

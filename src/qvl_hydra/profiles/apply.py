@@ -3,41 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor, nn
 
+from qvl_hydra.blockwise.ranges import SchemeRanges, walk
+from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import ProfileError
+from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantization.apply import make_quantizer, observe_ranges, quantized
-from qvl_hydra.quantization.formats.table import FORMATS
+from qvl_hydra.quantization.apply import make_quantizer, quantized
+from qvl_hydra.quantization.formats.table import FORMATS, not_offered
 from qvl_hydra.quantization.qdq import OperatorQuantizer, largest_value
 from qvl_hydra.quantization.scheme import Scheme
 
 
-def make_quantizers(
-    module: nn.Module, operators: Sequence[Operator], samples: Sequence[Sample], component: str, scheme: Scheme
-) -> dict[str, OperatorQuantizer]:
-    """Quantizers of all operators, so that any profile is a choice among them; holds one more copy of the weights.
+class Quantizers(Mapping[str, OperatorQuantizer]):
+    """Quantizers of operators in every scheme that they can have, made when asked for and not kept.
+
+    The rounded weights of a whole model take as much memory as the model; whoever needs them all at once makes a `dict`
+    of these. By path, or by `path#scheme` where there are several schemes; see `quantizer_key`.
 
     Args:
+        model: resident, or streamed: then an operator's weights are read where they are not in memory.
         samples: calibration samples that static activation ranges come from.
 
     Raises:
         ProfileError: an operator's range cannot be observed.
     """
-    paths = [op.path for op in operators]
-    try:
-        ranges = observe_ranges(module, paths, samples, component, scheme) if scheme.needs_ranges else {}
-    except ValueError as error:
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        operators: Sequence[Operator],
+        samples: Sequence[Sample],
+        component: str,
+        schemes: Sequence[Scheme],
+    ) -> None:
+        self._model = model
+        self._groups: dict[str, list[Operator]] = {}
+        self._ranges = observed_ranges(model, operators, samples, component, schemes)
+        self._wanted: dict[str, tuple[Operator, Scheme]] = {}
+        for scheme in schemes:
+            for op in operators:
+                if not_offered([op], scheme) is None:
+                    self._wanted[f"{op.path}#{scheme.name}" if len(schemes) > 1 else op.path] = (op, scheme)
+        for op in operators:
+            self._groups.setdefault(op.group, []).append(op)
+
+    def __getitem__(self, key: str) -> OperatorQuantizer:
+        op, scheme = self._wanted[key]
+        module = self._model.module
+        together = self._groups[op.group]
+        away = [o.path for o in together if module.get_submodule(o.path).get_parameter("weight").is_meta]
+        with self._model.weights(away) if away else nullcontext():
+            largest = shared_largest(module, together, scheme).get(op.group)
+            return make_quantizer(module, op.path, scheme, self._ranges[scheme.name], largest)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._wanted)
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+
+def observed_ranges(
+    model: LoadedModel,
+    operators: Sequence[Operator],
+    samples: Sequence[Sample],
+    component: str,
+    schemes: Sequence[Scheme],
+) -> SchemeRanges:
+    """Static ranges of every operator in every scheme that has some, by one walk.
+
+    Raises:
+        ProfileError: an operator was never reached, or saw a value that is not finite.
+    """
+    static = [scheme for scheme in schemes if scheme.needs_ranges]
+    if not static:
+        return {scheme.name: {} for scheme in schemes}
+    walker = Walker(model, component)
+    contexts = walker.contexts([sample for sample in samples if walker.usable(sample)])
+    ranges, _ = walk(walker, contexts, walker.starts(contexts), operators, schemes, lambda: None)
+    unseen = [op.path for op in operators if op.path not in ranges.params[static[0].name]]
+    failed = ranges.failed | {path: "it was not reached" for path in unseen if path not in ranges.failed}
+    if failed:
+        path, reason = next(iter(failed.items()))
         raise ProfileError(
-            f"activation ranges cannot be calibrated ({error}); exclude the operator with operators.exclude, "
+            f"activation ranges cannot be calibrated ({path}: {reason}); exclude the operator with operators.exclude, "
             "or give calibration samples that reach it"
-        ) from error
-    shared = shared_largest(module, operators, scheme)
-    return {op.path: make_quantizer(module, op.path, scheme, ranges, shared.get(op.group)) for op in operators}
+        )
+    return ranges.params
 
 
 def shared_largest(module: nn.Module, operators: Sequence[Operator], scheme: Scheme) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Measures profiles on held-out samples against the float model.
 
-Samples of equal length and positions go through the model as rows of one batch: no padding, so that nothing but the
-profile differs from the reference. All profiles are measured on a batch before the next one, so that only one batch's
-reference logits are in memory; image features of a tower that is not quantized are computed once.
+All profiles walk together through the stages, as rows of one state: what they agree on so far is computed once, so that
+ten profiles that differ in their last blocks cost little more than one, and a segment's weights are read and rounded
+once for all of them. A model larger than memory is measured streamed. Samples of equal length and positions stand in
+one state without padding, so that nothing but the profile differs from the reference.
 """
 
 from __future__ import annotations
@@ -13,19 +14,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
 from torch.nn import functional
 
+from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import IGNORED, Sample, samples_sha
 from qvl_hydra.errors import ProfileError
-from qvl_hydra.models.forward import logits, text_inputs, vision_features
-from qvl_hydra.profiles.apply import applied
+from qvl_hydra.families.record import HEAD
+from qvl_hydra.models.load import LoadedModel
+from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.profiles.walk import Batch, walk
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.runs.folder import RunFolder
 
 BATCH_LOGITS = 2**26  # numbers in one batch's logits at most: 256 MiB in float32, and a few copies of it
+STATE_BYTES = 1 << 30  # of all rows between two segments
 
 
 @dataclass(frozen=True)
@@ -63,19 +68,8 @@ class _Sums:
             setattr(self, name, getattr(self, name) + value)
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """Samples of one shape, and what the float model makes of them."""
-
-    samples: tuple[Sample, ...]
-    labels: Int64[Tensor, "row token"]
-    embeds: Float[Tensor, "row token hidden"] | None  # None: the vision tower is quantized, and features change
-    logits: Float[Tensor, "row token vocab"]
-    features: tuple[Float[Tensor, "image_token hidden"], ...] | None  # component=vision: what is scored
-
-
 def measure_profiles(
-    module: nn.Module,
+    model: LoadedModel,
     profiles: Sequence[Profile],
     quantizers: Mapping[str, OperatorQuantizer],
     samples: Sequence[Sample],
@@ -86,11 +80,12 @@ def measure_profiles(
     """Measure every profile; equal ones are measured once.
 
     Args:
-        module: the float model; it leaves as it came.
-        quantizers: of every operator that some profile quantizes.
+        model: the float model, resident or streamed; it leaves as it came.
+        quantizers: of every operator that some profile quantizes, see `quantizer_key`; asked for once a group of
+            samples, while the weights are in memory.
         samples: held-out samples with answers; with `vision` those without an image are left out.
-        each: called after each profile on each batch, `steps(...)` times in all.
-        folder: where each batch is kept as it is measured, for a run that is killed.
+        each: called after each segment, `steps(...)` times in all.
+        folder: where each group of samples is kept as it is measured, for a run that is killed.
 
     Returns:
         One measurement a profile, in their order.
@@ -98,33 +93,40 @@ def measure_profiles(
     Raises:
         ProfileError: no sample can be measured on, or a profile's outputs are not finite.
     """
-    batches = _batches(module, samples, component)
     kinds = {profile.key: profile for profile in profiles}
-    totals = {low: _Sums() for low in kinds}
-    count = 0
-    with torch.no_grad():
-        for rows in batches:
-            count += len(rows)
-            unit = f"profiles-{_named(list(kinds), rows, component)}"
-            kept = None if folder is None else folder.recall(unit)
-            if kept is None:
-                kept = []
-                batch = _reference(module, rows, component)
-                for profile in kinds.values():
-                    sums = _Sums()
-                    with applied(module, profile, quantizers):
-                        _add(sums, module, batch)
-                    kept.append(astuple(sums))
-                    each()
-                if folder is not None:
-                    folder.remember(unit, kept)
-            else:
-                for _ in kinds:
-                    each()
-            for low, found_here in zip(kinds, kept, strict=True):
-                totals[low].add(_Sums(*found_here))
-    found = {low: _mean(totals[low], count, kinds[low].chooser) for low in kinds}
-    return [found[profile.key] for profile in profiles]
+    walker = _walker(model)
+    totals = {key: _Sums() for key in kinds}
+    groups = _groups(model, len(kinds), samples, component)
+    for group in groups:
+        rows = [sample for batch in group for sample in batch]
+        unit = f"profiles-{_named(list(kinds), rows, component)}"
+        kept = None if folder is None else folder.recall(unit)
+        if kept is None:
+            sums = _Eyes(component, len(kinds))
+            features = sums.see_features if component == "vision" else None
+            walk(walker, group, list(kinds.values()), quantizers, each, features, sums.see_logits)
+            kept = [astuple(item) for item in sums.of_profile]
+            if folder is not None:
+                folder.remember(unit, kept)
+        else:
+            for _ in walker.segments:
+                each()
+        for key, found_here in zip(kinds, kept, strict=True):
+            totals[key].add(_Sums(*found_here))
+    count = sum(len(batch) for group in groups for batch in group)
+    measured = {key: _mean(totals[key], count, kinds[key].chooser) for key in kinds}
+    return [measured[profile.key] for profile in profiles]
+
+
+def steps(model: LoadedModel, profiles: Sequence[Profile], samples: Sequence[Sample], component: str) -> int:
+    """How often `measure_profiles` calls `each`."""
+    count = len({profile.key for profile in profiles})
+    return len(_groups(model, count, samples, component)) * len(_walker(model).segments)
+
+
+def _walker(model: LoadedModel) -> Walker:
+    """The whole model, whatever the component: answers are what counts."""
+    return Walker(model, "full" if model.family.visual else "lm")
 
 
 def _named(keys: Sequence[object], rows: Sequence[Sample], component: str) -> str:
@@ -140,12 +142,8 @@ def _ordered(key: object) -> str:
     return repr([_ordered(item) for item in key]) if isinstance(key, tuple | list) else repr(key)
 
 
-def steps(module: nn.Module, profiles: Sequence[Profile], samples: Sequence[Sample], component: str) -> int:
-    """How often `measure_profiles` calls `each`."""
-    return len(_batches(module, samples, component)) * len({profile.key for profile in profiles})
-
-
-def _batches(module: nn.Module, samples: Sequence[Sample], component: str) -> list[list[Sample]]:
+def _groups(model: LoadedModel, count: int, samples: Sequence[Sample], component: str) -> list[list[list[Sample]]]:
+    """Groups of batches: those of a group walk one beside the other, segment by segment; a batch has one shape."""
     usable = [sample for sample in samples if bool((sample.labels != IGNORED).any())]
     if component == "vision":
         usable = [sample for sample in usable if sample.pixel_values is not None]
@@ -154,50 +152,88 @@ def _batches(module: nn.Module, samples: Sequence[Sample], component: str) -> li
             "no held-out sample has an answer (with component=vision: an image and an answer); "
             "choose a calibration source with answers or captions"
         )
-    vocabulary = module.get_submodule("lm_head").get_parameter("weight").shape[0]
+    vocabulary = model.module.get_submodule(HEAD).get_parameter("weight").shape[0]
+    limit = min(STATE_BYTES, free_memory_bytes() // 4)
     shapes: dict[bytes, list[Sample]] = {}
     for sample in usable:
-        shapes.setdefault(sample.position_ids.numpy().tobytes(), []).append(sample)
-    batches = []
+        grid = b"" if sample.image_grid_thw is None else sample.image_grid_thw.numpy().tobytes()
+        shapes.setdefault(sample.position_ids.numpy().tobytes() + grid, []).append(sample)
+    groups: list[list[list[Sample]]] = [[]]
+    taken = 0
     for rows in shapes.values():
-        at_once = max(1, BATCH_LOGITS // (rows[0].input_ids.numel() * vocabulary))
-        batches += [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
-    return batches
+        one = _state_bytes(model, rows[0], count + 1, component)
+        at_once = max(1, min(BATCH_LOGITS // (rows[0].input_ids.numel() * vocabulary), limit // one))
+        for start in range(0, len(rows), at_once):
+            batch = rows[start : start + at_once]
+            if groups[-1] and taken + len(batch) * one > limit:
+                groups.append([])
+                taken = 0
+            groups[-1].append(batch)
+            taken += len(batch) * one
+    return groups
 
 
-def _reference(module: nn.Module, rows: Sequence[Sample], component: str) -> _Reference:
-    embeds = _embeds(module, rows)
-    features = tuple(vision_features(module, row) for row in rows) if component == "vision" else None
-    labels = torch.stack([row.labels for row in rows]).to(embeds.device)
-    found = logits(module, embeds, rows[0]).float()
-    return _Reference(tuple(rows), labels, embeds if component == "lm" else None, found, features)
+def _state_bytes(model: LoadedModel, sample: Sample, branches: int, component: str) -> int:
+    """Of one sample in all branches, before and after a segment."""
+    text = sample.input_ids.numel() * model.config.get_text_config().hidden_size * branches
+    vision = 0
+    if sample.pixel_values is not None:
+        width = max(model.config.vision_config.hidden_size, sample.pixel_values.shape[1])
+        vision = len(sample.pixel_values) * width * (1 if component == "lm" else branches)
+    return int(2 * max(text, vision) * model.dtype.itemsize)
 
 
-def _embeds(module: nn.Module, rows: Sequence[Sample]) -> Float[Tensor, "row token hidden"]:
-    return torch.cat([text_inputs(module, row) for row in rows])
+class _Eyes:
+    """Sums of every profile over the batches of a walk."""
+
+    def __init__(self, component: str, profiles: int) -> None:
+        self.component = component
+        self.of_profile = [_Sums() for _ in range(profiles)]
+
+    def see_features(self, batch: Batch, output: Callable[[int], Tensor]) -> None:
+        """What is scored for the vision tower: the squared change of all that leaves it."""
+        self._add(batch, lambda at: _Sums(squared=float((output(at) - output(0)).double().square().sum())))
+
+    def see_logits(self, batch: Batch, output: Callable[[int], Tensor]) -> None:
+        reference = output(0).float()
+        labels = torch.stack([context.sample.labels for context in batch.contexts]).to(reference.device)
+
+        def compared(at: int) -> _Sums:
+            found = _compared(reference, output(at).float() if at else reference, labels)
+            if self.component == "vision":
+                found.squared = 0.0
+            return found
+
+        self._add(batch, compared)
+
+    def _add(self, batch: Batch, of_branch: Callable[[int], _Sums]) -> None:
+        for branch in dict.fromkeys(batch.branch):
+            found = of_branch(branch)
+            for own, at in zip(self.of_profile, batch.branch, strict=True):
+                if at == branch:
+                    own.add(found)
 
 
-def _add(sums: _Sums, module: nn.Module, batch: _Reference) -> None:
-    """Run the model, as it is now, over one batch."""
-    embeds = _embeds(module, batch.samples) if batch.embeds is None else batch.embeds
-    found = logits(module, embeds, batch.samples[0]).float()
-    if batch.features is None:
-        sums.squared += float((found - batch.logits).double().square().sum())
-    else:
-        for row, reference in zip(batch.samples, batch.features, strict=True):
-            sums.squared += float((vision_features(module, row) - reference).double().square().sum())
-    divergence = _kl(batch.logits, found)
-    asked = functional.pad(batch.labels[:, 1:] != IGNORED, (0, 1))
-    sums.kl += float(divergence.mean(1).sum())
-    sums.kl_answer += float(((divergence * asked).sum(1) / asked.sum(1)).sum())
-    losses, hits = _answers(found, batch.labels)
-    sums.loss += float(losses.sum())
-    sums.right += int(hits.sum())
+def _compared(
+    reference: Float[Tensor, "row token vocab"],
+    found: Float[Tensor, "row token vocab"],
+    labels: Int64[Tensor, "row token"],
+) -> _Sums:
+    divergence = _kl(reference, found)
+    asked = functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+    losses, hits = _answers(found, labels)
+    return _Sums(
+        squared=float((found - reference).double().square().sum()),
+        kl=float(divergence.mean(1).sum()),
+        kl_answer=float(((divergence * asked).sum(1) / asked.sum(1)).sum()),
+        loss=float(losses.sum()),
+        right=int(hits.sum()),
+    )
 
 
 def _kl(
     reference: Float[Tensor, "row token vocab"], found: Float[Tensor, "row token vocab"]
-) -> Float[Tensor, "row token"]:
+) -> Float64[Tensor, "row token"]:
     """At each token, in nats."""
     log_p, log_q = reference.log_softmax(-1), found.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(2, dtype=torch.float64)

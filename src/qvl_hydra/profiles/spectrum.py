@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-from torch import nn
 
 from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.profiles.baselines import baseline_profiles
 from qvl_hydra.profiles.costs import ERROR
 from qvl_hydra.profiles.joint import Interactions
@@ -84,7 +84,7 @@ def candidates(
 
 
 def measure_curve(
-    module: nn.Module,
+    model: LoadedModel,
     found: Sequence[Candidate],
     quantizers: Mapping[str, OperatorQuantizer],
     samples: Sequence[Sample],
@@ -104,7 +104,7 @@ def measure_curve(
     Returns:
         One row a candidate, with the columns of `COLUMNS`: the content of `profiles.parquet`.
     """
-    measured = measure_profiles(module, [item.profile for item in found], quantizers, samples, component, each, folder)
+    measured = measure_profiles(model, [item.profile for item in found], quantizers, samples, component, each, folder)
     low = measured[0]  # the first candidate quantizes all that may be
     high = next(value for item, value in zip(found, measured, strict=True) if not item.profile.low)
     rows = [

@@ -14,7 +14,7 @@ from qvl_hydra.calibration.held_out import held_out, seen_by
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.operators.discover import find_operators
-from qvl_hydra.profiles.apply import make_quantizers
+from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.costs import COSTS, LEAVE, Cost
 from qvl_hydra.profiles.figure import draw_front
 from qvl_hydra.profiles.formats.written import pasted, write_formats
@@ -24,8 +24,6 @@ from qvl_hydra.profiles.profile import Profile, describe
 from qvl_hydra.profiles.select import Budget, cost_of, frontier, prices_of, select, size_of
 from qvl_hydra.profiles.spectrum import Candidate, measure_curve
 from qvl_hydra.profiles.units import Unit, units_from_scores
-from qvl_hydra.quantization.formats.table import not_offered
-from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.reports.profile import profile_sections
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.files import read_table, write_json, write_parquet
@@ -169,16 +167,14 @@ def _tables(folder: Path, main: str, schemes: Sequence[str]) -> dict[str, pd.Dat
     return found
 
 
-def _quantizers(settings: Settings, plans: Plans) -> dict[str, OperatorQuantizer]:
-    """Of every operator in every scheme that it can have, by `path#scheme`."""
-    module, samples = plans.prepared.model.module, plans.prepared.calibration.samples
+def _quantizers(settings: Settings, plans: Plans) -> Quantizers:
+    """Of every operator in every scheme that it can have."""
+    prepared = plans.prepared
     operators = [op for unit in plans.units for op in unit.members]
-    found: dict[str, OperatorQuantizer] = {}
-    for name, scheme in plans.terms.schemes.items():
-        able = [op for op in operators if not_offered([op], scheme) is None]
-        made = make_quantizers(module, able, samples, settings.component.name, scheme)
-        found |= {f"{path}#{name}": quantizer for path, quantizer in made.items()}
-    return found
+    schemes = list(plans.terms.schemes.values())
+    return Quantizers(
+        prepared.model, operators, prepared.calibration.samples, settings.component.name, schemes
+    )
 
 
 def _measure(settings: Settings, plans: Plans, folder: RunFolder, screen: Screen) -> tuple[pd.DataFrame, int]:
@@ -197,12 +193,12 @@ def _measure(settings: Settings, plans: Plans, folder: RunFolder, screen: Screen
     found = [*ends, *(Candidate(Budget(cost.name, v), p) for v, p in zip(plans.values, plans.profiles, strict=True))]
     seen = seen_by([folder.path]) | {sample.id for sample in prepared.calibration.samples}
     samples = held_out(settings.calibration, prepared.processor, settings.profile.evaluation_size, seen)
-    module, component = prepared.model.module, settings.component.name
+    model, component = prepared.model, settings.component.name
     quantizers = _quantizers(settings, plans)
     profiles = [item.profile for item in found]
-    screen.total(steps(module, profiles, samples, component), f"measuring {len(profiles)} plans")
+    screen.total(steps(model, profiles, samples, component), f"measuring {len(profiles)} plans")
     try:
-        table = measure_curve(module, found, quantizers, samples, component, plans.metric, screen.step, folder=folder)
+        table = measure_curve(model, found, quantizers, samples, component, plans.metric, screen.step, folder=folder)
     finally:
         screen.finish()
     for name in plans.terms.schemes:

@@ -165,8 +165,8 @@ def _regret(comparison: Comparison, wanted: CompareSettings, seed: int, screen: 
         for kept in map(set, sets):
             high = frozenset(op.path for op in operators if op.path in kept or op.group in kept)
             profiles.append(Profile(scheme, operators, high, FLOAT_BITS, "regret"))
-        screen.total(steps(module, profiles, samples, own.component.name), "measuring what the choice costs")
-        found = measure_profiles(module, profiles, quantizers, samples, own.component.name, screen.step)
+        screen.total(steps(prepared.model, profiles, samples, own.component.name), "measuring what the choice costs")
+        found = measure_profiles(prepared.model, profiles, quantizers, samples, own.component.name, screen.step)
         return [dataclasses.asdict(item) for item in found]
 
     budgets = dict.fromkeys(max(1, round(share * len(scored))) for share in wanted.regret_shares)

@@ -16,7 +16,7 @@ from qvl_hydra.errors import ProfileError
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.operators.discover import find_operators
-from qvl_hydra.profiles.apply import make_quantizers
+from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.costs import ERROR, LEAVE
 from qvl_hydra.profiles.joint import Interactions, interactions_from
 from qvl_hydra.profiles.measure import measure_profiles
@@ -96,8 +96,8 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
         _require_bound(record, metric)
     terms = terms_of(settings, {scheme.name: scheme})
     profile = select(units, budget, terms)
-    quantizers = make_quantizers(
-        prepared.model.module, profile.operators, prepared.calibration.samples, settings.component.name, scheme
+    quantizers = Quantizers(
+        prepared.model, profile.operators, prepared.calibration.samples, settings.component.name, [scheme]
     )
     if budget.kind == ERROR:
         profile, said = _held_bound(settings, prepared, units, terms, profile, budget, metric, quantizers)
@@ -155,7 +155,7 @@ def _held_bound(
     samples = prepared.scored
 
     def error_of(candidate: Profile) -> float:
-        found = measure_profiles(prepared.model.module, [candidate], quantizers, samples, settings.component.name)
+        found = measure_profiles(prepared.model, [candidate], quantizers, samples, settings.component.name)
         return float(getattr(found[0], metric))
 
     low, high = 0.0, budget.value

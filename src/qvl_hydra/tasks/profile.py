@@ -65,18 +65,18 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
 def _measure(
     settings: Settings, decision: Decision, samples: Sequence[Sample], folder: RunFolder, screen: Screen
 ) -> pd.DataFrame:
-    module = decision.prepared.model.module
-    errors = weight_errors(module, decision.quantizers) if settings.profile.baselines else None
+    model = decision.prepared.model
+    errors = weight_errors(model.module, decision.quantizers) if settings.profile.baselines else None
     found = candidates(
         decision.units, decision.profile, decision.budget, decision.terms, settings.profile.spectrum, errors,
         input_ranges(decision.quantizers),
     )  # fmt: skip
     component = settings.component.name
     profiles = [item.profile for item in found]
-    screen.total(steps(module, profiles, samples, component), f"measuring {len(profiles)} profiles")
+    screen.total(steps(model, profiles, samples, component), f"measuring {len(profiles)} profiles")
     try:
         return measure_curve(
-            module,
+            model,
             found,
             decision.quantizers,
             samples,

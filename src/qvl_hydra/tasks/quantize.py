@@ -83,6 +83,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
         decision = choose.decide(settings, folder, screen, further)
     else:
         decision = decide(settings, folder, screen)
+    decision = dataclasses.replace(decision, quantizers=dict(decision.quantizers))  # each tool asks for all of them
     samples, few = evaluation_samples(settings, decision, folder.path)
     results: dict[str, Agreement] = {}
     notes = [*decision.notes, *few]

@@ -1,0 +1,185 @@
+"""Profiles walk together through the stages, as rows of one state: what they agree on so far is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qvl_hydra.blockwise.walker import Context, Walker
+from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.families.stages import Segment, State
+from qvl_hydra.operators.kinds import apply_operator
+from qvl_hydra.profiles.apply import quantizer_key
+from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.quantization.apply import replaced_forwards
+from qvl_hydra.quantization.qdq import OperatorQuantizer, quantized_operator
+
+ROW_TOKENS = {"cpu": 2048, "cuda": 32768}  # advanced together; beyond them products no longer get faster
+# Called with the samples of a batch, the branch of each profile, and the output of each branch; 0 is the float model's.
+See = Callable[["Batch", Callable[[int], Float[Tensor, "sample token value"]]], None]
+
+
+@dataclass
+class Batch:
+    """Samples of one shape on their way, in rows: for each branch one a sample.
+
+    Attributes:
+        state: (branch * sample, token, width), branch by branch; branch 0 is the float model.
+        branch: of each profile; those that have quantized the same so far share one.
+    """
+
+    contexts: Sequence[Context]
+    state: State
+    branch: list[int]
+
+    @property
+    def branches(self) -> int:
+        return len(self.state) // len(self.contexts)
+
+    def of(self, branch: int) -> State:
+        """The rows of one branch."""
+        return self.state[branch * len(self.contexts) : (branch + 1) * len(self.contexts)]
+
+
+@torch.no_grad()
+def walk(
+    walker: Walker,
+    group: Sequence[Sequence[Sample]],
+    profiles: Sequence[Profile],
+    quantizers: Mapping[str, OperatorQuantizer],
+    each: Callable[[], None],
+    see_features: See | None,
+    see_logits: See,
+) -> None:
+    """Take a group of batches through the whole model, in the float model and in every profile.
+
+    Args:
+        group: of each batch its samples, all of one shape.
+        quantizers: see `quantizer_key`; asked for while the weights of their segment are in memory.
+        each: called after each segment.
+        see_features: given what leaves the vision tower.
+        see_logits: given the logits.
+    """
+    batches = []
+    for rows in group:
+        contexts = walker.contexts(rows)
+        batches.append(Batch(contexts, torch.cat(walker.starts(contexts)), [0] * len(profiles)))
+    for segment in walker.segments:
+        plans = [
+            tuple((op.path, quantizer_key(profile, op, quantizers)) for op in profile.low if segment.holds(op.path))
+            for profile in profiles
+        ]
+        with walker.weights(segment):
+            made = {key: quantizers[key] for key in {key for plan in plans for _, key in plan}}
+            for batch in batches:
+                if walker.skips(segment, batch.contexts[0].sample):
+                    continue
+                of_branch = _branch_out(batch, plans)
+                if segment is walker.segments[-1]:
+                    see_logits(batch, partial(_output, walker, segment, batch, of_branch, made))
+                    continue
+                batch.state = _advance(walker, segment, batch, of_branch, made)
+                if see_features is not None and segment is walker.stages.vision[-1]:
+                    see_features(batch, batch.of)
+        each()
+
+
+def _output(
+    walker: Walker,
+    segment: Segment,
+    batch: Batch,
+    of_branch: Sequence[Mapping[str, str]],
+    made: Mapping[str, OperatorQuantizer],
+    branch: int,
+) -> Tensor:
+    return _run(walker, segment, batch, of_branch[branch : branch + 1], made, branch)
+
+
+def _branch_out(batch: Batch, plans: Sequence[tuple[tuple[str, str], ...]]) -> list[dict[str, str]]:
+    """Split the branches whose profiles part here.
+
+    Args:
+        plans: of each profile, path and key of the quantizer of what it quantizes in the segment.
+
+    Returns:
+        The same of each branch.
+    """
+    places: dict[tuple[int, tuple[tuple[str, str], ...]], int] = {(0, ()): 0}
+    branch = [places.setdefault((old, plan), len(places)) for old, plan in zip(batch.branch, plans, strict=True)]
+    parents = [parent for parent, _ in places]
+    if parents != list(range(batch.branches)):
+        batch.state = batch.state.unflatten(0, (batch.branches, -1))[parents].flatten(0, 1)
+    batch.branch = branch
+    return [dict(plan) for _, plan in places]
+
+
+def _advance(
+    walker: Walker,
+    segment: Segment,
+    batch: Batch,
+    of_branch: Sequence[Mapping[str, str]],
+    made: Mapping[str, OperatorQuantizer],
+) -> State:
+    """Every branch behind the segment."""
+    if segment in walker.stages.join:  # each sample has tokens of its own
+        rows = batch.state.unflatten(0, (len(of_branch), -1))
+        joined = [segment.run(rows[:, at], context) for at, context in enumerate(batch.contexts)]
+        return torch.stack(joined, dim=1).flatten(0, 1)
+    count = len(batch.contexts)
+    at_once = max(1, ROW_TOKENS[batch.state.device.type] // (count * batch.state.shape[1]))
+    outputs = [
+        _run(walker, segment, batch, of_branch[first : first + at_once], made, first)
+        for first in range(0, len(of_branch), at_once)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _run(
+    walker: Walker,
+    segment: Segment,
+    batch: Batch,
+    of_branch: Sequence[Mapping[str, str]],
+    made: Mapping[str, OperatorQuantizer],
+    first: int,
+) -> Tensor:
+    """Some branches behind a segment, each with its own operators quantized."""
+    count = len(batch.contexts)
+    rows = batch.state[first * count : (first + len(of_branch)) * count]
+    paths = dict.fromkeys(path for plan in of_branch for path in plan)
+    forwards = {
+        path: _mixed_forward([None if path not in plan else made[plan[path]] for plan in of_branch]) for path in paths
+    }
+    with replaced_forwards(walker.module, forwards):
+        return segment.run(rows, batch.contexts[0])
+
+
+def _mixed_forward(wanted: Sequence[OperatorQuantizer | None]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The forward of an operator whose input holds as many branches, one behind the other, each in its own scheme."""
+    places: dict[int, list[int]] = {}
+    for place, quantizer in enumerate(wanted):
+        places.setdefault(id(quantizer), []).append(place)
+    groups = [(own, wanted[own[0]]) for own in places.values()]
+
+    def compute(module: nn.Module, x: Tensor, quantizer: OperatorQuantizer | None) -> Tensor:
+        if quantizer is None:
+            return apply_operator(module, x, module.weight)  # type: ignore[arg-type]
+        return quantized_operator(module, x, quantizer)
+
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        if len(groups) == 1:
+            return compute(module, x, groups[0][1])
+        inputs = x.unflatten(0, (len(wanted), -1))  # vision rows arrive packed one behind the other
+        outputs: Tensor | None = None
+        for own, quantizer in groups:
+            part = compute(module, inputs[own].flatten(0, 1), quantizer).unflatten(0, (len(own), -1))
+            outputs = part.new_empty(len(wanted), *part.shape[1:]) if outputs is None else outputs
+            outputs[own] = part
+        assert outputs is not None
+        return outputs.flatten(0, 1)
+
+    return forward
