@@ -461,8 +461,8 @@ class Settings:
             found.append(f"component={self.component.name}, but a model of model.family={family.name} has {has}")
         if self.model.placement == "streamed" and self.model.weights == "random":
             found.append("model.placement=streamed reads a checkpoint, and model.weights=random has none")
-        if self.model.placement == "streamed" and self.task.name != "sweep":
-            found.append(f"model.placement=streamed is for task=sweep, not {self.task.name}")
+        if self.model.placement == "streamed" and self.task.name not in ("sweep", "profile"):
+            found.append(f"model.placement=streamed is for task=sweep and task=profile, not {self.task.name}")
         if self.quant.also and self.task.name in ("profile", "quantize"):
             found.append("quant.also scores further schemes of a sweep; a profile is told them by profile.choices")
         return found

@@ -6,14 +6,20 @@ import pytest
 import torch
 from torch.nn import functional
 
+from qvl_hydra.calibration.encode import load_processor
 from qvl_hydra.calibration.sample import IGNORED, Sample
+from qvl_hydra.calibration.sources import load_calibration
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.profiles.apply import Quantizers, applied
 from qvl_hydra.profiles.measure import Measurement, measure_profiles, steps
 from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
+from qvl_hydra.settings import CalibrationSettings
+from tests.conftest import load_tiny
+from tests.profiles.test_compressed_tensors import scheme_named
 
 # Four bits, so that answers change and not only their probabilities.
 COARSE = Scheme("w4a4", WeightFormat(4), ActivationFormat(4))
@@ -93,3 +99,59 @@ def self_labelled(model: LoadedModel, sample: Sample) -> Sample:
     return Sample(
         sample.id, sample.input_ids, sample.position_ids, labels, sample.pixel_values, sample.image_grid_thw
     )
+
+
+def in_turn(operators: list[Operator], schemes: list[Scheme], shift: int) -> Profile:
+    """Every operator in the next of some schemes that it can have, or in none."""
+    choices: list[Scheme | None] = [*schemes, None]
+    assigned = {}
+    for place, op in enumerate(operators):
+        scheme = choices[(place + shift) % len(choices)]
+        if scheme is not None and not_offered([op], scheme) is None:
+            assigned[op.path] = scheme
+    return Profile(
+        schemes[0],
+        tuple(operators),
+        frozenset(op.path for op in operators if op.path not in assigned),
+        16,
+        "test",
+        others={path: scheme for path, scheme in assigned.items() if scheme is not schemes[0]},
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny_qwen2_5_vl", "tiny_qwen3_vl"])
+def test_several_schemes_in_one_walk_resident_and_streamed(name: str) -> None:
+    model, streamed = load_tiny(name), load_tiny(name, placement="streamed")
+    processor = load_processor(model.description.folder)
+    samples = load_calibration(CalibrationSettings(source="bundled", size=6), processor).samples
+    operators = find_operators(model.module, "full")
+    schemes = [COARSE, scheme_named("w8a8_static"), scheme_named("fp8_dynamic")]
+    profiles = [in_turn(operators, schemes, shift) for shift in range(3)]
+    last = frozenset(op.path for op in operators[:-4])
+    profiles.append(Profile(COARSE, tuple(operators), last, 16, "test"))  # parts from the float model late
+    found = {}
+    for own in (model, streamed):
+        quantizers = Quantizers(own, operators, samples, "full", schemes)
+        found[own.streamed] = measure_profiles(own, profiles, quantizers, samples, "full")
+    assert found[True] == found[False]
+    for profile, measured in zip(profiles, found[False], strict=True):
+        expected = one_by_one(model, profile, Quantizers(model, operators, samples, "full", schemes), samples, "full")
+        assert vars(measured) == pytest.approx(vars(expected), rel=1e-3)
+    assert all(parameter.is_meta for parameter in streamed.module.parameters())
+
+
+def test_groups_of_samples_change_nothing(
+    small_model: LoadedModel, small_samples: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States of all samples may take more memory than there is: then some samples walk after the others."""
+    operators = find_operators(small_model.module, "full")
+    quantizers = Quantizers(small_model, operators, small_samples[:4], "full", [COARSE])
+    profiles = [profile_keeping(operators, set()), profile_keeping(operators, {op.path for op in operators[::2]})]
+    calls: list[int] = []
+    whole = measure_profiles(small_model, profiles, quantizers, small_samples, "full")
+    monkeypatch.setattr("qvl_hydra.profiles.measure.STATE_BYTES", 1)
+    parts = measure_profiles(small_model, profiles, quantizers, small_samples, "full", lambda: calls.append(1))
+    assert len(calls) == steps(small_model, profiles, small_samples, "full")
+    assert len(calls) % len(small_samples) == 0  # a sample at a time
+    for one, other in zip(whole, parts, strict=True):
+        assert vars(one) == pytest.approx(vars(other), rel=1e-5)

@@ -15,9 +15,8 @@ from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.baselines import (
     baseline_profiles,
     distance_from_ends,
-    input_ranges,
+    errors_and_ranges,
     take_in_order,
-    weight_errors,
 )
 from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.profiles.figure import draw_spectrum, lines
@@ -92,10 +91,10 @@ def measured(small_model: LoadedModel, small_samples: tuple[Sample, ...]) -> tup
     units = [unit_of(op.path, (op,), score) for op, score in zip(operators, scores, strict=True)]
     budget = Budget("share", 0.2)
     chosen = select(units, budget, TERMS)
-    errors = weight_errors(module, quantizers)
-    found = candidates(units, chosen, budget, TERMS, [0.1, 0.5], errors, input_ranges(quantizers))
+    errors, ranges = errors_and_ranges(small_model, quantizers)
+    found = candidates(units, chosen, budget, TERMS, [0.1, 0.5], errors, ranges)
     table = measure_curve(small_model, found, quantizers, held_out, "lm", "squared_error")
-    return units, table, errors, quantizers, small_model
+    return units, table, (errors, ranges), quantizers, small_model
 
 
 def test_the_curve_has_both_ends_and_equal_budgets(measured: tuple) -> None:
@@ -127,13 +126,13 @@ def test_scores_of_single_operators_order_what_is_measured_together(measured: tu
 
 
 def test_weight_errors_are_sums_of_squares(measured: tuple) -> None:
-    _, _, errors, quantizers, model = measured
+    _, _, (errors, ranges), quantizers, model = measured
     path = "model.language_model.layers.1.mlp.up_proj"
     weight = model.module.get_submodule(path).weight.numpy()
     scale = np.abs(weight).max(1, keepdims=True) / 7.5
     rounded = np.clip(np.round(weight / scale), -8, 7) * scale
     assert errors[path] == pytest.approx(((rounded - weight) ** 2).sum(), rel=1e-3)
-    assert input_ranges(quantizers)[path] == pytest.approx(quantizers[path].input.scale * 15)
+    assert ranges[path] == pytest.approx(quantizers[path].input.scale * 15)
 
 
 def test_lines_of_the_figure_meet_at_both_ends(measured: tuple, tmp_path: Path) -> None:

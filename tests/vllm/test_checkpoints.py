@@ -154,7 +154,6 @@ def test_a_checkpoint_computes_what_the_profile_says(
     model = load_tiny(name)
     samples = scenes(Path(model.description.folder))
     profile, quantizers = mixed(model, tuple(samples[:4]), names)
-    assert ("lm_head" in {op.path for op in profile.low}) == (name != "tiny_qwen3_vl")  # with it and without
     checkpoint = tmp_path / "checkpoint"
     write_checkpoint(model, profile, quantizers, checkpoint)
     paste_lists(checkpoint, profile, model)
@@ -168,7 +167,8 @@ def test_a_checkpoint_computes_what_the_profile_says(
     print(f"QDQ: {found}; KL(float || QDQ) {effect / SCENES:.2g}")
     print(f"transformers: {agreement(said, samples, in_transformers(model, checkpoint))}")
     assert abs(found.answered - found.right) <= (0 if dtype == "float32" else 1)
-    assert found.kl < (0.2 * effect / SCENES + 1e-5 if dtype == "float32" else 1e-2)
+    own_rule = names == ["w8a8_dynamic"]  # scales of amax / 127.5, where vLLM takes amax / 127
+    assert found.kl < (1e-2 if dtype == "bfloat16" or own_rule else 0.02 * effect / SCENES + 1e-5)
 
 
 def divergence(reference: Tensor, found: Tensor, sample: Sample) -> float:

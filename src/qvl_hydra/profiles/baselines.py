@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float64
-from torch import nn
 
+from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.profiles.costs import COSTS, LEAVE
 from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile
@@ -89,20 +89,21 @@ def distance_from_ends(units: Sequence[Unit]) -> Float64[np.ndarray, " unit"]:
     return distances
 
 
-def weight_errors(module: nn.Module, quantizers: Mapping[str, OperatorQuantizer]) -> dict[str, float]:
-    """`||Q(W) - W||^2` of each operator; 0 where the scheme leaves weights in float."""
-    errors = {}
-    for path, quantizer in quantizers.items():
-        weight = module.get_submodule(path).weight
-        assert not isinstance(weight, nn.Module)
-        errors[path] = 0.0 if quantizer.weight is None else float((quantizer.weight - weight).double().square().sum())
-    return errors
+def errors_and_ranges(
+    model: LoadedModel, quantizers: Mapping[str, OperatorQuantizer]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What baselines choose by, in one pass over all operators.
 
-
-def input_ranges(quantizers: Mapping[str, OperatorQuantizer]) -> dict[str, float]:
-    """Width of each operator's calibrated input range; empty where the scheme has no static inputs."""
-    return {
-        path: quantizer.input.scale * (quantizer.input.qmax - quantizer.input.qmin)
-        for path, quantizer in quantizers.items()
-        if quantizer.input is not None
-    }
+    Returns:
+        `||Q(W) - W||^2` of each operator, 0 where the scheme leaves weights in float; and the width of its calibrated
+        input range, empty where the scheme has no static inputs.
+    """
+    errors, ranges = {}, {}
+    for path in quantizers:
+        with model.weights([path]):
+            quantizer, weight = quantizers[path], model.module.get_submodule(path).get_parameter("weight")
+            rounded, inputs = quantizer.weight, quantizer.input
+            errors[path] = 0.0 if rounded is None else float((rounded - weight).double().square().sum())
+        if inputs is not None:
+            ranges[path] = inputs.scale * (inputs.qmax - inputs.qmin)
+    return errors, ranges

@@ -67,7 +67,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
         further: schemes of the choices beside `settings.quant`.
 
     Raises:
-        ProfileError: scores without one of the schemes; a budget that nothing meets; streamed weights.
+        ProfileError: scores without one of the schemes; a budget that nothing meets.
         QvlHydraError: what the sweep raises.
     """
     began = time.perf_counter()
@@ -126,11 +126,9 @@ def plans_of(settings: Settings, folder: RunFolder, screen: Screen, further: Seq
         further: schemes of the choices beside `settings.quant`.
 
     Raises:
-        ProfileError: scores without one of the schemes; a budget that nothing meets; streamed weights.
+        ProfileError: scores without one of the schemes; a budget that nothing meets.
         QvlHydraError: what the sweep raises.
     """
-    if settings.model.placement == "streamed":
-        raise ProfileError("a profile is measured on the whole model: take model.placement=resident")
     if settings.profile.scores is None:
         sweep.run(settings, folder, screen, further)
         record = record_of(folder.path)

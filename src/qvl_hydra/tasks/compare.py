@@ -18,9 +18,9 @@ from qvl_hydra.comparison.result import Comparison, compare, write_comparison
 from qvl_hydra.comparison.stability import Criterion
 from qvl_hydra.errors import ComparisonError, QvlHydraError, TrackingError
 from qvl_hydra.models.memory import peak_memory_bytes
+from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.measure import measure_profiles, steps
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantization.apply import make_quantizer, observe_ranges
 from qvl_hydra.reports.comparison import write_comparison_report
 from qvl_hydra.runs.files import write_atomically
 from qvl_hydra.runs.folder import RunFolder
@@ -146,17 +146,13 @@ def _with_regret(comparison: Comparison, wanted: CompareSettings, seed: int, scr
 def _regret(comparison: Comparison, wanted: CompareSettings, seed: int, screen: Screen) -> Any:
     target = comparison.runs[0]
     own = build_settings(target.run.config)
-    if own.model.placement == "streamed":
-        raise ComparisonError("the target was streamed; set model.placement=resident where its weights fit")
     prepared = prepare(own)
     scored = set(target.run.scores.index)
     operators = tuple(op for op in prepared.operators if op.path in scored or op.group in scored)
-    scheme, module = prepared.schemes[0], prepared.model.module
-    paths = [op.path for op in operators]
-    ranges = {}
-    if scheme.needs_ranges:
-        ranges = observe_ranges(module, paths, prepared.calibration.samples, own.component.name, scheme)
-    quantizers = {path: make_quantizer(module, path, scheme, ranges) for path in paths}
+    scheme = prepared.schemes[0]
+    quantizers = Quantizers(
+        prepared.model, operators, prepared.calibration.samples, own.component.name, [scheme]
+    )
     seen = seen_by([item.run.folder for item in comparison.runs]) | {s.id for s in prepared.calibration.samples}
     samples = held_out(own.calibration, prepared.processor, wanted.regret_samples, seen)
 

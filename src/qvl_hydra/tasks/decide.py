@@ -71,11 +71,9 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
     The sweep's tables end up in the folder either way.
 
     Raises:
-        ProfileError: scores of another scheme, component or model; a budget that nothing meets; streamed weights.
+        ProfileError: scores of another scheme, component or model; a budget that nothing meets.
         QvlHydraError: what the sweep raises.
     """
-    if settings.model.placement == "streamed":
-        raise ProfileError("a profile is measured on the whole model: take model.placement=resident")
     if settings.profile.scores is None:
         sweep.run(settings, folder, screen)
         record = record_of(folder.path)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.operators.discover import find_operators
-from qvl_hydra.profiles.baselines import input_ranges, weight_errors
+from qvl_hydra.profiles.baselines import errors_and_ranges
 from qvl_hydra.profiles.figure import draw_spectrum
 from qvl_hydra.profiles.formats.written import pasted, write_formats
 from qvl_hydra.profiles.measure import steps
@@ -66,11 +66,10 @@ def _measure(
     settings: Settings, decision: Decision, samples: Sequence[Sample], folder: RunFolder, screen: Screen
 ) -> pd.DataFrame:
     model = decision.prepared.model
-    errors = weight_errors(model.module, decision.quantizers) if settings.profile.baselines else None
+    errors, ranges = errors_and_ranges(model, decision.quantizers) if settings.profile.baselines else (None, {})
     found = candidates(
-        decision.units, decision.profile, decision.budget, decision.terms, settings.profile.spectrum, errors,
-        input_ranges(decision.quantizers),
-    )  # fmt: skip
+        decision.units, decision.profile, decision.budget, decision.terms, settings.profile.spectrum, errors, ranges
+    )
     component = settings.component.name
     profiles = [item.profile for item in found]
     screen.total(steps(model, profiles, samples, component), f"measuring {len(profiles)} profiles")
