@@ -359,6 +359,7 @@ class ProfileSettings:
     cost: str = "average_bits"  # with choices: a row of profiles/costs.py
     values: list[float] = field(default_factory=list)  # with choices: of the cost; empty: from least to most
     spaces: list[SpaceSettings] = field(default_factory=list)  # choices of some operators alone; of several the last
+    candidates: int = 8  # best plans of a budget, measured on the scored samples; the best measured is taken
     prompt_tokens: int = 64  # of a request: text,
     image_tokens: int = 1024  # image tokens of the language model,
     answer_tokens: int = 128  # and what it answers
@@ -393,7 +394,7 @@ class ProfileSettings:
             found.append(f"profile.spectrum={self.spectrum}; every share must lie between 0 and 1")
         if (self.budget != ERROR and self.value < 0) or (self.budget == "share" and self.value > 1):
             found.append(f"profile.value={self.value}; must not be negative, nor above 1 for profile.budget=share")
-        for key in ("evaluation_size", "high_bits"):
+        for key in ("evaluation_size", "high_bits", "candidates"):
             if getattr(self, key) < 1:
                 found.append(f"profile.{key}={getattr(self, key)}; must be 1 or more")
         return found

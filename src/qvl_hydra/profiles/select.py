@@ -27,6 +27,7 @@ from qvl_hydra.quantization.scheme import Scheme
 # largest price at these values that is a trillionth of the one and a ten-billionth of the other.
 _SCALE = 1e6
 _TIGHT = 1e4  # larger ones make HiGHS repair its own solutions
+APART = 0.1  # of the units: how far apart plans of one budget are that are measured against each other
 _SLACK = 1e-9  # of the largest price: what a budget is overrun by that rounding alone overruns
 
 Prices = Sequence[Mapping[str, float]]  # of each unit, by choice
@@ -50,26 +51,42 @@ class Budget:
 
 
 def select(units: Sequence[Unit], budget: Budget, terms: Terms, chooser: str = "scores") -> Profile:
-    """The best profile of the budget.
+    """The best profile of the budget; see `several`."""
+    return several(units, budget, terms, 1, chooser)[0]
+
+
+def several(
+    units: Sequence[Unit], budget: Budget, terms: Terms, count: int, chooser: str = "scores"
+) -> list[Profile]:
+    """The best profiles of the budget, which differ in `APART` of the units from each other, the best first.
+
+    Scores of operators measured alone do not quite add up, so that the second best of a sum can be the best measured.
 
     Args:
         units: from `units_from_scores`.
         terms: the schemes of all choices, and what prices depend on.
-        chooser: name noted in the profile.
+        count: how many at most; `error` has one alone.
+        chooser: name noted in the profiles.
 
     Returns:
         For `error` the profile with the fewest operators in high precision, of equals the one with the fewest bits; for
-        a cost the one with the lowest sum of scores.
+        a cost those with the lowest sum of scores.
 
     Raises:
         ProfileError: no profile meets the budget.
     """
+    plans: list[Plan] = []
     if budget.kind == ERROR:
-        plan = _fewest(units, budget.value, terms)
+        plans = [_fewest(units, budget.value, terms)]
     else:
         prices = prices_of(units, COSTS[budget.kind], terms)
-        plan = assign(units, prices, budget.value * size_of(units, COSTS[budget.kind]), str(budget))
-    return plan_profile(units, plan, terms.schemes, terms.high_bits, chooser)
+        limit = budget.value * size_of(units, COSTS[budget.kind])
+        while len(plans) < count:
+            plan = assign(units, prices, limit, str(budget), plans)
+            if plan is None:
+                break
+            plans.append(plan)
+    return [plan_profile(units, plan, terms.schemes, terms.high_bits, chooser) for plan in plans]
 
 
 def prices_of(units: Sequence[Unit], cost: Cost, terms: Terms) -> list[dict[str, float]]:
@@ -104,11 +121,17 @@ def undominated(unit: Unit, prices: Mapping[str, float]) -> list[str]:
     return kept
 
 
-def assign(units: Sequence[Unit], prices: Prices, limit: float, budget: str = "") -> Plan:
+def assign(
+    units: Sequence[Unit], prices: Prices, limit: float, budget: str = "", others: Sequence[Plan] = ()
+) -> Plan | None:
     """The choice of every unit with the lowest sum of scores whose prices sum to the limit at most.
 
     Args:
         budget: the limit in the words of the user.
+        others: plans that it must differ from, in `APART` of the units each.
+
+    Returns:
+        None where no plan is that different from the others.
 
     Raises:
         ProfileError: not even the cheapest choices are that small.
@@ -120,7 +143,7 @@ def assign(units: Sequence[Unit], prices: Prices, limit: float, budget: str = ""
         raise _too_small(units, budget, least / limit if limit > 0 else math.inf)
     score = [[unit.scores[choice] for choice in own] for unit, own in zip(units, options, strict=True)]
     price = [[own[choice] for choice in choices] for own, choices in zip(prices, options, strict=True)]
-    return _solve(units, options, score, price, limit - least)
+    return _solve(units, options, score, price, limit - least, others)
 
 
 def frontier(units: Sequence[Unit], prices: Prices, size: float, count: int) -> list[float]:
@@ -172,7 +195,9 @@ def _fewest(units: Sequence[Unit], allowed: float, terms: Terms) -> Plan:
     total = math.fsum(max(own.values()) for own in bits) or 1.0
     price = [[c[choice] + b[choice] / (2 * total) for choice in own]
              for c, b, own in zip(counts, bits, options, strict=True)]  # fmt: skip
-    return _solve(units, options, price, score, allowed - least)
+    found = _solve(units, options, price, score, allowed - least)
+    assert found is not None
+    return found
 
 
 def _solve(
@@ -181,13 +206,25 @@ def _solve(
     objective: Sequence[Sequence[float]],
     spent: Sequence[Sequence[float]],
     left: float,
-) -> Plan:
-    """One option a unit: the lowest sum of objectives, with at most `left` spent above the least possible."""
+    others: Sequence[Plan] = (),
+) -> Plan | None:
+    """One option a unit: the lowest sum of objectives, with at most `left` spent above the least possible.
+
+    Args:
+        others: plans that it must differ from.
+
+    Returns:
+        None where nothing differs enough from the others.
+    """
     rows = [row for row, own in enumerate(options) for _ in own]
     worth = np.array([value - min(own) for own in objective for value in own])
     above = np.array([value - min(own) for own in spent for value in own])
     one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(units), len(rows)))
     size = above.max(initial=0.0) or 1.0
+    names = [choice for own in options for choice in own]
+    apart = max(1, round(APART * len(units)))
+    same = np.array([[plan[units[row].name] == name for row, name in zip(rows, names, strict=True)] for plan in others])
+    cuts = [LinearConstraint(same.astype(float), -np.inf, len(units) - apart)] if others else []
     result = milp(
         worth / (worth.max(initial=0.0) or 1.0) * _SCALE,
         integrality=np.ones(len(rows)),
@@ -195,11 +232,13 @@ def _solve(
         constraints=[
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(above[None] / size * _TIGHT, -np.inf, (max(left, 0.0) / size + _SLACK) * _TIGHT),
+            *cuts,
         ],
         options={"mip_rel_gap": 0.0, "disp": False},
     )
+    if others and result.status == 2:  # infeasible
+        return None
     assert result.status == 0, f"a program that has a solution was not solved: {result.message}"
-    names = [choice for own in options for choice in own]
     return {units[row].name: name for row, name, taken in zip(rows, names, result.x > 0.5, strict=True) if taken}
 
 

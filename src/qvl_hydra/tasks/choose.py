@@ -21,7 +21,7 @@ from qvl_hydra.profiles.formats.written import pasted, write_formats
 from qvl_hydra.profiles.measure import steps
 from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile, describe
-from qvl_hydra.profiles.select import Budget, cost_of, frontier, prices_of, select, size_of
+from qvl_hydra.profiles.select import Budget, cost_of, frontier, prices_of, select, several, size_of
 from qvl_hydra.profiles.spectrum import Candidate, measure_curve
 from qvl_hydra.profiles.units import Unit, units_from_scores
 from qvl_hydra.reports.profile import profile_sections
@@ -32,7 +32,7 @@ from qvl_hydra.runs.record import RunRecord, record_of, write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import sweep
-from qvl_hydra.tasks.decide import Decision, fetch, of_profile, shared, terms_of
+from qvl_hydra.tasks.decide import MEASURED, Decision, best_measured, fetch, of_profile, shared, terms_of
 from qvl_hydra.tasks.prepare import Prepared, prepare
 
 FRONT = 9  # plans between the cheapest and the one that loses least, where no values are given
@@ -47,6 +47,8 @@ class Plans:
     Attributes:
         values: budgets of each plan, in the unit of the cost.
         chosen: which plan is exported.
+        quantizers: of every operator in every scheme that it can have.
+        notes: sentences for the user.
     """
 
     prepared: Prepared
@@ -58,6 +60,8 @@ class Plans:
     values: Sequence[float]
     profiles: Sequence[Profile]
     chosen: int
+    quantizers: Quantizers
+    notes: Sequence[str]
 
 
 def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence[QuantSettings]) -> None:
@@ -81,7 +85,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     everything = find_operators(plans.prepared.model.module, "full")
     exports = write_formats(chosen, everything, settings.profile.formats, folder.path / "exports")
     notes = [f"not exported: {record['error']}" for record in exports if "error" in record]
-    notes += _refused(plans)
+    notes += plans.notes
     summary = _summary(table, plans, budget, samples)
     write_record(folder.path, of_profile(plans.sweep, "profile", summary, notes, time.perf_counter() - began))
     write_sweep_report(folder.path, extra=profile_sections(folder.path))
@@ -106,15 +110,15 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen, further: Seque
         terms=plans.terms,
         budget=Budget(plans.cost.name, plans.values[plans.chosen]),
         profile=plans.profiles[plans.chosen],
-        quantizers=_quantizers(settings, plans),
-        notes=tuple(_refused(plans)),
+        quantizers=plans.quantizers,
+        notes=tuple(plans.notes),
     )
 
 
-def _refused(plans: Plans) -> list[str]:
+def _refused(units: Sequence[Unit]) -> list[str]:
     return [
         f"{unit.name} cannot be {', '.join(unit.reasons)}: {'; '.join(dict.fromkeys(unit.reasons.values()))}"
-        for unit in plans.units
+        for unit in units
         if unit.reasons
     ]
 
@@ -142,14 +146,26 @@ def plans_of(settings: Settings, folder: RunFolder, screen: Screen, further: Seq
     units = units_from_scores(operators, tables, wanted.choices, wanted.spaces, shared(record))
     terms, cost = terms_of(settings, schemes), COSTS[wanted.cost]
     values = wanted.values or frontier(units, prices_of(units, cost, terms), size_of(units, cost), FRONT)
-    profiles = [select(units, Budget(cost.name, value), terms) for value in values]
+    plans = [several(units, Budget(cost.name, value), terms, wanted.candidates) for value in values]
     scored = pd.concat(tables.values()).dropna(subset=["metric"]).iloc[0]
     metric = "kl_answer" if scored["unit"] == unit_of("kl", "answer") else str(scored["metric"])
+    profiles, notes = [own[0] for own in plans], _refused(units)
+    quantizers = Quantizers(
+        prepared.model, profiles[0].operators, prepared.calibration.samples, settings.component.name, prepared.schemes
+    )
+    if wanted.candidates > 1 and metric in MEASURED:
+        # Whatever meets a smaller budget meets this one, too.
+        pools = [
+            [*own, *(plan for other, less in zip(plans, values, strict=True) if less < value for plan in other)]
+            for own, value in zip(plans, values, strict=True)
+        ]
+        profiles, said = best_measured(settings, prepared, pools, metric, quantizers, folder, screen)
+        notes.append(said)
     chosen = 0
     if not settings.profile.values:
         limit = SMALL_LOSS * (profiles[0].predicted or 0.0)
         chosen = next(i for i, p in enumerate(profiles) if (p.predicted or 0.0) <= limit or i == len(profiles) - 1)
-    return Plans(prepared, record, metric, units, terms, cost, values, profiles, chosen)
+    return Plans(prepared, record, metric, units, terms, cost, values, profiles, chosen, quantizers, notes)
 
 
 def _tables(folder: Path, main: str, schemes: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -163,16 +179,6 @@ def _tables(folder: Path, main: str, schemes: Sequence[str]) -> dict[str, pd.Dat
             )
         found[name] = read_table(path)
     return found
-
-
-def _quantizers(settings: Settings, plans: Plans) -> Quantizers:
-    """Of every operator in every scheme that it can have."""
-    prepared = plans.prepared
-    operators = [op for unit in plans.units for op in unit.members]
-    schemes = list(plans.terms.schemes.values())
-    return Quantizers(
-        prepared.model, operators, prepared.calibration.samples, settings.component.name, schemes
-    )
 
 
 def _measure(settings: Settings, plans: Plans, folder: RunFolder, screen: Screen) -> tuple[pd.DataFrame, int]:
@@ -192,11 +198,12 @@ def _measure(settings: Settings, plans: Plans, folder: RunFolder, screen: Screen
     seen = seen_by([folder.path]) | {sample.id for sample in prepared.calibration.samples}
     samples = held_out(settings.calibration, prepared.processor, settings.profile.evaluation_size, seen)
     model, component = prepared.model, settings.component.name
-    quantizers = _quantizers(settings, plans)
     profiles = [item.profile for item in found]
     screen.total(steps(model, profiles, samples, component), f"measuring {len(profiles)} plans")
     try:
-        table = measure_curve(model, found, quantizers, samples, component, plans.metric, screen.step, folder=folder)
+        table = measure_curve(
+            model, found, plans.quantizers, samples, component, plans.metric, screen.step, folder=folder
+        )
     finally:
         screen.finish()
     for name in plans.terms.schemes:
