@@ -359,6 +359,7 @@ class ProfileSettings:
     cost: str = "average_bits"  # with choices: a row of profiles/costs.py
     values: list[float] = field(default_factory=list)  # with choices: of the cost; empty: from least to most
     spaces: list[SpaceSettings] = field(default_factory=list)  # choices of some operators alone; of several the last
+    compare_with: list[str] = field(default_factory=list)  # files or presets of operators that others keep
     candidates: int = 8  # best plans of a budget, measured on the scored samples; the best measured is taken
     prompt_tokens: int = 64  # of a request: text,
     image_tokens: int = 1024  # image tokens of the language model,

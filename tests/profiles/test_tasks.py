@@ -48,7 +48,8 @@ def screen() -> tuple[Screen, io.StringIO]:
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Path, str]:
     settings = settings_of("experiment=profile_spectrum", "component=lm", "operators.exclude=null",
-                           "profile.spectrum=[0,0.2,1]", "profile.value=0.2")  # fmt: skip
+                           "profile.spectrum=[0,0.2,1]", "profile.value=0.2",
+                           "profile.compare_with=[llm_compressor]")  # fmt: skip
     folder = tmp_path_factory.mktemp("profiled")
     shown, text = screen()
     profile.run(settings, RunFolder(folder), shown)
@@ -75,6 +76,17 @@ def test_a_profile_run_leaves_everything_that_was_asked_for(profiled: tuple[Sett
     assert "Precision profile" in report
     assert "data:image/png;base64," in report
     assert "share=0.2: 3 of 15 operators stay in high precision" in text
+
+
+def test_a_published_list_is_measured_beside_ours(profiled: tuple[Settings, Path, str]) -> None:
+    _, folder, text = profiled
+    (row,) = json.loads((folder / "keep_lists.json").read_text())["lists"]
+    assert row["kept"] == 1  # of the language tower it names the head alone
+    assert [entry["units"] for entry in row["entries"]] == [1, 0]
+    assert row["ours"]["kl_answer"] >= 0
+    assert row["theirs"]["exact_match"] <= 1
+    assert "llm_compressor: re:.*visual.* names nothing that is decided on here" in text
+    assert "Lists that others keep" in (folder / "report.html").read_text()
 
 
 def test_the_curve_is_sent_to_the_tracker(profiled: tuple[Settings, Path, str]) -> None:

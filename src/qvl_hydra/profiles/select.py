@@ -8,7 +8,10 @@ costs as much as another of its unit and loses more is dropped first, since no p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -225,21 +228,41 @@ def _solve(
     apart = max(1, round(APART * len(units)))
     same = np.array([[plan[units[row].name] == name for row, name in zip(rows, names, strict=True)] for plan in others])
     cuts = [LinearConstraint(same.astype(float), -np.inf, len(units) - apart)] if others else []
-    result = milp(
-        worth / (worth.max(initial=0.0) or 1.0) * _SCALE,
-        integrality=np.ones(len(rows)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(above[None] / size * _TIGHT, -np.inf, (max(left, 0.0) / size + _SLACK) * _TIGHT),
-            *cuts,
-        ],
-        options={"mip_rel_gap": 0.0, "disp": False},
-    )
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(above[None] / size * _TIGHT, -np.inf, (max(left, 0.0) / size + _SLACK) * _TIGHT),
+        *cuts,
+    ]
+    with _silent():
+        result = milp(
+            worth / (worth.max(initial=0.0) or 1.0) * _SCALE,
+            integrality=np.ones(len(rows)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0, "disp": False},
+        )
     if others and result.status == 2:  # infeasible
         return None
     assert result.status == 0, f"a program that has a solution was not solved: {result.message}"
     return {units[row].name: name for row, name, taken in zip(rows, names, result.x > 0.5, strict=True) if taken}
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing of what HiGHS prints past `disp`, where it repairs a solution of its own, reaches the screen."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # the screen is gone
+        yield
+        return
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _too_small(units: Sequence[Unit], budget: str, ratio: float) -> ProfileError:

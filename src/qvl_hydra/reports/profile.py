@@ -49,7 +49,41 @@ def profile_sections(folder: Path) -> list[Section]:
     return [
         Section("Precision profile", _summary(record) + figure + listed),
         Section("Profiles measured", table(columns, rows, identity="profiles")),
+        *_lists_section(folder),
         exports_section(folder),
+    ]
+
+
+def _lists_section(folder: Path) -> list[Section]:
+    """Lists that others keep, where some were compared with."""
+    content = read_value(folder / "keep_lists.json")
+    if content is None:
+        return []
+    names = ("kl_answer", "exact_match")
+    columns = [Column("list"), Column("kept", number=True), Column("bits a weight", number=True)]
+    columns += [Column(f"{SHOWN[name]}, {who}", number=True) for name in names for who in ("list", "ours")]
+    rows = [
+        [row["name"], row["kept"], row["average_bits"]]
+        + [row[who][name] for name in names for who in ("theirs", "ours")]
+        for row in content["lists"]
+    ]
+    entries = [
+        [row["name"], entry["entry"], entry["units"], entry["loses"], entry["saves_bits"],
+         "yes" if entry["earns"] else "no"]
+        for row in content["lists"]
+        for entry in row["entries"]
+    ]  # fmt: skip
+    of_entry = [Column("list"), Column("entry", code=True), Column("units", number=True),
+                Column("dropping it loses", number=True), Column("and saves, bits a weight", number=True),
+                Column("earns its place")]  # fmt: skip
+    said = "".join(
+        _listed(f"{row['name']} forgets what ours of equal bits keeps", list(row["forgotten"]))
+        for row in content["lists"]
+        if row["forgotten"]
+    )
+    text_above = f"<p>Everything else in {text(content['scheme'])}, beside ours of equal bits a weight.</p>"
+    return [
+        Section("Lists that others keep", text_above + table(columns, rows) + said + table(of_entry, entries))
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from qvl_hydra.calibration.held_out import held_out, seen_by
+from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.operators.discover import find_operators
@@ -33,6 +34,7 @@ from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import sweep
 from qvl_hydra.tasks.decide import MEASURED, Decision, best_measured, fetch, of_profile, shared, terms_of
+from qvl_hydra.tasks.keep_lists import Lists, compare_lists
 from qvl_hydra.tasks.prepare import Prepared, prepare
 
 FRONT = 9  # plans between the cheapest and the one that loses least, where no values are given
@@ -76,7 +78,10 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     """
     began = time.perf_counter()
     plans = plans_of(settings, folder, screen, further)
-    table, samples = _measure(settings, plans, folder, screen)
+    prepared = plans.prepared
+    seen = seen_by([folder.path]) | {sample.id for sample in prepared.calibration.samples}
+    samples = held_out(settings.calibration, prepared.processor, settings.profile.evaluation_size, seen)
+    table = _measure(settings, plans, samples, folder, screen)
     write_parquet(folder.path / "profiles.parquet", table)
     chosen = plans.profiles[plans.chosen]
     budget = str(Budget(plans.cost.name, plans.values[plans.chosen]))
@@ -86,10 +91,13 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     exports = write_formats(chosen, everything, settings.profile.formats, folder.path / "exports")
     notes = [f"not exported: {record['error']}" for record in exports if "error" in record]
     notes += plans.notes
-    summary = _summary(table, plans, budget, samples)
+    if settings.profile.compare_with:
+        lists = Lists(prepared, plans.units, plans.terms, plans.metric, plans.quantizers, samples)
+        notes += compare_lists(settings, lists, folder, screen)
+    summary = _summary(table, plans, budget, len(samples))
     write_record(folder.path, of_profile(plans.sweep, "profile", summary, notes, time.perf_counter() - began))
     write_sweep_report(folder.path, extra=profile_sections(folder.path))
-    _show(table, plans, notes, samples, screen)
+    _show(table, plans, notes, len(samples), screen)
     for line in pasted(exports):
         screen.say(line)
 
@@ -181,7 +189,9 @@ def _tables(folder: Path, main: str, schemes: Sequence[str]) -> dict[str, pd.Dat
     return found
 
 
-def _measure(settings: Settings, plans: Plans, folder: RunFolder, screen: Screen) -> tuple[pd.DataFrame, int]:
+def _measure(
+    settings: Settings, plans: Plans, samples: Sequence[Sample], folder: RunFolder, screen: Screen
+) -> pd.DataFrame:
     """Plans, everything in its cheapest choice and everything in high precision, on held-out samples."""
     prepared, bits = plans.prepared, settings.profile.high_bits
     cost, terms = plans.cost, plans.terms
@@ -195,8 +205,6 @@ def _measure(settings: Settings, plans: Plans, folder: RunFolder, screen: Screen
         Candidate(Budget(cost.name, cost_of(whole, cost, terms) / size), whole),
     ]
     found = [*ends, *(Candidate(Budget(cost.name, v), p) for v, p in zip(plans.values, plans.profiles, strict=True))]
-    seen = seen_by([folder.path]) | {sample.id for sample in prepared.calibration.samples}
-    samples = held_out(settings.calibration, prepared.processor, settings.profile.evaluation_size, seen)
     model, component = prepared.model, settings.component.name
     profiles = [item.profile for item in found]
     screen.total(steps(model, profiles, samples, component), f"measuring {len(profiles)} plans")
@@ -209,7 +217,7 @@ def _measure(settings: Settings, plans: Plans, folder: RunFolder, screen: Screen
     for name in plans.terms.schemes:
         table[f"n_{name}"] = [sum(p.scheme_of(op).name == name for op in p.low) for p in profiles]
     table["cost"] = [cost_of(p, cost, terms) / size for p in profiles]
-    return table.drop_duplicates(["value", "average_bits", "n_high", "predicted"]).reset_index(drop=True), len(samples)
+    return table.drop_duplicates(["value", "average_bits", "n_high", "predicted"]).reset_index(drop=True)
 
 
 def _summary(table: pd.DataFrame, plans: Plans, budget: str, samples: int) -> dict[str, Any]:

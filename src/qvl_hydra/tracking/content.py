@@ -28,7 +28,7 @@ _TAG_KEYS = ("task", "status", "model", "component", "strategy", "backend", "est
 _IDENTITY = frozenset({"calibration_size", "calibration_seed", "calibration_bad", "seed"})  # no results
 _FILES = (
     "config.yaml", "run.json", "end.json", "run.log", "report.html", "description.md", "calibration.json",
-    "scores.parquet", "sample_scores.parquet", "resumed_from.json", "inc_order.json", "profile.json",
+    "scores.parquet", "sample_scores.parquet", "resumed_from.json", "inc_order.json", "profile.json", "keep_lists.json",
     "profiles.parquet", "comparison.json", "comparison.parquet", "pairs.parquet", "stability.parquet",
     "parts.parquet", "regret.parquet", "alignment.parquet",
 )  # fmt: skip
