@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -68,6 +67,9 @@ def write_checkpoints(folder: Path) -> dict[str, tuple[Path, str]]:
             for path in tiny.description.folder.glob(pattern):
                 if path.name not in ("config.json", "generation_config.json"):
                     shutil.copyfile(path, place / path.name)
+        images = json.loads((place / "preprocessor_config.json").read_text())
+        images["max_pixels"] = 1024 * 28 * 28
+        (place / "preprocessor_config.json").write_text(json.dumps(images))
     count = sum(parameter.numel() for parameter in model.module.parameters())
     print(f"{count / 1e9:.2f} billion parameters, {len(operators)} operators in W8A8")
     return {
@@ -105,7 +107,8 @@ def serve(checkpoint: str, dtype: str) -> None:
             tokens = len(output.prompt_token_ids)
     first = float(np.median(found["first"]))
     rate = ANSWER / (float(np.median(found["whole"])) - first)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 2**20  # of this process alone
     print(json.dumps({"prompt_tokens": tokens, "first_token_s": first, "tokens_per_s": rate, "peak_gib": peak}))
 
 

@@ -20,7 +20,7 @@ from qvl_hydra.backends.table import BACKENDS, Backend
 from qvl_hydra.errors import SettingsError
 from qvl_hydra.estimators.table import estimator_of, of_curvature, of_outputs
 from qvl_hydra.families.table import FAMILIES
-from qvl_hydra.profiles.costs import COSTS, ERROR, LEAVE
+from qvl_hydra.profiles.costs import COSTS, ERROR, LEAVE, MEASURED_SECONDS
 from qvl_hydra.profiles.formats.table import FORMATS as CONSUMERS
 
 T = TypeVar("T")
@@ -282,7 +282,7 @@ class TrackingSettings:
 class TaskSettings:
     """What the entry does."""
 
-    name: Literal["sweep", "compare", "profile", "quantize", "export_onnx"]
+    name: Literal["sweep", "compare", "profile", "quantize", "export_onnx", "measure_costs"]
 
 
 @dataclass(frozen=True)
@@ -357,6 +357,7 @@ class ProfileSettings:
     spectrum: list[float] = field(default_factory=list)  # shares kept in high precision; empty: one profile
     choices: list[str] = field(default_factory=list)  # schemes, and `leave`; empty: quant and leave
     cost: str = "average_bits"  # with choices: a row of profiles/costs.py
+    costs: str | None = None  # run folder of task=measure_costs, for measured_seconds
     values: list[float] = field(default_factory=list)  # with choices: of the cost; empty: from least to most
     spaces: list[SpaceSettings] = field(default_factory=list)  # choices of some operators alone; of several the last
     compare_with: list[str] = field(default_factory=list)  # files or presets of operators that others keep
@@ -379,6 +380,8 @@ class ProfileSettings:
             allowed = (*COSTS, ERROR) if key == "budget" else tuple(COSTS)
             if name not in allowed:
                 found.append(f"profile.{key}={name}; allowed: {', '.join(allowed)}")
+        if MEASURED_SECONDS in (self.cost if self.choices else self.budget,) and self.costs is None:
+            found.append("measured_seconds needs profile.costs=<run folder of task=measure_costs>")
         if any(value < 0 for value in self.values):
             found.append(f"profile.values={self.values}; no value may be negative")
         for space in self.spaces:

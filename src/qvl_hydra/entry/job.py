@@ -43,6 +43,7 @@ TASKS = {
     "profile": "qvl_hydra.tasks.profile",
     "quantize": "qvl_hydra.tasks.quantize",
     "export_onnx": "qvl_hydra.tasks.export_onnx",
+    "measure_costs": "qvl_hydra.tasks.measure_costs",
 }
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ class _Job:
 
     def _run_task(self, settings: Settings, folder: RunFolder) -> None:
         task = importlib.import_module(TASKS[settings.task.name])
-        if settings.task.name in ("sweep", "profile", "quantize"):
+        if settings.task.name in ("sweep", "profile", "quantize", "measure_costs"):
             settings, further = with_choices(settings)
             task.run(settings, folder, self.screen, further)
         else:

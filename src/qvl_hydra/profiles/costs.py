@@ -14,6 +14,8 @@ from typing import Any, Literal
 LEAVE = "leave"  # the choice of high precision
 ERROR = "error"  # the budget that is no cost: it bounds the error, and keeps as few operators as possible
 
+MEASURED_SECONDS = "measured_seconds"  # needs the table of task=measure_costs
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -24,7 +26,7 @@ class Cost:
         price: `module:function`, of one operator in one scheme.
         per: what a budget's value is multiplied with: nothing, the number of operators or that of their weights.
         unit: of a value.
-        timed: it depends on `device` and on the lengths of `profile`.
+        timed: it depends on the lengths of `profile`, and on a device.
     """
 
     name: str
@@ -50,5 +52,6 @@ COSTS = {
         Cost("weight_bytes", f"{_OWN}:weight_bytes", unit="bytes of weights"),
         Cost("bytes_per_token", f"{_OWN}:bytes_per_token", unit="bytes read for a token of the answer", timed=True),
         Cost("seconds", f"{_OWN}:seconds", unit="seconds a request", timed=True),
+        Cost(MEASURED_SECONDS, f"{_OWN}:measured_seconds", unit="measured seconds a request", timed=True),
     )
 }

@@ -7,10 +7,14 @@ order plans; they leave out attention itself, launches and everything that is no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from qvl_hydra.errors import ProfileError
+from qvl_hydra.families.record import HEAD
 from qvl_hydra.operators.discover import Operator
+from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.profiles.profile import low_bits, weight_values
 from qvl_hydra.quantization.formats.table import FORMATS
 from qvl_hydra.quantization.scheme import Scheme
@@ -29,6 +33,7 @@ class Terms:
         schemes: of each choice but `leave`.
         high_bits: width that the weights of a kept operator count with.
         device: whose peaks a roofline has.
+        measured: seconds of products by what they take in, what they give, choice and tokens.
         lengths: of a request: `prompt_tokens`, `image_tokens`, `answer_tokens` and how many are served at once.
     """
 
@@ -36,6 +41,7 @@ class Terms:
     high_bits: int = 16
     device: DeviceSettings | None = None
     lengths: ProfileSettings = field(default_factory=ProfileSettings)
+    measured: Mapping[tuple[int, int, str, int], float] = field(default_factory=dict)
 
     def of(self, choice: str) -> Scheme | None:
         """The scheme of a choice; None for high precision."""
@@ -70,36 +76,67 @@ def bytes_per_token(op: Operator, scheme: Scheme | None, terms: Terms) -> float:
     return weight_bytes(op, scheme, terms) * share
 
 
-def seconds(op: Operator, scheme: Scheme | None, terms: Terms) -> float:
-    """Seconds that the operator takes of one request, by the roofline of `device`.
+def products(op: Operator, lengths: ProfileSettings) -> list[tuple[int, float]]:
+    """The products of an operator that one request takes: tokens of each, and how often it comes.
 
     The vision tower runs once, over all patches; the language tower over prompt and image tokens, and then once a token
     of the answer, for all requests that are served at once; the head over one token each time.
     """
-    lengths = terms.lengths
     if op.component == "vision":
-        patches = lengths.image_tokens * MERGED
-        tokens = lengths.image_tokens if "merger" in op.role or op.role.startswith("deepstack") else patches
-        return _product(op, scheme, terms, tokens)
-    head = op.path == "lm_head"
-    first = 1 if head else lengths.prompt_tokens + lengths.image_tokens
-    decode = lengths.answer_tokens * _product(op, scheme, terms, lengths.requests) / lengths.requests
-    return _product(op, scheme, terms, first) + decode
+        merged = "merger" in op.role or op.role.startswith("deepstack")
+        return [(lengths.image_tokens * (1 if merged else MERGED), 1.0)]
+    first = 1 if op.path == HEAD else lengths.prompt_tokens + lengths.image_tokens
+    return [(first, 1.0), (lengths.requests, lengths.answer_tokens / lengths.requests)]
 
 
-def _product(op: Operator, scheme: Scheme | None, terms: Terms, tokens: int) -> float:
-    """Seconds of one product of so many tokens."""
+def seconds(op: Operator, scheme: Scheme | None, terms: Terms) -> float:
+    """Seconds that the operator takes of one request, by the roofline of `device`."""
+    return math.fsum(times * roofline(op, scheme, terms, tokens) for tokens, times in products(op, terms.lengths))
+
+
+def measured_seconds(op: Operator, scheme: Scheme | None, terms: Terms) -> float:
+    """The same, by what `task=measure_costs` timed on a machine.
+
+    Raises:
+        ProfileError: a product was not timed there.
+    """
+    choice = LEAVE if scheme is None else scheme.name
+    found = []
+    for tokens, times in products(op, terms.lengths):
+        key = (op.in_features, op.out_features, choice, tokens)
+        if key not in terms.measured:
+            raise ProfileError(
+                f"profile.costs has no product of {op.in_features} to {op.out_features} values in {choice} for "
+                f"{tokens} tokens ({op.path}); run task=measure_costs with this model, these choices and lengths, or "
+                "leave out a choice that the machine has no product for"
+            )
+        found.append(times * terms.measured[key])
+    return math.fsum(found)
+
+
+def roofline(op: Operator, scheme: Scheme | None, terms: Terms, tokens: int) -> float:
+    """Seconds of one product of so many tokens: of its arithmetic or of its traffic, whichever takes longer."""
     device = terms.device
     assert device is not None, "a timed cost was priced without a device"
-    arithmetic = 2.0 * tokens * weight_values(op) / (device.tera_ops[_rate(scheme, device)] * 1e12)
-    moved = weight_bytes(op, scheme, terms) + HALF_BYTES * tokens * (op.in_features + op.out_features)
-    return max(arithmetic, moved / (device.bandwidth_gb_s * 1e9))
+    rate = rate_of(scheme)
+    arithmetic = 2.0 * tokens * weight_values(op) / (device.tera_ops.get(rate, device.tera_ops[HIGH_RATE]) * 1e12)
+    return max(arithmetic, bytes_moved(op, scheme, terms, tokens) / (device.bandwidth_gb_s * 1e9))
 
 
-def _rate(scheme: Scheme | None, device: DeviceSettings) -> str:
-    """What the product computes in: the format of weight and input where the device multiplies it, else half."""
-    if scheme is None or scheme.weight is None or scheme.input is None:
+def bytes_moved(op: Operator, scheme: Scheme | None, terms: Terms, tokens: int) -> float:
+    """Bytes that one product reads and writes: its weight, and activations in half precision."""
+    return weight_bytes(op, scheme, terms) + HALF_BYTES * tokens * (op.in_features + op.out_features)
+
+
+def rate_of(scheme: Scheme | None) -> str:
+    """What a product computes in: the format of weight and input where they share one, else half precision.
+
+    With weights alone it is `int4_weight` and the like, for devices that say how fast they unpack; half precision for
+    others.
+    """
+    if scheme is None or scheme.weight is None:
         return HIGH_RATE
+    if scheme.input is None:
+        return f"{scheme.weight.number}{scheme.weight.bits}_weight"
     rates = {FORMATS[part.number].rate for part in (scheme.weight, scheme.input)}
-    rate = rates.pop()
-    return rate if not rates and rate in device.tera_ops else HIGH_RATE
+    return rates.pop() if len(rates) == 1 else HIGH_RATE

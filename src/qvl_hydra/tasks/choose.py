@@ -33,7 +33,8 @@ from qvl_hydra.runs.record import RunRecord, record_of, write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import sweep
-from qvl_hydra.tasks.decide import MEASURED, Decision, best_measured, fetch, of_profile, shared, terms_of
+from qvl_hydra.tasks.candidates import MEASURED, best_measured
+from qvl_hydra.tasks.decide import Decision, fetch, of_profile, shared, terms_of
 from qvl_hydra.tasks.keep_lists import Lists, compare_lists
 from qvl_hydra.tasks.prepare import Prepared, prepare
 

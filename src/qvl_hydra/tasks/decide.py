@@ -19,7 +19,7 @@ from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.costs import ERROR, LEAVE
 from qvl_hydra.profiles.joint import Interactions, interactions_from
-from qvl_hydra.profiles.measure import measure_profiles, steps
+from qvl_hydra.profiles.measure import measure_profiles
 from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.select import Budget, select, several
@@ -32,11 +32,12 @@ from qvl_hydra.runs.record import RunRecord, record_of
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks import sweep
+from qvl_hydra.tasks.candidates import MEASURED, best_measured
+from qvl_hydra.tasks.measure_costs import read_costs
 from qvl_hydra.tasks.prepare import Prepared, prepare
 from qvl_hydra.tasks.sweep import versions
 from qvl_hydra.tracking.read import find_runs
 
-MEASURED = ("squared_error", "kl", "kl_answer")  # metrics that a profile's error is measured in
 BISECTIONS = 8
 KEPT = ("scores.parquet", "sample_scores.parquet", "calibration.json")  # of the sweep, copied beside the profile
 
@@ -126,7 +127,9 @@ def shared(record: RunRecord) -> bool:
 
 def terms_of(settings: Settings, schemes: Mapping[str, Scheme]) -> Terms:
     """What prices depend on, by the settings."""
-    return Terms(schemes, settings.profile.high_bits, settings.device, settings.profile)
+    wanted = settings.profile
+    costs = {} if wanted.costs is None else read_costs(wanted.costs)
+    return Terms(schemes, wanted.high_bits, settings.device, wanted, costs)
 
 
 def _require_bound(record: RunRecord, metric: str) -> None:
@@ -181,47 +184,6 @@ def _held_bound(
     return best, (
         f"{budget} is {kept}: measured on {len(samples)} calibration samples the error is {error:.4g} "
         f"(sum of scores {best.predicted:.4g})"
-    )
-
-
-def best_measured(
-    settings: Settings,
-    prepared: Prepared,
-    plans: Sequence[Sequence[Profile]],
-    metric: str,
-    quantizers: Mapping[str, OperatorQuantizer],
-    folder: RunFolder,
-    screen: Screen,
-) -> tuple[list[Profile], str]:
-    """Of the best plans of each budget the one whose error on the scored samples is least; held-out ones only report.
-
-    Args:
-        plans: of each budget, in the order of their sums of scores.
-        metric: that decides, one of `MEASURED`.
-
-    Returns:
-        The plan of each budget, and a sentence for the user.
-    """
-    model, samples, component = prepared.model, prepared.scored, settings.component.name
-    flat = [plan for own in plans for plan in own]
-    different = len({plan.key for plan in flat})
-    screen.total(steps(model, flat, samples, component), f"measuring {different} candidates")
-    try:
-        found = iter(measure_profiles(model, flat, quantizers, samples, component, screen.step, folder))
-    finally:
-        screen.finish()
-    errors = [[max(float(getattr(next(found), metric)), 0.0) for _ in own] for own in plans]  # a KL of 0 is -1e-9
-    best = [min(range(len(own)), key=own.__getitem__) for own in errors]
-    others = sum(index > 0 for index in best)
-    less = [1 - own[index] / own[0] for own, index in zip(errors, best, strict=True) if index]
-    said = (
-        f"of the {settings.profile.candidates} best plans of each budget the one with the least {metric}, measured on "
-        f"{len(samples)} scored samples, was taken: another than the sum of scores ranks first for {others} of "
-        f"{len(plans)} budgets"
-    )
-    return (
-        [own[index] for own, index in zip(plans, best, strict=True)],
-        said + (f", with {100 * sum(less) / len(less):.0f} % less on average" if less else ""),
     )
 
 

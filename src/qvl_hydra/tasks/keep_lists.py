@@ -18,7 +18,7 @@ from qvl_hydra.runs.files import write_json
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
-from qvl_hydra.tasks.decide import MEASURED, best_measured
+from qvl_hydra.tasks.candidates import MEASURED, best_measured
 from qvl_hydra.tasks.prepare import Prepared
 
 FILE = "keep_lists.json"

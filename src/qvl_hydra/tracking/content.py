@@ -30,7 +30,7 @@ _FILES = (
     "config.yaml", "run.json", "end.json", "run.log", "report.html", "description.md", "calibration.json",
     "scores.parquet", "sample_scores.parquet", "resumed_from.json", "inc_order.json", "profile.json", "keep_lists.json",
     "profiles.parquet", "comparison.json", "comparison.parquet", "pairs.parquet", "stability.parquet",
-    "parts.parquet", "regret.parquet", "alignment.parquet",
+    "parts.parquet", "regret.parquet", "alignment.parquet", "costs.parquet",
 )  # fmt: skip
 _FOLDERS = ("figures", "exports", "onnx", "inc", "compressed_tensors", *BACKENDS)
 
