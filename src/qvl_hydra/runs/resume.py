@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from qvl_hydra import __version__
 from qvl_hydra.errors import RunFolderError
 from qvl_hydra.runs.files import read_json, read_yaml, write_json
 from qvl_hydra.runs.folder import FINGERPRINT, RunFolder, adopt, find_resumable
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings, judge_settings
+from qvl_hydra.version import __version__
 
 # What decides neither a score nor its place among others.
 UNFINGERPRINTED = ("tracking", "resume", "compare", "profile", "export", "device", "task")

@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-from qvl_hydra import __version__
 from qvl_hydra.backends.protocol import load_engine
 from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.errors import EngineError
@@ -36,6 +35,7 @@ from qvl_hydra.scores.table import Scored, score_table
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks.prepare import Prepared, prepare
+from qvl_hydra.version import __version__
 
 REFRESH_S = 10.0  # how old scores.parquet may get while the run goes on
 SHOWN, SHOWN_FAILED = 10, 3
