@@ -15,7 +15,7 @@ from qvl_hydra.comparison.agreement import pair, pairs
 from qvl_hydra.comparison.reading import RunScores, read_run
 from qvl_hydra.comparison.result import compare, write_comparison
 from qvl_hydra.comparison.stability import Criterion
-from qvl_hydra.errors import ComparisonError
+from qvl_hydra.errors import ComparisonError, RunFolderError
 from tests.made_up_runs import operator_rows, write_run
 
 CRITERION = Criterion(top_k=5, overlap=0.8, confidence=0.95)
@@ -238,3 +238,12 @@ def test_a_run_that_did_not_finish_is_compared_and_named(tmp_path: Path) -> None
     name = found[1].name
     assert verdicts[0] == f"{name} did not finish: its scores cover {len(found[1].scores)} operators on 4 samples."
     assert len(verdicts) == 2
+
+
+def test_an_operator_that_stands_twice_is_a_damaged_table(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    table = pd.read_parquet(folder / "scores.parquet")
+    table.loc[3, "op"] = table.loc[0, "op"]
+    table.to_parquet(folder / "scores.parquet")
+    with pytest.raises(RunFolderError, match=rf"scores\.parquet.*{table.loc[0, 'op']} stands in it twice"):
+        read_run(folder)

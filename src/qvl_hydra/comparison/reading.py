@@ -11,7 +11,7 @@ import pandas as pd
 
 from qvl_hydra.comparison.resampling import SampleTable, sample_table
 from qvl_hydra.errors import ComparisonError
-from qvl_hydra.runs.files import read_json, read_table, read_yaml
+from qvl_hydra.runs.files import damaged, read_json, read_table, read_yaml
 from qvl_hydra.runs.record import RunRecord, read_record
 
 NEEDED = ("op", "component", "block", "role", "group", "status", "score", "rank", "metric", "estimator")  # columns
@@ -60,12 +60,15 @@ def read_run(folder: Path, *, name: str | None = None, scheme: str | None = None
 
     Raises:
         ComparisonError: the folder has no scores.
+        RunFolderError: a file of it is damaged.
     """
     path = folder / ("scores.parquet" if scheme is None else f"scores_{scheme}.parquet")
     if not path.exists():
         others = ", ".join(sorted(item.name for item in folder.glob("scores*.parquet"))) or "no scores at all"
         raise ComparisonError(f"{folder} has no {path.name} ({others}); give the folder of a sweep that has scores")
     table = read_table(path, NEEDED).set_index("op", drop=False)
+    if table.index.has_duplicates:
+        raise damaged(path, f"{table.index[table.index.duplicated()][0]} stands in it twice")
     run = read_record(folder) or RunRecord("sweep", "partial")  # the run goes on
     tracked = read_json(folder / "mlflow.json")
     config = read_yaml(folder / "config.yaml")
