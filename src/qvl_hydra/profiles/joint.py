@@ -41,6 +41,11 @@ class Interactions:
     samples: Shaped[Array, " draw"]
     scores: Float[Array, " row"]
 
+    def error(self, quantized: Collection[str]) -> float:
+        """The predicted error with exactly these rows quantized."""
+        chosen = np.array([name in quantized for name in self.names])
+        return _joint(self.signed[chosen], np.maximum(self.scores[chosen], 0.0)) if chosen.any() else 0.0
+
     def joint(self, quantized: Collection[str]) -> tuple[float, float, float]:
         """The predicted error with exactly these rows quantized, and an interval of 95 % over samples."""
         chosen = np.array([name in quantized for name in self.names])
@@ -74,6 +79,28 @@ def _joint(signed: Float[Array, "row draw"], scores: Float[Array, " row"]) -> fl
     kept = max(0.0, 1.0 - 1.0 / (draws * mean_square)) if mean_square > 0 else 0.0
     root = np.sqrt(scores)
     return max(float(scores.sum() + kept * (root @ cosines @ root)), 0.0)
+
+
+def interactions_of(
+    samples: pd.DataFrame, scores: pd.Series, scheme: str | None, metric: str
+) -> Interactions | None:
+    """The interactions of a sweep's rows, one by one; None where one has no signed sums.
+
+    Args:
+        samples: `sample_scores.parquet`.
+        scores: of each row, by its name.
+    """
+    if "signed" not in samples:
+        return None
+    frame = samples[(samples["metric"] == metric) & samples["signed"].notna()]
+    frame = frame if scheme is None else frame[frame["scheme"] == scheme]
+    table = frame.pivot_table(index="op", columns=["sample", "probe"], values="signed", sort=False)
+    if table.empty or not scores.index.isin(table.index).all():
+        return None
+    signed = table.loc[scores.index].to_numpy()
+    whole = np.isfinite(signed).all(0)
+    places = table.columns.get_level_values("sample").astype(str).to_numpy()[whole]
+    return Interactions(tuple(scores.index), signed[:, whole], places, scores.to_numpy(dtype=float))
 
 
 def interactions_from(samples: pd.DataFrame, units: Sequence[Unit], scheme: str, metric: str) -> Interactions | None:

@@ -13,11 +13,13 @@ import yaml
 from qvl_hydra.blockwise.census import FLOAT16
 from qvl_hydra.comparison.reading import RunScores, read_run
 from qvl_hydra.comparison.stability import Criterion, predicted_curve, smallest_stable_size, top_probability
+from qvl_hydra.profiles.families import name_of
 from qvl_hydra.reports.bars import ranked_bars
 from qvl_hydra.reports.chart import Point, Series, chart
 from qvl_hydra.reports.figures import bars_figure, chart_figure, heat_figure, write_figure
 from qvl_hydra.reports.heat import Row, heat_map
 from qvl_hydra.reports.page import Column, Section, facts, notes, number, table, text, write_page
+from qvl_hydra.runs.files import read_table
 
 REPORT = "report.html"
 FIGURES = "figures"
@@ -60,6 +62,7 @@ def write_sweep_report(folder: Path, extra: Sequence[Section] = ()) -> Path:
     sections = [
         Section("Run", _summary(run)),
         Section("Blocks and roles", heat_map(run.table)),
+        *_families(folder),
         Section("Most sensitive operators", ranked_bars(run.table)),
         Section("How many samples are enough", stability_section(curve, criterion, run)),
         *extra,
@@ -72,6 +75,25 @@ def write_sweep_report(folder: Path, extra: Sequence[Section] = ()) -> Path:
     ]
     title = " · ".join(filter(None, (run.run.model, run.run.component, run.run.strategy, run.run.backend)))
     return write_page(folder / REPORT, title or folder.name, sections)
+
+
+def _families(folder: Path) -> list[Section]:
+    """Families of modules, where the run has them."""
+    path = folder / "families.parquet"
+    if not path.exists():
+        return []
+    rows = [
+        [name_of(row), row["n_ops"], row["left"], row["alone"], row["sum_of_scores"]]
+        for row in read_table(path).to_dict("records")
+    ]
+    names = ("operators", "left alone wins", "quantized alone costs", "sum of scores")
+    columns = [Column("family"), *(Column(name, number=True) for name in names)]
+    how = (
+        "Predicted, in the unit of the scores: by how much the error of everything quantized falls when a family stays "
+        "in high precision, and the error with nothing else quantized. Effects that add up or cancel are in them where "
+        "a sketch left its signed sums."
+    )
+    return [Section("Families", table(columns, rows, identity="families") + notes([how]))]
 
 
 def _census(scores: pd.DataFrame) -> list[Section]:

@@ -39,7 +39,8 @@ from qvl_hydra.tasks.sweep import versions
 from qvl_hydra.tracking.read import find_runs
 
 BISECTIONS = 8
-KEPT = ("scores.parquet", "sample_scores.parquet", "calibration.json")  # of the sweep, copied beside the profile
+# Of the sweep, copied beside the profile.
+KEPT = ("scores.parquet", "sample_scores.parquet", "families.parquet", "calibration.json")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.estimators.table import estimator_of
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
 from qvl_hydra.operators.discover import uncovered
+from qvl_hydra.profiles.families import families, name_of
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.files import read_table, write_json, write_parquet
@@ -39,6 +40,7 @@ from qvl_hydra.version import __version__
 
 REFRESH_S = 10.0  # how old scores.parquet may get while the run goes on
 SHOWN, SHOWN_FAILED = 10, 3
+FAMILIES_SHOWN = 5
 NOTHING_SCORED = "no operator could be scored; are the model's weights whole, and do the samples reach its operators?"
 PACKAGES = (
     "torch", "transformers", "numpy", "pandas", "hydra-core", "mlflow", "neural-compressor", "onnx", "onnxruntime-gpu",
@@ -165,7 +167,10 @@ def _write_results(
     for scheme, (table, _) in tables.items():
         name = "scores.parquet" if scheme == main else f"scores_{scheme}.parquet"
         write_parquet(folder.path / name, table)
-    write_parquet(folder.path / "sample_scores.parquet", folder.frame())
+    frame = folder.frame()
+    write_parquet(folder.path / "sample_scores.parquet", frame)
+    grouped = families(tables[main][0], frame, main, BACKENDS[settings.backend.name].shares)
+    write_parquet(folder.path / "families.parquet", grouped)
     record = _run_record(settings, prepared, report, tables[main], main, note)
     write_record(folder.path, record)
     write_sweep_report(folder.path)
@@ -229,6 +234,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "qvl_hydra": __version__, **installed_versions(PACKAGES)}
 
 
+def _show_families(folder: RunFolder, screen: Screen) -> None:
+    """What leaving a family of modules in high precision wins."""
+    grouped = read_table(folder.path / "families.parquet").to_dict("records")
+    if len(grouped) <= FAMILIES_SHOWN:
+        return  # the operators themselves say as much
+    rows = [
+        [name_of(row), str(row["n_ops"]), f"{row['left']:.3g}", f"{row['alone']:.3g}"]
+        for row in grouped[:FAMILIES_SHOWN]
+    ]
+    columns = ["family", "operators", "left alone wins", "quantized alone costs"]
+    screen.table("families of modules that lose most (predicted)", columns, rows)
+
+
 def _show(settings: Settings, folder: RunFolder, report: EngineReport, record: RunRecord, screen: Screen) -> None:
     table = read_table(folder.path / "scores.parquet")
     top = table[table["status"] == "scored"].sort_values("rank").head(SHOWN)
@@ -244,6 +262,7 @@ def _show(settings: Settings, folder: RunFolder, report: EngineReport, record: R
     ]
     if rows:
         screen.table(title, ["operator", "score", "95 % interval", "by"], rows)
+        _show_families(folder, screen)
     for note in report.notes:
         screen.say(note)
     agreement = report.details.get("agreement")

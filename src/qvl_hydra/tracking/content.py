@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from qvl_hydra.backends.table import BACKENDS
+from qvl_hydra.profiles.families import THIRDS
 from qvl_hydra.runs.files import read_json, read_table, read_yaml
 from qvl_hydra.runs.record import read_record
 from qvl_hydra.tracking.store import masked
@@ -31,6 +32,7 @@ _FILES = (
     "scores.parquet", "sample_scores.parquet", "resumed_from.json", "inc_order.json", "profile.json", "keep_lists.json",
     "profiles.parquet", "comparison.json", "comparison.parquet", "pairs.parquet", "stability.parquet",
     "parts.parquet", "regret.parquet", "alignment.parquet", "costs.parquet",
+    "families.parquet",
 )  # fmt: skip
 _FOLDERS = ("figures", "exports", "onnx", "inc", "compressed_tensors", *BACKENDS)
 
@@ -75,9 +77,17 @@ def metrics(folder: Path) -> list[Measured]:
         for key, value in _leaves(_plain(folder), "/")
         if isinstance(value, int | float) and not isinstance(value, bool) and key not in _IDENTITY
     ]
+    path = folder / "families.parquet"
+    found += list(_family_metrics(read_table(path))) if path.exists() else []
     path = folder / "profiles.parquet"
     found += list(_profile_metrics(read_table(path))) if path.exists() else []
     return [metric for metric in found if math.isfinite(metric.value)]
+
+
+def _family_metrics(families: pd.DataFrame) -> Iterator[Measured]:
+    """What leaving a family wins, one curve a role; the step is the third of the tower, from the front."""
+    for row in families[families["depth"] != ""].to_dict("records"):
+        yield Measured(_legal(f"by_family/{row['component']}.{row['role']}"), row["left"], THIRDS.index(row["depth"]))
 
 
 def _profile_metrics(profiles: pd.DataFrame) -> Iterator[Measured]:

@@ -1,0 +1,61 @@
+"""Families of modules against plain sums, and against effects that are known to add up or cancel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qvl_hydra.profiles.families import THIRDS, families, name_of
+
+NO_SAMPLES = pd.DataFrame({"op": []})
+
+
+def table(blocks: int = 6) -> pd.DataFrame:
+    rows = [
+        {"op": f"layers.{b}.{role}", "component": "lm", "block": b, "role": role, "group": f"layers.{b}.qk", "score": s}
+        for b in range(blocks)
+        for role, s in (("q_proj", 1.0 + b), ("k_proj", 0.5))
+    ]
+    head = dict.fromkeys(("op", "role", "group"), "lm_head")
+    rows.append({**head, "component": "lm", "block": None, "score": 4.0})
+    return pd.DataFrame(rows).assign(status="scored", metric="kl")
+
+
+def test_without_signed_sums_families_are_sums() -> None:
+    found = families(table(), NO_SAMPLES, "w8")
+    by_name = {name_of(row): row for row in found.to_dict("records")}
+    assert set(by_name) == {f"language {role} {third}" for role in ("q_proj", "k_proj") for third in THIRDS} | {
+        "language lm_head"
+    }
+    late = by_name["language q_proj late"]  # blocks 4 and 5
+    assert (late["n_ops"], late["alone"], late["left"], late["sum_of_scores"]) == (2, 11.0, 11.0, 11.0)
+    assert found["left"].is_monotonic_decreasing
+
+
+def test_of_a_unit_that_shares_its_score_one_operator_counts() -> None:
+    found = families(table(), NO_SAMPLES, "w8", shared=True)
+    assert found["n_ops"].sum() == 7  # six units and the head
+
+
+def test_effects_that_cancel_and_add_up_are_seen() -> None:
+    """Two operators of opposite sign in every draw undo each other; two of equal sign cost four times one."""
+    scores = pd.DataFrame(
+        {"op": list("abcd"), "component": "vision", "block": [0, 0, 0, 0], "role": ["up", "up", "down", "down"],
+         "group": list("abcd"), "score": 1.0, "status": "scored", "metric": "kl"}
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    rows = []
+    for sample in range(200):
+        one, other = rng.choice([-1.0, 1.0], 2)
+        for op, signed in zip("abcd", (one, -one, other, other), strict=True):
+            rows.append({"op": op, "sample": str(sample), "probe": 0, "signed": signed, "scheme": "w8", "metric": "kl"})
+    found = families(scores, pd.DataFrame(rows), "w8").set_index("role")
+    assert found.loc["up", "alone"] == pytest.approx(0.0, abs=0.05)
+    assert found.loc["down", "alone"] == pytest.approx(4.0, rel=0.05)
+    assert found.loc["down", "left"] == pytest.approx(4.0, rel=0.2)
+    assert found.loc["up", "sum_of_scores"] == 2.0
+
+
+def test_nothing_scored_has_no_families() -> None:
+    assert families(table().assign(status="failed"), NO_SAMPLES, "w8").empty
