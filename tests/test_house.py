@@ -6,9 +6,12 @@ import ast
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import torch
 
 import qvl_hydra
+from qvl_hydra.estimators.metrics import next_token_labels
 
 ROOT = Path(qvl_hydra.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -90,3 +93,12 @@ def test_no_room_is_over_fifteen_percent() -> None:
 def test_a_long_file_says_why(file: Path) -> None:
     said = ast.get_docstring(ast.parse(file.read_text())) or ""
     assert "one file because" in " ".join(said.split()).lower(), f"{file} has {LINES[file]} lines"
+
+
+def test_shapes_and_types_are_checked_while_tests_run() -> None:
+    def call() -> None:
+        for _ in range(20):  # of a function that was called often each twentieth call is checked
+            next_token_labels(torch.zeros(2, 2, dtype=torch.int64))  # a row of labels is asked for
+
+    with pytest.raises(jaxtyping.TypeCheckError):
+        call()

@@ -134,8 +134,9 @@ def test_several_schemes_in_one_walk_resident_and_streamed(name: str) -> None:
         quantizers = Quantizers(own, operators, samples, "full", schemes)
         found[own.streamed] = measure_profiles(own, profiles, quantizers, samples, "full")
     assert found[True] == found[False]
+    made = dict(Quantizers(model, operators, samples, "full", schemes))
     for profile, measured in zip(profiles, found[False], strict=True):
-        expected = one_by_one(model, profile, Quantizers(model, operators, samples, "full", schemes), samples, "full")
+        expected = one_by_one(model, profile, made, samples, "full")
         assert vars(measured) == pytest.approx(vars(expected), rel=1e-3)
     assert all(parameter.is_meta for parameter in streamed.module.parameters())
 
