@@ -29,8 +29,8 @@ def test_without_signed_sums_families_are_sums() -> None:
         "language lm_head"
     }
     late = by_name["language q_proj late"]  # blocks 4 and 5
-    assert (late["n_ops"], late["alone"], late["left"], late["sum_of_scores"]) == (2, 11.0, 11.0, 11.0)
-    assert found["left"].is_monotonic_decreasing
+    assert (late["n_ops"], late["together"], late["sum_of_scores"]) == (2, 11.0, 11.0)
+    assert found["sum_of_scores"].is_monotonic_decreasing
 
 
 def test_of_a_unit_that_shares_its_score_one_operator_counts() -> None:
@@ -51,9 +51,8 @@ def test_effects_that_cancel_and_add_up_are_seen() -> None:
         for op, signed in zip("abcd", (one, -one, other, other), strict=True):
             rows.append({"op": op, "sample": str(sample), "probe": 0, "signed": signed, "scheme": "w8", "metric": "kl"})
     found = families(scores, pd.DataFrame(rows), "w8").set_index("role")
-    assert found.loc["up", "alone"] == pytest.approx(0.0, abs=0.05)
-    assert found.loc["down", "alone"] == pytest.approx(4.0, rel=0.05)
-    assert found.loc["down", "left"] == pytest.approx(4.0, rel=0.2)
+    assert found.loc["up", "together"] == pytest.approx(0.0, abs=0.05)
+    assert found.loc["down", "together"] == pytest.approx(4.0, rel=0.05)
     assert found.loc["up", "sum_of_scores"] == 2.0
 
 

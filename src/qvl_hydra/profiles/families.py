@@ -1,4 +1,4 @@
-"""Families of modules: component by projection by depth, and what each costs quantized alone and left alone."""
+"""Families of modules: component by projection by depth, and what each costs, quantized and nothing else with it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ COLUMNS = (
     "depth",  # third of the tower's blocks; empty outside them
     "n_ops",
     "sum_of_scores",
-    "alone",  # predicted error with this family quantized and nothing else
-    "left",  # by how much the error of everything quantized falls when this family is left in high precision
+    "together",  # predicted error with this family quantized and nothing else
 )
 
 
 def families(scores: pd.DataFrame, samples: pd.DataFrame, scheme: str | None, shared: bool = False) -> pd.DataFrame:
-    """One row a family, what leaving it wins most first.
+    """One row a family, the highest sum of scores first.
 
     Args:
         scores: `scores.parquet`.
-        samples: `sample_scores.parquet`; with a sketch's signed sums effects that add up or cancel are in the
-            predictions, else they are sums of scores.
+        samples: `sample_scores.parquet`; with a sketch's signed sums effects that add up or cancel within a family are
+            in `together`, else it is the sum of scores.
         shared: the score of an operator is that of its whole fused unit: of a unit one counts.
 
     Returns:
@@ -41,7 +40,6 @@ def families(scores: pd.DataFrame, samples: pd.DataFrame, scheme: str | None, sh
         return pd.DataFrame(columns=list(COLUMNS))
     own = scored.set_index("op")["score"].astype(float).clip(lower=0.0)
     found = interactions_of(samples, own, scheme, str(scored["metric"].iloc[0]))
-    whole = _together(own, found, set(own.index))
     rows: list[dict[str, Any]] = []
     keys = scored.assign(depth=_depth(scored)).groupby(["component", "role", "depth"], sort=False)["op"]
     for key, ops in keys:
@@ -51,11 +49,10 @@ def families(scores: pd.DataFrame, samples: pd.DataFrame, scheme: str | None, sh
                 **dict(zip(COLUMNS, key, strict=False)),
                 "n_ops": len(names),
                 "sum_of_scores": float(own[list(names)].sum()),
-                "alone": _together(own, found, names),
-                "left": whole - _together(own, found, set(own.index) - names),
+                "together": _together(own, found, names),
             }
         )
-    return pd.DataFrame(rows, columns=list(COLUMNS)).sort_values("left", ascending=False, ignore_index=True)
+    return pd.DataFrame(rows, columns=list(COLUMNS)).sort_values("sum_of_scores", ascending=False, ignore_index=True)
 
 
 def name_of(row: Mapping[Any, Any]) -> str:

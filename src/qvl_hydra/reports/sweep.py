@@ -83,15 +83,14 @@ def _families(folder: Path) -> list[Section]:
     if not path.exists():
         return []
     rows = [
-        [name_of(row), row["n_ops"], row["left"], row["alone"], row["sum_of_scores"]]
+        [name_of(row), row["n_ops"], row["sum_of_scores"], row["together"]]
         for row in read_table(path).to_dict("records")
     ]
-    names = ("operators", "left alone wins", "quantized alone costs", "sum of scores")
+    names = ("operators", "sum of scores", "quantized together")
     columns = [Column("family"), *(Column(name, number=True) for name in names)]
     how = (
-        "Predicted, in the unit of the scores: by how much the error of everything quantized falls when a family stays "
-        "in high precision, and the error with nothing else quantized. Effects that add up or cancel are in them where "
-        "a sketch left its signed sums."
+        "In the unit of the scores. Together: the predicted error with the family quantized and nothing else, where "
+        "effects that add up or cancel count if a sketch left its signed sums."
     )
     return [Section("Families", table(columns, rows, identity="families") + notes([how]))]
 

@@ -235,16 +235,16 @@ def versions() -> dict[str, str]:
 
 
 def _show_families(folder: RunFolder, screen: Screen) -> None:
-    """What leaving a family of modules in high precision wins."""
+    """What families of modules lose."""
     grouped = read_table(folder.path / "families.parquet").to_dict("records")
     if len(grouped) <= FAMILIES_SHOWN:
         return  # the operators themselves say as much
     rows = [
-        [name_of(row), str(row["n_ops"]), f"{row['left']:.3g}", f"{row['alone']:.3g}"]
+        [name_of(row), str(row["n_ops"]), f"{row['sum_of_scores']:.4g}", f"{row['together']:.4g}"]
         for row in grouped[:FAMILIES_SHOWN]
     ]
-    columns = ["family", "operators", "left alone wins", "quantized alone costs"]
-    screen.table("families of modules that lose most (predicted)", columns, rows)
+    columns = ["family", "operators", "sum of scores", "together"]
+    screen.table("families of modules that lose most", columns, rows)
 
 
 def _show(settings: Settings, folder: RunFolder, report: EngineReport, record: RunRecord, screen: Screen) -> None:

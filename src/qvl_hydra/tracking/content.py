@@ -85,9 +85,10 @@ def metrics(folder: Path) -> list[Measured]:
 
 
 def _family_metrics(families: pd.DataFrame) -> Iterator[Measured]:
-    """What leaving a family wins, one curve a role; the step is the third of the tower, from the front."""
+    """What a family loses, one curve a role; the step is the third of the tower, from the front."""
     for row in families[families["depth"] != ""].to_dict("records"):
-        yield Measured(_legal(f"by_family/{row['component']}.{row['role']}"), row["left"], THIRDS.index(row["depth"]))
+        name = _legal(f"by_family/{row['component']}.{row['role']}")
+        yield Measured(name, row["sum_of_scores"], THIRDS.index(row["depth"]))
 
 
 def _profile_metrics(profiles: pd.DataFrame) -> Iterator[Measured]:
