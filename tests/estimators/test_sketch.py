@@ -26,6 +26,7 @@ from qvl_hydra.estimators.probes import (
     sign_probes,
 )
 from qvl_hydra.estimators.reverse import ReverseSegment, step_back
+from qvl_hydra.families.experts import ExpertProduct
 from qvl_hydra.families.stages import Segment
 from qvl_hydra.models import memory
 from qvl_hydra.models.load import LoadedModel
@@ -337,6 +338,10 @@ def sketch_and_autograd(
     expected = []
     for (path, (x, _)), gradient in zip(seen.items(), gradients, strict=True):
         change = weight_change(model.module.get_submodule(path).weight, WeightFormat(8)).float()
-        products = (x.float().flatten(0, -2) @ change.T) * gradient.float().reshape(-1, len(change))
+        module = model.module.get_submodule(path)
+        made = x.float().flatten(0, -2) @ change.T
+        if isinstance(module, ExpertProduct):  # every expert's product, and of these the chosen one's
+            made = made.unflatten(-1, (module.experts, -1))[torch.arange(len(made)), module.chosen]
+        products = made * gradient.float().reshape(made.shape)
         expected.append(float(products.sum()) ** 2)
     return [found[path] for path in seen], expected

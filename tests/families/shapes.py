@@ -41,6 +41,7 @@ DELTA = {
         "mrope_interleaved": True,
     },
 }  # fmt: skip
+MIXTURE = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 # name -> family, keys of the whole config, of the text config, of the vision config
 SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "windows_tied": (
@@ -57,6 +58,15 @@ SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
         TOWER | {"deepstack_visual_indexes": [0, 1, 2], "hidden_size": 40, "num_heads": 2},
     ),
     "no_taps": ("qwen3_vl", {}, TEXT | INTERLEAVED, TOWER | {"deepstack_visual_indexes": []}),
+    "experts": (
+        "qwen3_vl_moe", {}, TEXT | INTERLEAVED | MIXTURE | {"mlp_only_layers": [1]},
+        TOWER | {"deepstack_visual_indexes": [0, 1]},
+    ),
+    "square_experts": (  # as many values in as out, whose layout no shape tells
+        "qwen3_vl_moe", {"tie_word_embeddings": True},
+        TEXT | INTERLEAVED | MIXTURE | {"decoder_sparse_step": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 1},
+        TOWER | {"deepstack_visual_indexes": [1]},
+    ),
     "gated_delta": ("qwen3_5", {}, TEXT | DELTA, TOWER),
     "text_bias": ("qwen2", TEXT | {"tie_word_embeddings": True}, {}, {}),
     "text_norms": ("qwen3", TEXT | {"head_dim": 12}, {}, {}),

@@ -90,7 +90,7 @@ def test_tied_embeddings_serve_as_head(tmp_path: Path) -> None:
 def test_a_weight_that_is_not_there() -> None:
     checkpoint = Checkpoint(load_tiny().description.folder, FAMILIES["qwen2_5_vl"])
     with pytest.raises(ModelError, match=r"no weight model\.language_model\.layers\.99"):
-        checkpoint.read("model.language_model.layers.99.mlp.up_proj.weight", torch.device("cpu"), torch.float32)
+        checkpoint.read("model.language_model.layers.99.mlp.up_proj.weight", (1, 1), torch.device("cpu"), torch.float32)
 
 
 def test_modules_are_made_as_ever_after_parameters_on_meta() -> None:

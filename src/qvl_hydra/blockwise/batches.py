@@ -37,12 +37,16 @@ class Batch:
         """Where each sample's tokens are in the batch, its rows one behind the other.
 
         Args:
-            tokens: in the whole batch; packed ones can be patches or what a merger makes of four.
+            tokens: in the whole batch; packed ones can be patches or what a merger makes of four, the others tokens or
+                the values that each is at a mixture's experts.
         """
         samples = self.context.samples
         if not packed:
             longest = tokens // len(samples)
-            return [slice(row * longest, row * longest + s.input_ids.numel()) for row, s in enumerate(samples)]
+            values = longest // self.context.text.shape[1]
+            return [
+                slice(row * longest, row * longest + s.input_ids.numel() * values) for row, s in enumerate(samples)
+            ]
         ends = list(accumulate(sample.patches for sample in samples))
         ends = [end * tokens // ends[-1] for end in ends]
         return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]

@@ -24,7 +24,7 @@ from qvl_hydra.estimators.metrics import error_counts, error_sums, next_token_la
 from qvl_hydra.estimators.positions import scored_positions
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
-from qvl_hydra.operators.kinds import apply_operator
+from qvl_hydra.operators.kinds import apply_operator, some_copies
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.apply import replaced_forwards
 from qvl_hydra.quantization.qdq import OperatorQuantizer, quantized_operator
@@ -175,7 +175,8 @@ def _mixed_forward(quantizer: OperatorQuantizer, mask: Tensor, count: int) -> Ca
         part = inputs[chosen].flatten(0, 1)
         y = apply_operator(module, x, module.weight)  # type: ignore[arg-type]
         outputs = y.view(count, y.shape[0] // count, *y.shape[1:])
-        quantized = quantized_operator(module, part, quantizer)
+        with some_copies(module, chosen, count):
+            quantized = quantized_operator(module, part, quantizer)
         outputs[chosen] = quantized.view(-1, *outputs.shape[1:])
         return y
 

@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from qvl_hydra.models.memory import row_parts
-from qvl_hydra.operators.kinds import as_tokens
+from qvl_hydra.operators.kinds import as_tokens, product, slots
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.formats.record import QuantParams
 from qvl_hydra.quantization.qdq import qdq_activation
@@ -42,6 +41,7 @@ class OperatorError:
         weight: change of the output by the weight's error, (token, out); this and the others in the model's dtype.
         input: rounding error of the input, (token, in).
         output: rounding error of the output, (token, out).
+        slots: how many of these one token of the sample is; their products add up.
         weight_products, activation_products: one (token,) tensor a probe.
         taken: probes so far.
     """
@@ -49,6 +49,7 @@ class OperatorError:
     weight: Tensor | None
     input: Tensor | None
     output: Tensor | None
+    slots: int = 1
     weight_products: list[Tensor] = field(default_factory=list)
     activation_products: list[Tensor] = field(default_factory=list)
     taken: int = 0
@@ -57,11 +58,15 @@ class OperatorError:
         """Take the products with a probe's gradient at the operator's output and input."""
         self.taken += 1
         if self.weight is not None:
-            self.weight_products.append(_dot(g, self.weight))
+            self.weight_products.append(self._by_token(_dot(g, self.weight)))
         pairs = ((to_input, self.input), (g, self.output))
         activation = [_dot(gradient, change) for gradient, change in pairs if change is not None]
         if activation:
-            self.activation_products.append(activation[0] if len(activation) == 1 else activation[0] + activation[1])
+            found = activation[0] if len(activation) == 1 else activation[0] + activation[1]
+            self.activation_products.append(self._by_token(found))
+
+    def _by_token(self, products: Float[Tensor, "value"]) -> Float[Tensor, "token"]:
+        return products if self.slots == 1 else products.view(-1, self.slots).sum(-1)
 
 
 def _dot(first: Float[Tensor, "token value"], second: Float[Tensor, "token value"]) -> Float[Tensor, "token"]:
@@ -95,19 +100,19 @@ def operator_error(module: nn.Module, x: Float[Tensor, "token *in"], change: Ope
     """
     scheme, dtype = change.scheme, x.dtype
     tokens = as_tokens(module, x)
-    by_weight = None if change.weight is None else tokens @ change.weight.T
+    by_weight = None if change.weight is None else product(module, tokens, change.weight)
     quantized = qdq_activation(tokens.float(), scheme.input, change.input)
     by_input = None if scheme.input is None else (quantized - tokens).to(dtype)
     by_output = None
     if scheme.output is not None:
         weight: Tensor = module.weight.flatten(1).float()  # type: ignore[operator, union-attr]
         rounded = weight if change.weight is None else weight + change.weight.float()
-        y = functional.linear(quantized, rounded)
+        y = product(module, quantized, rounded)
         bias: Tensor | None = module.bias  # type: ignore[assignment]
         shift = 0.0 if bias is None else bias.float()
         after = qdq_activation(y + shift, scheme.output, change.output)
         by_output = (after - shift - y).to(dtype)
-    return OperatorError(by_weight, by_input, by_output)
+    return OperatorError(by_weight, by_input, by_output, slots(module))
 
 
 def combine(

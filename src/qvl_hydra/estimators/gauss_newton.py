@@ -58,15 +58,27 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
 
 @dataclass
 class WeightGram:
-    """Squared norms of `sum_t g_t x_t'` of an operator, one (sample,) tensor a probe."""
+    """Squared norms of `sum_t g_t x_t'` of an operator, one (sample,) tensor a probe.
+
+    Attributes:
+        experts: whose weight each value is multiplied with; None: there is one weight.
+    """
 
     x: Float[Tensor, "token in"]
     samples_of: SamplesOf
+    experts: Tensor | None = None
     traces: list[Tensor] = field(default_factory=list)
 
     def take(self, g: Float[Tensor, "token out"], to_input: Float[Tensor, "token in"]) -> None:
         """Take one probe's."""
-        self.traces.append(torch.stack([_squared_norm(g[s], self.x[s]) for s in self.samples_of(len(g))]))
+        self.traces.append(torch.stack([self._trace(g, own) for own in self.samples_of(len(g))]))
+
+    def _trace(self, g: Float[Tensor, "value out"], values: slice) -> Tensor:
+        g, x = g[values], self.x[values]
+        if self.experts is None:
+            return _squared_norm(g, x)
+        experts = self.experts[values]
+        return torch.stack([_squared_norm(g[experts == e], x[experts == e]) for e in experts.unique()]).sum()
 
 
 def _squared_norm(g: Float[Tensor, "token out"], x: Float[Tensor, "token in"]) -> Tensor:
@@ -88,7 +100,7 @@ class WeightCurvature:
     factors: Mapping[str, Sequence[float]]
 
     def tap(self, path: str, module: nn.Module, x: Tensor, samples_of: SamplesOf) -> list[WeightGram]:
-        return [WeightGram(as_tokens(module, x), samples_of)]
+        return [WeightGram(as_tokens(module, x), samples_of, getattr(module, "chosen", None))]
 
     def collect(
         self, targets: Sequence[Target], taps: Mapping[str, Sequence[WeightGram]], samples_of: SamplesOf

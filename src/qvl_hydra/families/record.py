@@ -35,6 +35,8 @@ class Family:
         names: consumer to its prefixes for language tower, vision tower and head, where they are not the modules' own.
         fused: role to the name of the product that runtimes make of it and its neighbours.
         towers: they can be taken apart, for ONNX graphs and for backends that want modules of their own.
+        adapt: `module:function`; makes operators of weights that transformers holds as bare parameters; None: all are
+            modules.
         proxy_shape: bundled model whose tokenizer and image processor a shape without weights takes.
     """
 
@@ -48,6 +50,7 @@ class Family:
     names: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
     fused: Mapping[str, str] = field(default_factory=lambda: FUSED)
     towers: bool = False
+    adapt: str | None = None
     proxy_shape: str | None = None
 
     @cached_property
@@ -71,9 +74,11 @@ class Family:
 
     def load_stages(self) -> Callable[[Any], Any]:
         """The function that makes a model's stages, imported now; see `families.stages`."""
-        module, _, function = self.stages.partition(":")
-        found: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
-        return found
+        return _load(self.stages)
+
+    def adapted(self, model: Any) -> Any:
+        """A model of transformers with everything that can be quantized as a module of its own."""
+        return model if self.adapt is None else _load(self.adapt)(model)
 
     def renamed(self, path: str, consumer: str) -> str:
         """A module path as a consumer names it."""
@@ -85,3 +90,10 @@ class Family:
         if self.visual and path.startswith(f"{self.visual}."):
             return vision + path.removeprefix(f"{self.visual}.")
         return language + path.removeprefix(f"{self.language}.")
+
+
+def _load(name: str) -> Callable[[Any], Any]:
+    """`module:function`, imported now."""
+    module, _, function = name.partition(":")
+    found: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
+    return found

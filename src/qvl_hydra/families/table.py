@@ -20,6 +20,8 @@ _QWEN2_NAMES = {"checkpoint": ("model.", "visual.", "lm_head"), "vllm": _VLLM}
 _TEXT = "qvl_hydra.families.text:stages"
 _QWEN2_VL = "qvl_hydra.families.qwen2_vl:stages"
 _QWEN3_VL = "qvl_hydra.families.qwen3_vl:stages"
+# Bare parameters of a checkpoint that become modules.
+_EXPERTS = ((r"(\.mlp\.experts\.(?:gate_up_proj|down_proj))$", r"\1.weight"),)
 _GATED_DELTA = {  # of a layer with linear attention
     "in_proj_qkv": "in_proj_qkvz",
     "in_proj_z": "in_proj_qkvz",
@@ -41,6 +43,11 @@ FAMILIES = {
         Family(
             "qwen3_vl", "Qwen3VLForConditionalGeneration", _QWEN3_VL, position_class="Qwen3VLModel",
             names={"vllm": _VLLM}, proxy_shape="tiny_qwen3_vl",
+        ),
+        Family(
+            "qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", _QWEN3_VL, position_class="Qwen3VLMoeModel",
+            renames=_EXPERTS, names={"vllm": _VLLM}, adapt="qvl_hydra.families.experts:routed",
+            proxy_shape="tiny_qwen3_vl",
         ),
         Family(
             "qwen3_5", "Qwen3_5ForConditionalGeneration", _QWEN3_VL, position_class="Qwen3_5Model",

@@ -130,6 +130,7 @@ def describe_model(settings: ModelSettings) -> ModelDescription:
             skeleton: Any = family.load_class()(config)
         if config.tie_word_embeddings:
             skeleton.tie_weights()
+        skeleton = family.adapted(skeleton)
     except Exception as error:  # of a config that anybody may have written
         raise ModelError(
             f"model.path={settings.path}: {folder / 'config.json'} describes no model that can be built "
@@ -290,12 +291,12 @@ def _pretrained_model(description: ModelDescription) -> nn.Module:
         )
     except Exception as error:
         raise ModelError(f"{description.folder}: the weights cannot be read: {first_line(error)}") from error
-    return model
+    return description.family.adapted(model)
 
 
 def _streamed_model(description: ModelDescription, device: torch.device) -> nn.Module:
     with parameters_on_meta():
-        model: nn.Module = description.family.load_class()(description.config)
+        model: nn.Module = description.family.adapted(description.family.load_class()(description.config))
     for owner in model.modules():
         for name, buffer in owner._buffers.items():
             owner._buffers[name] = None if buffer is None else buffer.to(device)
@@ -310,7 +311,7 @@ def _random_model(description: ModelDescription, device: torch.device, seed: int
     try:
         torch.set_default_dtype(DTYPES[description.settings.dtype])
         with torch.device(device):
-            model: nn.Module = description.family.load_class()(description.config)
+            model: nn.Module = description.family.adapted(description.family.load_class()(description.config))
     finally:
         torch.set_default_dtype(default)
         torch.random.set_rng_state(generator_state)

@@ -66,7 +66,7 @@ class Checkpoint:
                 f"{self.folder}: {len(missing)} weights are missing, first {', '.join(missing[:3])}; download it "
                 "again, or give a checkpoint of the whole model"
             )
-        wrong = [path for path, shape in expected.items() if self.shapes[path] != shape]
+        wrong = [path for path, shape in expected.items() if not _fits(self.shapes[path], shape)]
         if wrong:
             first = wrong[0]
             raise ModelError(
@@ -74,8 +74,8 @@ class Checkpoint:
                 f"{list(self.shapes[first])}, not {list(expected[first])}"
             )
 
-    def read(self, path: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """One parameter; the head's of a model with tied embeddings is the embedding table."""
+    def read(self, path: str, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """One parameter of a shape; the head's of a model with tied embeddings is the embedding table."""
         if path == f"{HEAD}.weight" and path not in self.places:
             path = f"{self.family.language}.embed_tokens.weight"
         if path not in self.places:
@@ -83,14 +83,33 @@ class Checkpoint:
         file, key = self.places[path]
         with safe_open(file, "pt") as opened:
             tensor: Tensor = opened.get_tensor(key)
-        return tensor.to(device=device, dtype=dtype)
+        return _in_shape(tensor, shape).to(device=device, dtype=dtype)
 
     def _renamed(self, key: str) -> str:
         """The module path of a key."""
         for pattern, replacement in self._renames:
-            if pattern.match(key):
+            if pattern.search(key):
                 return pattern.sub(replacement, key)
         return key
+
+
+def _fits(stored: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a stored weight is the parameter's, or that of all experts in either layout; see `_in_shape`."""
+    if len(stored) == 3 and len(shape) == 2:
+        experts, first, second = stored
+        return (experts * first, second) == tuple(shape) or (experts * second, first) == tuple(shape)
+    return tuple(stored) == tuple(shape)
+
+
+def _in_shape(stored: Tensor, shape: Sequence[int]) -> Tensor:
+    """All experts' weights, (expert, out, in) or, as published checkpoints have them, (expert, in, out), as rows.
+
+    Where both would fit, it is the first, as transformers reads it.
+    """
+    if stored.dim() == 3 and len(shape) == 2:
+        straight = (stored.shape[0] * stored.shape[1], stored.shape[2]) == tuple(shape)
+        return (stored if straight else stored.mT).reshape(*shape)
+    return stored
 
 
 def _files(folder: Path) -> list[Path]:
@@ -145,7 +164,10 @@ def weights_of(
                 for name, parameter in list(owner._parameters.items()):
                     if parameter is not None:
                         taken.append((owner, name, parameter))
-                        read = checkpoint.read(f"{path}.{name}", device, dtype) if checkpoint else parameter.to(dtype)
+                        if checkpoint is None:
+                            read = parameter.to(dtype)
+                        else:
+                            read = checkpoint.read(f"{path}.{name}", parameter.shape, device, dtype)
                         owner._parameters[name] = nn.Parameter(read, requires_grad=False)
         yield
     finally:

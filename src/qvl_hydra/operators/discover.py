@@ -18,13 +18,13 @@ from qvl_hydra.errors import ModelError, OperatorError
 from qvl_hydra.families.record import Family
 from qvl_hydra.families.stages import Segment
 from qvl_hydra.families.table import family_of
-from qvl_hydra.operators.kinds import kind_of
+from qvl_hydra.operators.kinds import kind_of, outputs
 from qvl_hydra.settings import OperatorSettings, parse_blocks
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One quantizable `Linear` or `Conv` module.
+    """One quantizable module: a `Linear`, a `Conv`, or one product of all experts of a block.
 
     Attributes:
         path: Hugging Face module path, such as `model.language_model.layers.3.mlp.down_proj`.
@@ -37,6 +37,8 @@ class Operator:
         in_features, out_features: width of a token before and after.
         n_params: weight and bias together.
         family: of the model, which tells how consumers name it.
+        experts: how many weights of `in_features` by `out_features` it has.
+        active: how many of them a token is multiplied with.
     """
 
     path: str
@@ -49,6 +51,8 @@ class Operator:
     out_features: int
     n_params: int
     family: str
+    experts: int = 1
+    active: int = 1
 
 
 def find_operators(model: Any, component: str) -> list[Operator]:
@@ -152,11 +156,14 @@ def _describe(path: str, module: nn.Module, kind: str, family: Family) -> Operat
         role = f"merger.{parts[-1]}"
     elif ".deepstack_merger_list." in path:
         role = ".".join(["deepstack", *parts[-2:]])
+    elif ".experts." in path:
+        role = ".".join(parts[-2:])
     group = path
     if block is not None and role in family.fused:
         group = ".".join([*parts[:-1], family.fused[role]])
     weight: nn.Parameter = module.weight  # type: ignore[assignment]
     bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
+    experts, active = getattr(module, "experts", 1), getattr(module, "active", 1)
     return Operator(
         path=path,
         component=family.component_of(path),
@@ -165,9 +172,11 @@ def _describe(path: str, module: nn.Module, kind: str, family: Family) -> Operat
         group=group,
         kind=kind,
         in_features=weight[0].numel(),
-        out_features=weight.shape[0],
+        out_features=outputs(module),
         n_params=weight.numel() + (0 if bias is None else bias.numel()),
         family=family.name,
+        experts=experts,
+        active=active,
     )
 
 

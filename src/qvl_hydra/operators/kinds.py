@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
+
+from qvl_hydra.families.experts import ExpertProduct
 
 
 @dataclass(frozen=True)
@@ -18,11 +21,15 @@ class Kind:
         name: what scores and profiles call it.
         tokens: from the operator's input to the same with a token's values in the last dimension.
         apply: its arithmetic on an input with a weight and a bias.
+        product: from tokens to their products with the rows of a weight, flattened to two dimensions.
+        back: from gradients at the products to those at the tokens.
     """
 
     name: str
     tokens: Callable[[Tensor], Tensor]
     apply: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
+    product: Callable[[Any, Tensor, Tensor], Tensor] = lambda module, tokens, weight: tokens @ weight.T
+    back: Callable[[Any, Tensor, Tensor], Tensor] = lambda module, g, weight: g @ weight
 
 
 def _linear(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -31,6 +38,11 @@ def _linear(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 def _convolution(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y: Tensor = module._conv_forward(x, weight, bias)
+    return y
+
+
+def _experts(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = module.product(x, weight)
     return y
 
 
@@ -43,6 +55,7 @@ KINDS: dict[type[nn.Module], Kind] = {
     nn.Linear: Kind("Linear", lambda x: x, _linear),
     nn.Conv2d: Kind("Conv2d", _patch, _convolution),
     nn.Conv3d: Kind("Conv3d", _patch, _convolution),
+    ExpertProduct: Kind("Experts", lambda x: x, _experts, ExpertProduct.product, ExpertProduct.back),
 }
 
 
@@ -66,3 +79,39 @@ def apply_operator(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """An operator's own arithmetic with another weight, in that weight's dtype."""
     bias: Tensor | None = module.bias  # type: ignore[assignment]
     return _known(module).apply(module, x, weight, None if bias is None else bias.to(weight.dtype))
+
+
+def product(module: nn.Module, tokens: Tensor, weight: Tensor) -> Tensor:
+    """An operator's product of tokens with another weight (row, in), without bias."""
+    return _known(module).product(module, tokens, weight)
+
+
+def back(module: nn.Module, g: Tensor) -> Tensor:
+    """From gradients at an operator's output, (token, out), to those at its input, (token, in)."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return _known(module).back(module, g, weight.flatten(1))
+
+
+def outputs(module: nn.Module) -> int:
+    """Width of what an operator makes of a token."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return len(weight) // (module.experts if isinstance(module, ExpertProduct) else 1)
+
+
+def slots(module: nn.Module) -> int:
+    """How many values of its input one token is, one behind the other: as many as it goes to experts."""
+    return module.active if isinstance(module, ExpertProduct) else 1
+
+
+@contextmanager
+def some_copies(module: nn.Module, chosen: Tensor | Sequence[int], copies: int) -> Iterator[None]:
+    """Within it the operator is given only the chosen ones of the copies that its input held, one behind the other."""
+    if not isinstance(module, ExpertProduct):
+        yield
+        return
+    every = module.chosen
+    module.chosen = every.view(copies, -1)[chosen].flatten()
+    try:
+        yield
+    finally:
+        module.chosen = every

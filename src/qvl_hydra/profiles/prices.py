@@ -68,12 +68,20 @@ def weight_bytes(op: Operator, scheme: Scheme | None, terms: Terms) -> float:
 def bytes_per_token(op: Operator, scheme: Scheme | None, terms: Terms) -> float:
     """Bytes of weights that one token of the answer costs.
 
-    The language tower is read for every token, and the vision tower once an image, which the answer's tokens share;
-    `profile.requests` that are served together share what is read.
+    The language tower is read for every token, of a mixture the experts that are used, and the vision tower once an
+    image, which the answer's tokens share; `profile.requests` that are served together share what is read.
     """
     lengths = terms.lengths
-    share = 1 / lengths.requests if op.component == "lm" else 1 / lengths.answer_tokens
+    share = used(op, lengths.requests) / lengths.requests if op.component == "lm" else 1 / lengths.answer_tokens
     return weight_bytes(op, scheme, terms) * share
+
+
+def used(op: Operator, tokens: int) -> float:
+    """Share of an operator's weight that so many tokens read: all of it, or that of the experts that one of them goes to.
+
+    Each token is taken to go to any of the experts alike, which is what they are trained for.
+    """
+    return 1.0 if op.active == op.experts else 1 - (1 - op.active / op.experts) ** tokens
 
 
 def products(op: Operator, lengths: ProfileSettings) -> list[tuple[int, float]]:
@@ -104,6 +112,8 @@ def measured_seconds(op: Operator, scheme: Scheme | None, terms: Terms) -> float
     found = []
     for tokens, times in products(op, terms.lengths):
         key = (op.in_features, op.out_features, choice, tokens)
+        if op.experts > 1:
+            raise ProfileError(f"products of {op.experts} experts are not timed ({op.path}); take profile.cost=seconds")
         if key not in terms.measured:
             raise ProfileError(
                 f"profile.costs has no product of {op.in_features} to {op.out_features} values in {choice} for "
@@ -119,13 +129,14 @@ def roofline(op: Operator, scheme: Scheme | None, terms: Terms, tokens: int) -> 
     device = terms.device
     assert device is not None, "a timed cost was priced without a device"
     rate = rate_of(scheme)
-    arithmetic = 2.0 * tokens * weight_values(op) / (device.tera_ops.get(rate, device.tera_ops[HIGH_RATE]) * 1e12)
+    arithmetic = 2.0 * tokens * op.active * op.in_features * op.out_features / (device.tera_ops.get(rate, device.tera_ops[HIGH_RATE]) * 1e12)
     return max(arithmetic, bytes_moved(op, scheme, terms, tokens) / (device.bandwidth_gb_s * 1e9))
 
 
 def bytes_moved(op: Operator, scheme: Scheme | None, terms: Terms, tokens: int) -> float:
-    """Bytes that one product reads and writes: its weight, and activations in half precision."""
-    return weight_bytes(op, scheme, terms) + HALF_BYTES * tokens * (op.in_features + op.out_features)
+    """Bytes that one product reads and writes: what it uses of its weight, and activations in half precision."""
+    activations = HALF_BYTES * tokens * op.active * (op.in_features + op.out_features)
+    return weight_bytes(op, scheme, terms) * used(op, tokens) + activations
 
 
 def rate_of(scheme: Scheme | None) -> str:

@@ -82,7 +82,7 @@ class Profile:
 
 def weight_values(op: Operator) -> int:
     """Numbers in an operator's weight, without its bias."""
-    return op.in_features * op.out_features
+    return op.in_features * op.out_features * op.experts
 
 
 def low_bits(op: Operator, scheme: Scheme, high_bits: int) -> float:

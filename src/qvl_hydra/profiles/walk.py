@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.families.stages import Segment, State
-from qvl_hydra.operators.kinds import apply_operator
+from qvl_hydra.operators.kinds import apply_operator, some_copies
 from qvl_hydra.profiles.apply import quantizer_key
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.apply import replaced_forwards
@@ -176,7 +176,8 @@ def _mixed_forward(wanted: Sequence[OperatorQuantizer | None]) -> Callable[[nn.M
         inputs = x.unflatten(0, (len(wanted), -1))  # vision rows arrive packed one behind the other
         outputs: Tensor | None = None
         for own, quantizer in groups:
-            part = compute(module, inputs[own].flatten(0, 1), quantizer).unflatten(0, (len(own), -1))
+            with some_copies(module, own, len(wanted)):
+                part = compute(module, inputs[own].flatten(0, 1), quantizer).unflatten(0, (len(own), -1))
             outputs = part.new_empty(len(wanted), *part.shape[1:]) if outputs is None else outputs
             outputs[own] = part
         assert outputs is not None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.forward import reference_output
-from qvl_hydra.operators.kinds import as_tokens
+from qvl_hydra.operators.kinds import as_tokens, outputs
 from qvl_hydra.quantization.formats.record import QuantParams
 from qvl_hydra.quantization.observers import RangeObserver
 from qvl_hydra.quantization.qdq import OperatorQuantizer, qdq_weight, quantized_operator
@@ -48,8 +48,7 @@ def replaced_forwards(
 
 def unread_output(module: nn.Module, x: Float[Tensor, "*token in"]) -> Float[Tensor, "*token out"]:
     """Zeros for the output of a linear operator that nobody reads."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return x.new_zeros(*x.shape[:-1], len(weight))
+    return x.new_zeros(*x.shape[:-1], outputs(module))
 
 
 @contextmanager
