@@ -64,7 +64,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
     ),
     "square_experts": (  # as many values in as out, whose layout no shape tells
         "qwen3_vl_moe", {"tie_word_embeddings": True},
-        TEXT | INTERLEAVED | MIXTURE | {"decoder_sparse_step": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 1},
+        TEXT | INTERLEAVED | MIXTURE
+        | {"decoder_sparse_step": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 1},
         TOWER | {"deepstack_visual_indexes": [1]},
     ),
     "gated_delta": ("qwen3_5", {}, TEXT | DELTA, TOWER),

@@ -26,6 +26,7 @@ from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.quantization.scheme import Scheme, WeightFormat, scheme_from_settings
 from qvl_hydra.tasks.quantize import compare, forward
+from tests.families.shapes import load_made_up, made_up_checkpoint, samples_of
 from tests.profiles.rounding import W8A8, W8A8_DYNAMIC, W8A8_SYMMETRIC, assert_only_rounding, some_profile
 
 Plan = tuple[Profile, dict[str, OperatorQuantizer]]
@@ -220,3 +221,19 @@ def test_deployed_formats_are_the_packages_presets(name: str) -> None:
     for own, theirs in ((group.weights, preset.weights), (group.input_activations, preset.input_activations)):
         same = ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "scale_dtype")
         assert {key: getattr(own, key) for key in same} == {key: getattr(theirs, key) for key in same}
+
+
+@pytest.mark.compressed_tensors
+def test_a_model_for_text_alone(tmp_path: Path) -> None:
+    """Its config has no parts, its positions one axis, and a head of its own once that is quantized."""
+    pytest.importorskip("compressed_tensors")
+    model = load_made_up(made_up_checkpoint("text_plain", tmp_path / "model"))
+    samples = samples_of(tmp_path / "model")
+    operators = tuple(find_operators(model.module, "lm"))
+    profile = Profile(W8A8, operators, frozenset({operators[3].path}), 16, "test")
+    quantizers = dict(Quantizers(model, operators, samples, "lm", [W8A8]))
+    write_checkpoint(model, profile, quantizers, tmp_path / "written")
+    loaded, info = FAMILIES["llama"].load_class().from_pretrained(tmp_path / "written", output_loading_info=True)
+    assert not any(info.values())
+    found = compare(lambda sample: forward(loaded.eval(), sample), model.module, profile, quantizers, samples, "lm")
+    assert found.relative_difference < 0.01

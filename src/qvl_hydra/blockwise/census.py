@@ -7,7 +7,7 @@ output comes from, and it can be seen from the weights alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class OperatorCensus:
         row_ratio: norm of the weight's largest row over that of its median row.
         largest_row: which row that is.
         nonfinite: values of input and output that are not finite.
+        tokens: of a mixture, how many each expert was given.
     """
 
     input_max: float = 0.0
@@ -36,6 +37,7 @@ class OperatorCensus:
     row_ratio: float = 0.0
     largest_row: int = 0
     nonfinite: int = 0
+    tokens: list[int] = field(default_factory=list)
 
 
 class Census:
@@ -54,6 +56,12 @@ class Census:
         own.weight_max = float(torch.maximum(weight.amax(), -weight.amin()))
         own.largest_row = int(norms.argmax())
         own.row_ratio = float(norms.amax()) / median if median > 0 else 0.0
+
+    def see_experts(self, path: str, chosen: Tensor, experts: int) -> None:
+        """Take in which expert each value of an operator's input goes to."""
+        own = self.found.setdefault(path, OperatorCensus())
+        counts = chosen.bincount(minlength=experts).tolist()
+        own.tokens = [before + count for before, count in zip(own.tokens or [0] * experts, counts, strict=True)]
 
     @torch.no_grad()
     def see(self, path: str, x: Tensor, y: Tensor | None) -> None:
@@ -83,6 +91,14 @@ def warnings(found: dict[str, OperatorCensus]) -> list[str]:
             f"warning: float16 holds up to {FLOAT16:,.0f}, and {len(beyond)} operators exceed it, {path} the furthest "
             f"({max(own.input_max, own.output_max):,.0f}; row {own.largest_row} of its weight has {own.row_ratio:.1f} "
             "times the median row's norm): serve this model in bfloat16"
+        )
+    unused = {path: own.tokens.count(0) for path, own in found.items() if 0 in own.tokens}
+    if unused:
+        worst = max(unused, key=lambda path: unused[path])
+        said.append(
+            "experts that no calibration token reached are scored with the rest as if they lost nothing: "
+            f"{worst} has {unused[worst]} of {len(found[worst].tokens)}, the most of {len(unused)} operators "
+            "(experts.parquet); take more samples (calibration.size)"
         )
     broken = [path for path, own in found.items() if own.nonfinite]
     if broken:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qvl_hydra.blockwise.batches import Batch, make_batches, put_together
 from qvl_hydra.blockwise.census import Census
 from qvl_hydra.blockwise.walker import Context, Walker
+from qvl_hydra.families.experts import ExpertProduct
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.quantization.apply import OperatorObserver, replaced_forwards, unread_output
@@ -108,6 +109,8 @@ def _advance(
         def forward(target: nn.Module, x: Tensor) -> Tensor:
             y: Tensor = unread_output(target, x) if path == unread else type(target).forward(target, x)
             census.see(path, x, None if path == unread else y)
+            if isinstance(target, ExpertProduct):
+                census.see_experts(path, target.chosen, target.experts)
             before, after = (z.flatten(0, 1) if z.dim() == 3 else z for z in (x, y))
             for tokens in batch.slices(len(before), segment.vision):
                 for observer in seen:

@@ -11,9 +11,11 @@ quantized and starts a copy from it with the target in float. Results equal the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float64
@@ -30,6 +32,7 @@ from qvl_hydra.quantization.apply import replaced_forwards
 from qvl_hydra.quantization.qdq import OperatorQuantizer, quantized_operator
 
 QuantizerOf = Callable[[Operator], OperatorQuantizer]
+FLIPS = "routing_flips"  # share of the choices of experts that a quantized operator changes
 OUTPUT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # outputs of all rows of a chunk together
 
 
@@ -85,13 +88,15 @@ def score_sample(wave: Wavefront, context: Context, start: State) -> dict[str, d
 
     Returns:
         For each target its metrics: what quantizing it does to the output (`requantize`), or what restoring it gains
-        (`fallback`: the metric of everything quantized less that of everything but the target).
+        (`fallback`: the metric of everything quantized less that of everything but the target). Of a mixture of experts
+        also `FLIPS`, for `requantize`.
     """
     walker = wave.walker
     fallback = bool(wave.base)
     # Row 0 is the reference; in `fallback` row 1 is the base with everything quantized; then one row a started target.
     rows = start.repeat(2 if fallback else 1, 1, 1)
     started: list[Target] = []
+    flips = _Flips(walker)
     values: Tensor | None = None
     for segment in walker.segments:
         if walker.skips(segment, context.sample):
@@ -105,9 +110,43 @@ def score_sample(wave: Wavefront, context: Context, start: State) -> dict[str, d
             if segment is walker.segments[-1]:
                 values = _compare(wave, segment, context, rows, places)
             else:
-                rows = wave.chunk.advance(rows, partial(_run, wave, segment, context, places))
+                run = partial(_run, wave, segment, context, places)
+                rows = wave.chunk.advance(rows, partial(flips.counted, segment, run))
     assert values is not None
-    return _by_target(wave, values, started, fallback)
+    scores = _by_target(wave, values, started, fallback)
+    if flips.mixtures and not fallback:
+        for row, target in enumerate(started, 1):
+            scores[target.name][FLIPS] = flips.share(row)
+    return scores
+
+
+class _Flips:
+    """How many tokens each row sends to another expert than the float row does."""
+
+    def __init__(self, walker: Walker) -> None:
+        self.walker = walker
+        self.mixtures = [op.path for op in walker.operators if op.experts > 1][::2]  # both products see the same
+        self._float: dict[str, Tensor] = {}
+        self._changed: Counter[int] = Counter()
+        self._seen: Counter[int] = Counter()
+
+    def counted(self, segment: Segment, run: Callable[[State, int], Tensor], rows: State, first: int) -> Tensor:
+        """Run a chunk of rows, the first of them in float, and count."""
+        result = run(rows, first)
+        for path in filter(segment.holds, self.mixtures):
+            product: Any = self.walker.module.get_submodule(path)
+            chosen = product.chosen.view(len(rows), -1, product.active)
+            if first == 0:
+                self._float[path] = chosen[0]
+            stayed = (chosen[..., None] == self._float[path][:, None]).any(-1)
+            for row, changed in enumerate((~stayed).flatten(1).sum(-1).tolist(), first):
+                self._changed[row] += changed
+                self._seen[row] += stayed[0].numel()
+        return result
+
+    def share(self, row: int) -> float:
+        """Of a row's choices behind its operator, those that are others."""
+        return self._changed[row] / self._seen[row] if self._seen[row] else 0.0
 
 
 def _by_target(

@@ -1,4 +1,4 @@
-"""Mixtures of experts: the products of all experts of a block, as two operators that see every token's choices in order.
+"""Mixtures of experts: the products of all experts of a block, as two operators that see tokens in their order.
 
 Transformers holds the weights of a block's experts in two bare parameters, where no search for modules finds them, and
 gathers the tokens of each expert, so that it is no longer told which copy of a sample a value belongs to. Here a token

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from qvl_hydra.errors import ModelError
 from qvl_hydra.families.qwen2_vl import vision_block
 from qvl_hydra.families.stages import (
     BlockInputs,
@@ -38,6 +39,12 @@ def stages(module: Any) -> Stages:
     """Stages of a model with this vision tower; see `Stages`."""
     visual: Any = module.get_submodule(VISUAL)
     taps = list(getattr(visual, "deepstack_visual_indexes", ()))
+    blocks = len(module.get_submodule(f"{LANGUAGE}.layers"))
+    if len(taps) > blocks:
+        raise ModelError(
+            f"features leave the vision tower at {len(taps)} places, and the language tower has {blocks} blocks to "
+            "take them; a shape needs as many (text_config.num_hidden_layers, vision_config.deepstack_visual_indexes)"
+        )
     vision = [_patch_embedding(visual)]
     for index in range(len(visual.blocks)):
         left = sum(tap < index for tap in taps)  # features that have left the tower before this block
@@ -46,7 +53,7 @@ def stages(module: Any) -> Stages:
             vision.append(_deepstack_merger(visual, taps.index(index), left))
     vision.append(_merger(visual, len(taps)))
     language = [
-        _adding_features(module, segment, index) if index < len(taps) else segment
+        _adding_features(module, segment) if index < len(taps) else segment
         for index, segment in enumerate(language_segments(module))
     ]
     return Stages(
@@ -115,10 +122,9 @@ def _merger(visual: Any, left: int) -> Segment:
     return Segment(path, True, (path,), run)
 
 
-def _adding_features(module: Any, segment: Segment, index: int) -> Segment:
+def _adding_features(module: Any, segment: Segment) -> Segment:
     """A decoder block that adds the first of the features beside the hidden state to its output."""
     block = decoder_block(module, segment.name)
-    assert segment.name == f"{LANGUAGE}.layers.{index}", "features are added in the decoder's first blocks"
 
     def run(x: State, context: Inputs) -> State:
         width = context.text.shape[-1]

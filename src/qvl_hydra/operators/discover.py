@@ -32,7 +32,8 @@ class Operator:
         block: layer index in its tower; None for patch embedding, merger and head.
         role: what it is in its block: `down_proj`, `qkv`; `patch_embed`, `merger.0`, `deepstack.1.linear_fc2` or
             `lm_head` outside.
-        group: path of the fused operator that a runtime makes of it and its neighbours, else its own path.
+        group: path of the fused operator that a runtime makes of it and its neighbours, or of the experts that it is a
+            product of, else its own path.
         kind: class of the module.
         in_features, out_features: width of a token before and after.
         n_params: weight and bias together.
@@ -159,7 +160,9 @@ def _describe(path: str, module: nn.Module, kind: str, family: Family) -> Operat
     elif ".experts." in path:
         role = ".".join(parts[-2:])
     group = path
-    if block is not None and role in family.fused:
+    if ".experts." in path:
+        group = path.rpartition(".")[0]  # runtimes give all products of a block's experts one scheme
+    elif block is not None and role in family.fused:
         group = ".".join([*parts[:-1], family.fused[role]])
     weight: nn.Parameter = module.weight  # type: ignore[assignment]
     bias: nn.Parameter | None = module.bias  # type: ignore[assignment]

@@ -21,7 +21,7 @@ from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.profiles.apply import quantizer_key, shared_largest
 from qvl_hydra.profiles.formats.compressed_tensors import checkpoint_format, config_group, quantization_config
-from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.profiles.profile import Profile, require_modules
 from qvl_hydra.quantization.formats.table import FORMATS
 from qvl_hydra.quantization.qdq import OperatorQuantizer, weight_scales
 from qvl_hydra.quantization.scheme import Scheme
@@ -43,8 +43,10 @@ def write_checkpoint(
     Raises:
         ProfileError: what such a checkpoint cannot hold, naming the operators.
     """
+    every = find_operators(model.module, "full")
+    require_modules(every, "compressed-tensors")
     _require_storable(profile)
-    config = quantization_config(profile, find_operators(model.module, "full"), "hugging_face")
+    config = quantization_config(profile, every, "hugging_face")
     state = dict(model.module.state_dict())
     for part in profile.by_scheme():
         found = {op.path: quantizers[quantizer_key(profile, op, quantizers)] for op in part.low}
@@ -59,10 +61,13 @@ def write_checkpoint(
     model.module.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     content = json.loads((folder / "config.json").read_text())
     content["quantization_config"] = config
+    text = content.get("text_config", content)  # a model for text alone has one config
     if unpacked_narrow(profile):
-        content["dtype"] = content["text_config"]["dtype"] = content["vision_config"]["dtype"] = "bfloat16"
+        content["dtype"] = text["dtype"] = "bfloat16"
+        if "vision_config" in content:
+            content["vision_config"]["dtype"] = "bfloat16"
     if HEAD in {op.path for op in profile.low}:  # a quantized head shares nothing with the embedding any more
-        content["tie_word_embeddings"] = content["text_config"]["tie_word_embeddings"] = False
+        content["tie_word_embeddings"] = text["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -20,6 +20,29 @@ def rename(op: Operator, consumer: str) -> str:
     return FAMILIES[op.family].renamed(op.path, consumer)
 
 
+def rows_of_experts(op: Operator) -> list[str]:
+    """Paths that readers of checkpoints give the modules of a mixture's first and last expert."""
+    parent, _, product = op.path.rpartition(".")
+    return [f"{parent}.{expert}.{part}" for expert in (0, op.experts - 1) for part in EXPERT_PARTS[product]]
+
+
+def router_of(op: Operator) -> str:
+    """Path of what chooses among experts: a linear module to vLLM, that nobody quantizes."""
+    return op.path.rpartition(".experts.")[0] + ".gate"
+
+
+EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def listed(op: Operator, consumer: str) -> str:
+    """An operator as an entry of compressed-tensors' lists: its name, or a pattern for all its experts."""
+    if op.experts == 1:
+        return rename(op, consumer)
+    parent, _, product = op.path.rpartition(".")
+    parts = "|".join(EXPERT_PARTS[product])
+    return rf"re:{re.escape(FAMILIES[op.family].renamed(parent, consumer))}\.\d+\.({parts})$"
+
+
 def neural_compressor_pattern(path: str) -> str:
     """A regular expression that Neural Compressor matches in full against its operator names.
 

@@ -77,7 +77,7 @@ def bytes_per_token(op: Operator, scheme: Scheme | None, terms: Terms) -> float:
 
 
 def used(op: Operator, tokens: int) -> float:
-    """Share of an operator's weight that so many tokens read: all of it, or that of the experts that one of them goes to.
+    """Share of an operator's weight that so many tokens read: all, or that of the experts that one of them goes to.
 
     Each token is taken to go to any of the experts alike, which is what they are trained for.
     """
@@ -128,8 +128,8 @@ def roofline(op: Operator, scheme: Scheme | None, terms: Terms, tokens: int) -> 
     """Seconds of one product of so many tokens: of its arithmetic or of its traffic, whichever takes longer."""
     device = terms.device
     assert device is not None, "a timed cost was priced without a device"
-    rate = rate_of(scheme)
-    arithmetic = 2.0 * tokens * op.active * op.in_features * op.out_features / (device.tera_ops.get(rate, device.tera_ops[HIGH_RATE]) * 1e12)
+    peak = device.tera_ops.get(rate_of(scheme), device.tera_ops[HIGH_RATE]) * 1e12
+    arithmetic = 2.0 * tokens * op.active * op.in_features * op.out_features / peak
     return max(arithmetic, bytes_moved(op, scheme, terms, tokens) / (device.bandwidth_gb_s * 1e9))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qvl_hydra.errors import ProfileError
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.quantization.formats.table import weight_bits
 from qvl_hydra.quantization.scheme import Scheme
@@ -78,6 +79,20 @@ class Profile:
     def average_bits(self) -> float:
         """Bits a weight, over all weights decided on."""
         return self.weight_bytes * 8 / sum(weight_values(op) for op in self.operators)
+
+
+def require_modules(operators: Sequence[Operator], tool: str) -> None:
+    """Refuse a model whose experts are one weight for a tool that quantizes modules.
+
+    Raises:
+        ProfileError: there are such experts.
+    """
+    mixture = next((op for op in operators if op.experts > 1), None)
+    if mixture is not None:
+        raise ProfileError(
+            f"{tool} quantizes linear modules, and the experts of this model are weights of their own, first "
+            f"{mixture.path}; what task=profile measures and lists holds for them as well"
+        )
 
 
 def weight_values(op: Operator) -> int:

@@ -40,7 +40,7 @@ from qvl_hydra.tracking.read import find_runs
 
 BISECTIONS = 8
 # Of the sweep, copied beside the profile.
-KEPT = ("scores.parquet", "sample_scores.parquet", "families.parquet", "calibration.json")
+KEPT = ("scores.parquet", "sample_scores.parquet", "families.parquet", "experts.parquet", "calibration.json")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from qvl_hydra.models.load import (
     model_folder,
     require_memory,
 )
-from qvl_hydra.operators.discover import Operator, find_operators, select_operators
+from qvl_hydra.operators.discover import Operator, find_operators, select_operators, uncovered
+from qvl_hydra.profiles.names import router_of
 from qvl_hydra.quantization.formats.table import FORMATS
 from qvl_hydra.quantization.scheme import Scheme, scheme_from_settings
 from qvl_hydra.runs.folder import FINGERPRINT
@@ -174,3 +175,16 @@ def processor_of(description: ModelDescription) -> Processor:
     for name in TOKEN_IDS:
         setattr(description.config, name, getattr(processor.config, name))
     return processor
+
+
+def not_quantized(settings: Settings, prepared: Prepared) -> list[str]:
+    """Notes of weights that no operator multiplies by, so that what hides elsewhere is not left out in silence."""
+    if settings.backend.graph is not None:
+        return []
+    found = uncovered(prepared.description.skeleton, settings.component.name)
+    named = ", ".join(f"{path} ({share:.0%} of the weights)" for path, share in found.items())
+    said = [f"in no operator, so never quantized: {named}"] if found else []
+    routers = {router_of(op) for op in prepared.operators if op.experts > 1}
+    if routers:
+        said.append(f"what chooses among experts stays in high precision: {len(routers)} routers, first {min(routers)}")
+    return said

@@ -25,7 +25,7 @@ from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import applied
 from qvl_hydra.profiles.checkpoint import unpacked_narrow, write_checkpoint
 from qvl_hydra.profiles.formats.written import write_formats
-from qvl_hydra.profiles.profile import Profile, describe
+from qvl_hydra.profiles.profile import Profile, describe, require_modules
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.reports.quantize import quantize_sections
 from qvl_hydra.reports.sweep import write_sweep_report
@@ -117,6 +117,12 @@ def _with_inc(settings: Settings, decision: Decision, samples: Sequence[Sample],
     model, component = decision.prepared.model, settings.component.name
     if model.device.type != "cpu":
         raise ProfileError(f"Neural Compressor's INT8 runs on the CPU, not on {model.device}; take backend.device=cpu")
+    require_modules(find_operators(model.module, component), "Neural Compressor")
+    if not model.family.towers and (component != "lm" or model.family.visual is None):
+        raise ProfileError(
+            f"Neural Compressor is not given the {component} component of {model.family.name}, which it would have to "
+            "be taken apart for; take profile.quantize_with=[compressed_tensors]"
+        )
     made = quantize_with_inc(model, decision.profile, decision.prepared.calibration.samples, component, folder)
 
     def outputs(module: nn.Module) -> Callable[[Sample], Tensor]:
@@ -158,6 +164,8 @@ def _require_package(name: str, purpose: str) -> None:
 def forward(module: nn.Module, sample: Sample) -> Tensor:
     """Logits of a sample by the model's own forward, as a user calls it: (token, vocab)."""
     batch = {name: value.to(module.device) for name, value in collate([sample]).items() if name != "labels"}  # type: ignore[arg-type]
+    if len(batch["position_ids"]) == 1:  # text alone has one axis
+        batch["position_ids"] = batch["position_ids"][0]
     found: Tensor = module(**batch, use_cache=False).logits[0]
     return found.float()
 

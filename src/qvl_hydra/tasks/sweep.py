@@ -22,7 +22,6 @@ from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.estimators.table import estimator_of
 from qvl_hydra.models.memory import GIB, peak_memory_bytes
-from qvl_hydra.operators.discover import uncovered
 from qvl_hydra.profiles.families import families, name_of
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.reports.sweep import write_sweep_report
@@ -35,7 +34,7 @@ from qvl_hydra.scores.spread import sharpening
 from qvl_hydra.scores.table import Scored, score_table
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
-from qvl_hydra.tasks.prepare import Prepared, prepare
+from qvl_hydra.tasks.prepare import Prepared, not_quantized, prepare
 from qvl_hydra.version import __version__
 
 REFRESH_S = 10.0  # how old scores.parquet may get while the run goes on
@@ -66,7 +65,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further_schemes: 
     report: EngineReport | None = None
     try:
         report = load_engine(settings.backend.name)(job, folder, screen)
-        report.notes += _uncovered(settings, prepared)
+        report.notes += not_quantized(settings, prepared)
     finally:  # Ctrl-C, an error or the end: what there is is written
         screen.finish()
         record = _write_results(settings, folder, prepared, report, note)
@@ -90,15 +89,6 @@ def _job(settings: Settings, folder: RunFolder, prepared: Prepared) -> SweepJob:
         seed=settings.seed,
         workdir=folder.path / settings.backend.name,
     )
-
-
-def _uncovered(settings: Settings, prepared: Prepared) -> list[str]:
-    """A note of the weights that no operator multiplies by: a family's that hide elsewhere are not left out unsaid."""
-    if settings.backend.graph is not None:
-        return []
-    found = uncovered(prepared.description.skeleton, settings.component.name)
-    named = ", ".join(f"{path} ({share:.0%} of the weights)" for path, share in found.items())
-    return [f"in no operator, so never quantized: {named}"] if found else []
 
 
 def _write_calibration(settings: Settings, folder: RunFolder, prepared: Prepared) -> None:
@@ -159,6 +149,17 @@ def _refresher(settings: Settings, folder: RunFolder, prepared: Prepared) -> Cal
     return refresh
 
 
+def _write_experts(folder: RunFolder) -> None:
+    """Of a mixture, how many calibration tokens each expert was given."""
+    rows = [
+        {"op": path, "expert": expert, "tokens": tokens}
+        for path, seen in folder.recall(CENSUS, {}).items()
+        for expert, tokens in enumerate(seen.get("tokens", ()))
+    ]
+    if rows:
+        write_parquet(folder.path / "experts.parquet", pd.DataFrame(rows))
+
+
 def _write_results(
     settings: Settings, folder: RunFolder, prepared: Prepared, report: EngineReport | None, note: dict[str, Any]
 ) -> RunRecord:
@@ -169,6 +170,7 @@ def _write_results(
         write_parquet(folder.path / name, table)
     frame = folder.frame()
     write_parquet(folder.path / "sample_scores.parquet", frame)
+    _write_experts(folder)
     grouped = families(tables[main][0], frame, main, BACKENDS[settings.backend.name].shares)
     write_parquet(folder.path / "families.parquet", grouped)
     record = _run_record(settings, prepared, report, tables[main], main, note)

@@ -33,6 +33,7 @@ _FILES = (
     "profiles.parquet", "comparison.json", "comparison.parquet", "pairs.parquet", "stability.parquet",
     "parts.parquet", "regret.parquet", "alignment.parquet", "costs.parquet",
     "families.parquet",
+    "experts.parquet",
 )  # fmt: skip
 _FOLDERS = ("figures", "exports", "onnx", "inc", "compressed_tensors", *BACKENDS)
 

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from qvl_hydra.families.record import HEAD
+from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.formats.rendered import Rendered, refuse, require_linear
-from qvl_hydra.profiles.names import rename
+from qvl_hydra.profiles.names import listed, router_of
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.formats.float8 import BLOCK
 from qvl_hydra.quantization.formats.table import FORMATS
@@ -62,7 +63,7 @@ def _groups(profile: Profile, convention: str) -> dict[str, Any]:
     found = {}
     for index, alone in enumerate(profile.by_scheme()):
         group = config_group(alone, "compressed_tensors")
-        targets = [HEAD_TARGET if op.path == HEAD else rename(op, convention) for op in alone.low]
+        targets = [HEAD_TARGET if op.path == HEAD else listed(op, convention) for op in alone.low]
         found[f"group_{index}"] = group | {"targets": targets, "format": checkpoint_format(alone)}
     return found
 
@@ -94,7 +95,7 @@ def config_group(profile: Profile, format_name: str) -> dict[str, Any]:
     Raises:
         ProfileError: a convolution is quantized, or the weights are not.
     """
-    require_linear(profile, format_name)
+    require_linear(profile, format_name, experts=True)
     scheme = profile.scheme
     if scheme.weight is None:
         raise refuse(profile, format_name, "weights in float", "take a scheme that quantizes weights")
@@ -107,9 +108,12 @@ def config_group(profile: Profile, format_name: str) -> dict[str, Any]:
 
 
 def ignored(profile: Profile, operators: Sequence[Operator], convention: str) -> list[str]:
-    """Names of all Linear operators of the model that are not quantized."""
+    """Entries for all Linear operators and experts that are not quantized, and for every router."""
     low = {op.path for op in profile.low}
-    return [rename(op, convention) for op in operators if op.kind == "Linear" and op.path not in low]
+    left = [op for op in operators if not op.kind.startswith("Conv")]
+    routers = {router_of(op): op for op in left if op.experts > 1}
+    named = [FAMILIES[op.family].renamed(path, convention) for path, op in routers.items()]
+    return [listed(op, convention) for op in left if op.path not in low] + named
 
 
 def _weights(form: WeightFormat) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,17 +25,19 @@ class Rendered:
     notes: tuple[str, ...] = ()
 
 
-def require_linear(profile: Profile, format_name: str) -> None:
-    """Refuse a quantized convolution.
+def require_linear(profile: Profile, format_name: str, experts: bool = False) -> None:
+    """Refuse a quantized convolution, and experts where the format has no names for them.
 
     Raises:
         ProfileError: naming each.
     """
-    others = [f"{op.path} ({op.kind})" for op in profile.low if op.kind != "Linear"]
+    known = ("Linear", "Experts") if experts else ("Linear",)
+    others = [f"{op.path} ({op.kind})" for op in profile.low if op.kind not in known]
     if others:
+        globs = [glob for glob in ("*patch_embed*", "*experts*") if fnmatch.filter(others, glob)]
         raise ProfileError(
             f"{format_name} quantizes Linear modules only and cannot express {', '.join(others)}; "
-            "leave them out of the sweep with operators.exclude=['*patch_embed*'], so that they stay as they are"
+            f"leave them out of the sweep with operators.exclude={globs}, so that they stay as they are"
         )
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qvl_hydra.errors import ProfileError
+from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.profiles.formats.rendered import misaligned
 from qvl_hydra.profiles.formats.table import FORMATS, Consumer
-from qvl_hydra.profiles.names import rename
+from qvl_hydra.profiles.names import router_of, rows_of_experts
 from qvl_hydra.profiles.patterns import DIALECTS, shortest
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.runs.files import write_atomically, write_json
@@ -39,25 +40,29 @@ def paste(profile: Profile, operators: Sequence[Operator], row: Consumer) -> dic
     """The profile as the shortest lists of patterns in a consumer's dialect, which mean exactly the profile.
 
     Args:
-        operators: every operator of the model; the lists are read back against the names of all Linear ones.
+        operators: every operator of the model; the lists are read back against the names of all Linear ones, of experts
+            and of routers, which stay as they are.
 
     Returns:
         For `leave`, and for each scheme where there are several, its patterns.
     """
     low = {op.path: profile.scheme_of(op).name for op in profile.low}
-    linear = [op for op in operators if op.kind == "Linear" or op.path in low]
-    of_path = {op.path: op for op in linear}
+    of_path: dict[str, Operator] = {}
     by_choice: dict[str, list[str]] = {LEAVE: [], **{name: [] for name in profile.schemes if profile.others}}
-    for op in linear:
-        choice = low.get(op.path, LEAVE)
-        if choice in by_choice:
-            by_choice[choice].append(op.path)
+    for op in operators:
+        choice, experts = low.get(op.path, LEAVE), op.experts > 1 and row.dialect == "re"
+        names = rows_of_experts(op) if experts else [op.path] if op.kind == "Linear" or op.path in low else []
+        of_path |= dict.fromkeys(names, op)
+        by_choice.get(choice, []).extend(names)
+        if experts and router_of(op) not in of_path:
+            of_path[router_of(op)] = op
+            by_choice[LEAVE].append(router_of(op))
     return {
         choice: shortest(
             paths,
             [path for path in of_path if path not in set(paths)],
             DIALECTS[row.dialect],
-            lambda path: [rename(of_path[path], convention) for convention in row.names],
+            lambda path: [FAMILIES[of_path[path].family].renamed(path, convention) for convention in row.names],
         )
         for choice, paths in by_choice.items()
     }

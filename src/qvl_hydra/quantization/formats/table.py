@@ -19,7 +19,7 @@ def refusal(scheme: Scheme, kind: str, inputs: int, outputs: int) -> str | None:
     """Why an operator cannot be put into a scheme ("not offered"), or None.
 
     Args:
-        kind: of the operator: Linear, Conv2d, Conv3d.
+        kind: of the operator: Linear, Conv2d, Conv3d, Experts.
         inputs, outputs: values of a token before and after it.
     """
     parts = ((scheme.weight, inputs), (scheme.input, inputs), (scheme.output, outputs))
@@ -27,7 +27,7 @@ def refusal(scheme: Scheme, kind: str, inputs: int, outputs: int) -> str | None:
         if form is None:
             continue
         row = FORMATS[form.number]
-        if row is not INTEGER and kind != "Linear":
+        if row is not INTEGER and kind.startswith("Conv"):
             return f"{kind} has no {row.name}: runtimes have it for linear operators"
         group = None if row is INTEGER else form.group_size
         if reason := row.refusal(width, group):
