@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from qvl_hydra.profiles.formats.table import FORMATS as CONSUMERS
 
 T = TypeVar("T")
 LAST_BLOCK = 9_999
+EACH_ITS_OWN = "cuda:shard"  # device of a run whose shards take the next GPU each
 MOST = {  # what allocates, loops or draws; far above what is meant, far below what never answers
     "size": 1_000_000, "batch_size": 100_000, "max_length": 10_000_000, "min_pixels": 1 << 28, "max_pixels": 1 << 28,
     "probes": 65_536, "max_probes": 65_536, "top_k": 1_000_000, "controls": 1_000_000, "threads": 1024,
@@ -205,7 +207,7 @@ class BackendSettings:
     """Who measures, and where."""
 
     name: str  # of backends/table.py
-    device: str = "auto"  # auto, cpu, cuda, cuda:<index>
+    device: str = "auto"  # auto, cpu, cuda, cuda:<index>, cuda:shard
     threads: int | None = None  # null: torch's own choice
     row_chunk: int | None = None  # perturbed copies advanced together; null: sized from free memory
     tf32: bool = True  # CUDA: float32 products on tensor cores
@@ -217,8 +219,10 @@ class BackendSettings:
         if self.name not in BACKENDS:
             found.append(f"backend={self.name}; allowed: {', '.join(BACKENDS)}")
         kind, _, index = self.device.partition(":")
-        if kind not in ("auto", "cpu", "cuda") or (index and not (index.isdigit() and len(index) < 4)):
-            found.append(f"backend.device={self.device!r}; allowed: auto, cpu, cuda, cuda:<index>")
+        if kind not in ("auto", "cpu", "cuda") or (
+            index and not (index.isdigit() and len(index) < 4) and self.device != EACH_ITS_OWN
+        ):
+            found.append(f"backend.device={self.device!r}; allowed: auto, cpu, cuda, cuda:<index>, cuda:shard")
         for key in ("threads", "row_chunk"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -282,7 +286,15 @@ class TrackingSettings:
 class TaskSettings:
     """What the entry does."""
 
-    name: Literal["sweep", "compare", "profile", "quantize", "export_onnx", "measure_costs"]
+    name: Literal["sweep", "merge", "compare", "profile", "quantize", "export_onnx", "measure_costs"]
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """task=merge: the shards of one sweep as one run."""
+
+    runs: list[str] = field(default_factory=list)  # run folders of shards, or of their multirun
+    partial: bool = False  # also where shards are missing
 
 
 @dataclass(frozen=True)
@@ -445,12 +457,20 @@ class Settings:
     tracking: TrackingSettings
     task: TaskSettings
     operators: OperatorSettings = field(default_factory=OperatorSettings)
+    merge: MergeSettings = field(default_factory=MergeSettings)
     compare: CompareSettings = field(default_factory=CompareSettings)
     profile: ProfileSettings = field(default_factory=ProfileSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     device: DeviceSettings | None = None
     seed: int = 0
     resume: str = "auto"  # auto, never, or the folder of the run to go on with
+    shard: str | None = None  # i/n: part i (from 0) of n of the scored samples (docs/scale.md)
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which part of the scored samples is measured, and of how many."""
+        index, _, count = (self.shard or "0/1").partition("/")
+        return int(index), int(count)
 
     def faults(self) -> list[str]:
         """Faults between groups, and of the keys that belong to none."""
@@ -468,9 +488,29 @@ class Settings:
             found.append("model.placement=streamed reads a checkpoint, and model.weights=random has none")
         if self.model.placement == "streamed" and self.task.name not in ("sweep", "profile"):
             found.append(f"model.placement=streamed is for task=sweep and task=profile, not {self.task.name}")
+        found += self._shard_faults()
         if self.quant.also and self.task.name in ("profile", "quantize"):
             found.append("quant.also scores further schemes of a sweep; a profile is told them by profile.choices")
         return found
+
+    def device_name(self, devices: int) -> str:
+        """`backend.device`; with `cuda:shard` each shard takes the next of so many."""
+        return f"cuda:{self.part[0] % max(1, devices)}" if self.backend.device == EACH_ITS_OWN else self.backend.device
+
+    def _shard_faults(self) -> list[str]:
+        if self.shard is None:
+            own = self.backend.device == EACH_ITS_OWN
+            return [f"backend.device={EACH_ITS_OWN} gives each shard a GPU, and shard is null"] if own else []
+        if not re.fullmatch(r"\d{1,4}/\d{1,4}", self.shard) or not self.part[0] < self.part[1]:
+            return [f"shard={self.shard!r}; expected i/n with i below n: 0/4, 1/4, 2/4 and 3/4 are all of four shards"]
+        if self.task.name != "sweep":
+            return [f"shard divides the samples of task=sweep, not of {self.task.name}"]
+        able = [row.name for row in BACKENDS.values() if row.shards]
+        if self.backend.name not in able:
+            return [f"shard is for backend={', '.join(able)}, not {self.backend.name}"]
+        strategy = self.strategy
+        row = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
+        return [] if row.shards else [f"shard: {row.name} decides by all samples when it stops; take no shards"]
 
     def _backend_faults(self, row: Backend) -> list[str]:
         """What of the settings the backend has not, by its row."""

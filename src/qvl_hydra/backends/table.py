@@ -33,6 +33,7 @@ class Backend:
         scheme: that it always runs, whatever `quant` says; empty: the one asked for.
         several: it scores the schemes of `quant.also` in the same run.
         fuses: it scores what runtimes fuse as one.
+        shards: it measures a part of the samples, and its runs can be merged.
         shares: an operator's score is that of all operators that runtimes fuse with it.
         placements, dtypes: of `model.placement` and `model.dtype` that it works with.
         device: where the PyTorch model is held: `any`, as `backend.device` says, or `cpu`.
@@ -54,6 +55,7 @@ class Backend:
     scheme: str = ""
     several: bool = False
     fuses: bool = False
+    shards: bool = False
     shares: bool = False
     placements: tuple[str, ...] = ("resident",)
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
@@ -86,7 +88,7 @@ BACKENDS = {
     for row in (
         Backend(
             "torch", f"{_OWN}.torch:run", f"{_OWN}.torch:extra_bytes", ("kl", "mse_v2", "hawq_v2"),
-            estimators=(), formats=(), several=True, fuses=True, placements=("resident", "streamed"),
+            estimators=(), formats=(), several=True, fuses=True, shards=True, placements=("resident", "streamed"),
         ),
         Backend(
             "onnxrt", f"{_OWN}.onnxrt:run", f"{_OWN}.onnx_graphs:extra_bytes", ("kl", "mse_v2"),

@@ -45,6 +45,7 @@ def walk(
     schemes: Sequence[Scheme],
     step: Callable[[], None],
     keep: int = 0,
+    keep_from: int = 0,
 ) -> tuple[Ranges, list[list[State]]]:
     """Walk samples through the component in float; observe ranges and keep the states between segments.
 
@@ -52,7 +53,7 @@ def walk(
         contexts, starts: of the samples, the scored ones first; their inputs to the component.
         operators: observed for each scheme with static ranges, and counted in the census.
         step: called after each segment.
-        keep: of so many samples, from the first, the input of each segment is kept.
+        keep: of so many samples, from `keep_from` on, the input of each segment is kept.
 
     Returns:
         Ranges, and the states: one list a kept sample, as long as there are segments, of one row each.
@@ -64,13 +65,13 @@ def walk(
     # and in `fallback`, where everything is rounded, a score.
     one_by_one = [Batch((place,), context) for place, context in enumerate(contexts)]
     batches = one_by_one if walker.model.device.type == "cpu" else make_batches(walker, contexts)
-    kept: list[list[State]] = [[] for _ in states[:keep]]
+    kept: list[list[State]] = [[] for _ in states[keep_from : keep_from + keep]]
     for segment in walker.segments:
-        for index, inputs in enumerate(kept):
+        for index, inputs in enumerate(kept, keep_from):
             # A copy, made when the memory that the segment needed for a moment is free again: kept where they were
             # made, among it, states leave holes that took six times their own size on 36 blocks.
             inputs.append(states[index].clone())
-        states[: len(kept)] = [inputs[-1] for inputs in kept]
+        states[keep_from : keep_from + len(kept)] = [inputs[-1] for inputs in kept]
         inside = [op for op in operators if segment.holds(op.path)]
         if segment is walker.segments[-1] and not inside:
             break  # nobody needs the outputs

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from qvl_hydra.entry.compose import with_choices
 from qvl_hydra.errors import QvlHydraError, RunFolderError, TrackingError
 from qvl_hydra.runs.files import read_json, read_yaml, write_json
 from qvl_hydra.runs.folder import SWEEP_LOCK, hold, note_sweep
@@ -81,7 +82,9 @@ def after_multirun(sweep_folder: Path, jobs: int, stopped: bool, screen: Screen)
     settings = _settings_of(ends)
     if settings is None:
         return status
-    if settings.compare.after and jobs - len(failed) > 1 and not stopped:
+    if settings.shard is not None and not stopped:
+        status = max(status, _merged(sweep_folder, settings, screen))
+    elif settings.compare.after and jobs - len(failed) > 1 and not stopped:
         status = max(status, _compare(sweep_folder, settings, screen))
     if settings.tracking.enabled:
         end: RunStatus = "KILLED" if stopped else "FAILED" if failed else "FINISHED"
@@ -104,6 +107,17 @@ def _settings_of(ends: list[End]) -> Settings | None:
             if settings is not None:
                 return settings
     return None
+
+
+def _merged(sweep_folder: Path, settings: Settings, screen: Screen) -> int:
+    from qvl_hydra.tasks.merge import merge_multirun
+
+    try:
+        count = merge_multirun(sweep_folder, screen, with_choices)
+    except QvlHydraError as error:
+        screen.say(f"error: {error}")
+        return WRONG_INPUT
+    return _compare(sweep_folder, settings, screen) if settings.compare.after and count > 1 else 0
 
 
 def _compare(sweep_folder: Path, settings: Settings, screen: Screen) -> int:

@@ -39,6 +39,7 @@ from qvl_hydra.tracking.store import masked, ui_command
 
 TASKS = {
     "sweep": "qvl_hydra.tasks.sweep",
+    "merge": "qvl_hydra.tasks.merge",
     "compare": "qvl_hydra.tasks.compare",
     "profile": "qvl_hydra.tasks.profile",
     "quantize": "qvl_hydra.tasks.quantize",
@@ -158,6 +159,8 @@ class _Job:
         if settings.task.name in ("sweep", "profile", "quantize", "measure_costs"):
             settings, further = with_choices(settings)
             task.run(settings, folder, self.screen, further)
+        elif settings.task.name == "merge":
+            task.run(settings, folder, self.screen, with_choices)
         else:
             task.run(settings, folder, self.screen)
 
@@ -250,4 +253,6 @@ def _run_name(settings: Settings) -> str:
     parts = [settings.task.name, settings.model.name, settings.component.name]
     if settings.task.name == "sweep":
         parts += [settings.strategy.name, settings.backend.name, f"n{settings.calibration.size}"]
+    if settings.shard is not None:
+        parts.append(f"shard {settings.shard}")
     return " ".join(parts) + time.strftime(" %H:%M:%S")

@@ -30,6 +30,8 @@ from qvl_hydra.quantization.qdq import OperatorQuantizer, largest_value
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder
 
+GROUPS = "groups"  # which samples walked back together
+FORWARD = "forward_s"  # seconds of a plain forward, where shards have measured them
 CENSUS = "census"  # where a run keeps how large everything gets, by operator
 CPU_CHUNK_TOKENS = 4096  # more tokens at a time than this no longer make CPU products faster, and cost memory
 STREAMED_STATE_BYTES = 1 << 30  # states between segments that a streamed run keeps in memory
@@ -40,11 +42,12 @@ class Bench:
     """A prepared measurement.
 
     Attributes:
-        contexts, starts: of the scored samples.
+        contexts, starts: of the scored samples, of a shard its own.
         states: of the scored samples, kept between segments by the walk that observed ranges; None when it kept none.
         ranges: scheme name, operator path -> parameters of static activations.
         targets: those that can be scored.
         report: what is said beside the scores; filled in by the estimator.
+        first: place of the first of these among all scored samples.
     """
 
     job: SweepJob
@@ -58,6 +61,7 @@ class Bench:
     targets: list[Target]
     chunk: RowChunk
     report: EngineReport
+    first: int = 0
 
     def quantizer(self, scheme: Scheme) -> Callable[[Operator], OperatorQuantizer]:
         """Makes an operator's quantizer while its weights are in memory."""
@@ -116,13 +120,17 @@ def measuring(
     scored = [sample for sample in job.scored if walker.usable(sample)]
     if not scored:
         raise EngineError("none of the scored samples has an image, and the vision tower needs one")
+    own = shard_of(len(scored), job.shard)
+    if own.start == own.stop:
+        raise EngineError(f"shard={job.shard[0]}/{job.shard[1]} has no sample of {len(scored)}; take fewer shards")
     progress.total(len(job.calibration.samples) + work, "preparing")
     contexts = walker.contexts(calibration)
     starts = walker.starts(contexts)
-    first, first_starts = contexts[: len(scored)], starts[: len(scored)]
+    every, first, first_starts = contexts[: len(scored)], contexts[own], starts[own]
+    scored = scored[own]
     metric, positions = job.strategy.metric, job.strategy.positions
     report = EngineReport(
-        estimator, metric, unit_of(metric, positions), plain_forward_s(walker, first, first_starts), 0.0
+        estimator, metric, unit_of(metric, positions), _forward_s(folder, walker, first, first_starts), 0.0
     )
     if positions == "answer" and (count := without_answer(scored)):
         report.notes.append(
@@ -131,15 +139,17 @@ def measuring(
         )
     with folder.measuring():
         kept = len(scored) if keep_states and group_size(job, folder, walker, first_starts) >= len(scored) else 0
-        ranges, states = _observe(job, folder, walker, contexts, starts, kept, progress)
-        targets = _scorable(job, folder, first)
+        ranges, states = _observe(job, folder, walker, contexts, starts, slice(own.start, own.start + kept), progress)
+        targets = _scorable(job, folder, every)
         counted = folder.recall(CENSUS, {})
         report.notes += warnings(
             {op.path: OperatorCensus(**counted[op.path]) for op in job.operators if op.path in counted}
         )
         chunk = RowChunk(_row_chunk(job, folder, contexts))
         del starts
-        yield Bench(job, folder, progress, walker, first, first_starts, states, ranges, targets, chunk, report)
+        yield Bench(
+            job, folder, progress, walker, first, first_starts, states, ranges, targets, chunk, report, own.start
+        )
         synchronize(job.device)
         report.engine_s = folder.seconds
     report.details["row_chunk"] = chunk.size
@@ -156,6 +166,33 @@ def group_size(job: SweepJob, folder: RunFolder, walker: Walker, starts: Sequenc
         kept = max(1, min(len(starts), limit // (largest * (len(walker.segments) + 1))))
         folder.remember("sketch_group", kept)
     return int(kept)
+
+
+def groups(
+    job: SweepJob, folder: RunFolder, walker: Walker, starts: Sequence[State], first: int
+) -> list[tuple[int, int]]:
+    """The groups of `group_size`, by their first and last place but one among all scored samples.
+
+    A merged run has those of its shards.
+    """
+    kept = folder.recall(GROUPS)
+    if kept is None:
+        size = group_size(job, folder, walker, starts)
+        kept = [(first + at, first + min(at + size, len(starts))) for at in range(0, len(starts), size)]
+        folder.remember(GROUPS, kept)
+    return [(int(start), int(end)) for start, end in kept]
+
+
+def shard_of(count: int, shard: tuple[int, int]) -> slice:
+    """The places of a shard's samples among so many: neighbours, and as many as any other shard has, or one more."""
+    index, shards = shard
+    return slice(count * index // shards, count * (index + 1) // shards)
+
+
+def _forward_s(folder: RunFolder, walker: Walker, contexts: Sequence[Context], starts: Sequence[State]) -> float:
+    """Seconds of a plain forward; those of its shards together for a run that is merged of them."""
+    known = folder.recall(FORWARD)
+    return plain_forward_s(walker, contexts, starts) if known is None else float(known)
 
 
 def plain_forward_s(walker: Walker, contexts: Sequence[Context], starts: Sequence[State]) -> float:
@@ -181,19 +218,22 @@ def _observe(
     walker: Walker,
     contexts: Sequence[Context],
     starts: Sequence[State],
-    keep: int,
+    keep: slice,
     progress: Progress,
 ) -> tuple[dict[str, dict[str, Params]], list[list[State]] | None]:
     """Static ranges of all schemes, by a walk over the calibration samples, or as the run being resumed found them.
 
-    The walk keeps the states of the first `keep` samples, so that the sketch need not walk again.
+    The walk keeps the states of the samples `keep`, so that the sketch need not walk again.
     """
     known = folder.recall("ranges")
     states: list[list[State]] | None = None
     if known is None:
         step = len(contexts) / len(walker.segments)
-        ranges, states = walk(walker, contexts, starts, job.operators, job.schemes, lambda: progress.step(step), keep)
-        states = states if keep else None
+        ranges, states = walk(
+            walker, contexts, starts, job.operators, job.schemes, lambda: progress.step(step), keep.stop - keep.start,
+            keep.start,
+        )  # fmt: skip
+        states = states or None
         for path, error in ranges.failed.items():
             folder.fail(path, error)
         known = {

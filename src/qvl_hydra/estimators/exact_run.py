@@ -48,7 +48,7 @@ def measure_exact(bench: Bench, targets: Sequence[Target], scheme: Scheme, turn:
     walker, contexts, starts = _in_float32(bench)
     base = [op for target in targets for op in target.operators] if job.strategy.direction == "fallback" else []
     wave = Wavefront(walker, targets, base, bench.quantizer(scheme), bench.chunk, job.strategy.positions)
-    for index, (context, start) in enumerate(zip(contexts, starts, strict=True)):
+    for index, (context, start) in enumerate(zip(contexts, starts, strict=True), bench.first):
         item = f"exact{turn}-{scheme.name}-{index:05d}"
         if not bench.folder.done(item):
             results = score_sample(wave, context, start)

@@ -36,6 +36,7 @@ class SweepJob:
         scored: the samples that scores are measured on: the first `confidence_batches` batches.
         batch_size: samples a batch.
         schemes: the scheme to score, then further ones that share its passes.
+        shard: which part of the scored samples is measured in this run, and of how many.
         workdir: folder for the engine's own artifacts, made by the first; everything in it goes to the tracker.
     """
 
@@ -51,6 +52,7 @@ class SweepJob:
     fuse: bool
     seed: int
     workdir: Path
+    shard: tuple[int, int] = (0, 1)
 
     @property
     def scheme(self) -> Scheme:

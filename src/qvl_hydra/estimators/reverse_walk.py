@@ -20,7 +20,7 @@ from qvl_hydra.blockwise.batches import Batch, halved, make_batches
 from qvl_hydra.blockwise.ranges import walk
 from qvl_hydra.blockwise.walker import Context
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.estimators.bench import Bench, group_size
+from qvl_hydra.estimators.bench import Bench, groups
 from qvl_hydra.estimators.layout import Layout, ScoredTokens, WholeSamples
 from qvl_hydra.estimators.reverse import MakeProbes, Reading, ReverseSegment, step_back
 from qvl_hydra.families.stages import Segment, State
@@ -69,9 +69,8 @@ def cost(probes: int) -> float:
 
 def reverse_walk(bench: Bench, plan: Plan) -> None:
     """Score every target on every scored sample; samples go in groups whose states fit in memory together."""
-    size = group_size(bench.job, bench.folder, bench.walker, bench.starts)
-    for first in range(0, len(bench.contexts), size):
-        _measure_group(bench, plan, first, slice(first, first + size))
+    for first, end in groups(bench.job, bench.folder, bench.walker, bench.starts, bench.first):
+        _measure_group(bench, plan, first, slice(first - bench.first, end - bench.first))
 
 
 @dataclass

@@ -27,6 +27,7 @@ class Estimator:
         approximate: its scores are estimates, which are scaled to the exact ones where a run has both.
         weighs_errors: it multiplies with the weight's error, unless `strategy.weighting` is `trace`.
         several: it scores several schemes in one run.
+        shards: its samples can be measured in several runs and merged.
         why_resident: what it needs all weights in memory for; empty: it works streamed, too.
     """
 
@@ -38,6 +39,7 @@ class Estimator:
     approximate: bool = False
     weighs_errors: bool = False
     several: bool = True
+    shards: bool = True
     why_resident: str = ""
 
     def faults(self, direction: str, metric: str, placement: str) -> list[str]:
@@ -69,7 +71,7 @@ ESTIMATORS = {
         Estimator("gauss_newton", "qvl_hydra.estimators.gauss_newton:run", metric="curvature", weighs_errors=True),
         Estimator(
             "hessian", "qvl_hydra.estimators.hawq:run", metric="curvature", weighs_errors=True, several=False,
-            why_resident="a Hessian product goes through all blocks",
+            shards=False, why_resident="a Hessian product goes through all blocks",
         ),
     )
 }  # fmt: skip

@@ -18,13 +18,13 @@ from qvl_hydra.settings import Settings, judge_settings
 from qvl_hydra.version import __version__
 
 # What decides neither a score nor its place among others.
-UNFINGERPRINTED = ("tracking", "resume", "compare", "profile", "export", "device", "task")
+UNFINGERPRINTED = ("tracking", "resume", "compare", "merge", "profile", "export", "device", "task")
 ROOTS = ("outputs", "multirun")  # where resume=auto looks, below the working folder
 
 
 def fingerprint_of(settings: Settings, model_sha: str, calibration_sha: str) -> str:
     """Hash of everything that decides the result."""
-    content = _deciding(settings) | {
+    content = deciding(settings) | {
         "model_sha": model_sha,
         "calibration_sha": calibration_sha,
         "torch": torch.__version__,
@@ -43,7 +43,7 @@ def refuse_other_settings(settings: Settings, folder: RunFolder) -> None:
     if not (folder.path / FINGERPRINT).exists() or not saved.exists():
         return
     earlier, _ = judge_settings(read_yaml(saved))
-    if earlier is None or _deciding(earlier) != _deciding(settings):
+    if earlier is None or deciding(earlier) != deciding(settings):
         raise RunFolderError(
             f"{folder.path} holds the results of a run with other settings; give this one its own hydra.run.dir"
         )
@@ -87,5 +87,6 @@ def _kept(folder: Path) -> str:
     return str(read_json(folder / FINGERPRINT).get("fingerprint"))
 
 
-def _deciding(settings: Settings) -> dict[str, Any]:
+def deciding(settings: Settings) -> dict[str, Any]:
+    """The settings that decide a result."""
     return {key: value for key, value in asdict(settings).items() if key not in UNFINGERPRINTED}

@@ -65,7 +65,7 @@ def environment_faults(settings: Settings) -> list[str]:
     checks: list[Callable[[], object]] = []  # of values that are sound in themselves
     row = BACKENDS.get(settings.backend.name)
     if row is not None and not settings.backend.faults() and not row.foreign_device:
-        checks.append(lambda: pick_device(settings.backend.device))
+        checks.append(lambda: pick_device(settings.device_name(torch.cuda.device_count())))
     if needs_model and not settings.calibration.faults():
         checks.append(lambda: check_calibration(settings.calibration))
     if needs_model and not settings.model.faults() and is_local(settings.model.path):
@@ -107,7 +107,8 @@ def prepare(settings: Settings, further_schemes: Sequence[QuantSettings] = ()) -
     if foreign is not None:
         model = foreign.model
     else:
-        device = torch.device("cpu") if row.device == "cpu" else pick_device(settings.backend.device)
+        name = "cpu" if row.device == "cpu" else settings.device_name(torch.cuda.device_count())
+        device = pick_device(name)
         model = load_model(description, device, settings.seed)
     batches = settings.strategy.confidence_batches
     count = len(calibration.samples) if batches is None else batches * settings.calibration.batch_size

@@ -17,7 +17,7 @@ from qvl_hydra.backends.protocol import load_engine
 from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators.auto import CONTROLS
-from qvl_hydra.estimators.bench import CENSUS
+from qvl_hydra.estimators.bench import CENSUS, shard_of
 from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.estimators.table import estimator_of
@@ -40,6 +40,7 @@ from qvl_hydra.version import __version__
 REFRESH_S = 10.0  # how old scores.parquet may get while the run goes on
 SHOWN, SHOWN_FAILED = 10, 3
 FAMILIES_SHOWN = 5
+STOPPED = "stopped before the end: what is here was measured until then"
 NOTHING_SCORED = "no operator could be scored; are the model's weights whole, and do the samples reach its operators?"
 PACKAGES = (
     "torch", "transformers", "numpy", "pandas", "hydra-core", "mlflow", "neural-compressor", "onnx", "onnxruntime-gpu",
@@ -47,8 +48,17 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def run(settings: Settings, folder: RunFolder, screen: Screen, further_schemes: Sequence[QuantSettings] = ()) -> None:
+def run(
+    settings: Settings,
+    folder: RunFolder,
+    screen: Screen,
+    further_schemes: Sequence[QuantSettings] = (),
+    only_there: str = "",
+) -> None:
     """Score, write, show.
+
+    Args:
+        only_there: a reason to measure nothing, and to write what the folder has as partial.
 
     Raises:
         QvlHydraError: see `prepare`; what the engine cannot do; no operator could be scored.
@@ -63,6 +73,9 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further_schemes: 
     note: dict[str, Any] = {"fingerprint": fingerprint, "began": began}
     folder.after_write = _refresher(settings, folder, prepared)
     report: EngineReport | None = None
+    if only_there:
+        _write_results(settings, folder, prepared, None, note | {"why": only_there})
+        return
     try:
         report = load_engine(settings.backend.name)(job, folder, screen)
         report.notes += not_quantized(settings, prepared)
@@ -88,6 +101,7 @@ def _job(settings: Settings, folder: RunFolder, prepared: Prepared) -> SweepJob:
         fuse=settings.operators.fuse,
         seed=settings.seed,
         workdir=folder.path / settings.backend.name,
+        shard=settings.part,
     )
 
 
@@ -212,7 +226,7 @@ def _run_record(
         n_scored=n_scored,
         n_skipped=int(status.get("skipped", 0)),
         n_failed=int(status.get("failed", 0)),
-        n_samples=len(prepared.scored),
+        n_samples=len(prepared.scored[shard_of(len(prepared.scored), settings.part)]),
         calibration_size=len(prepared.calibration.samples),
         calibration_seed=settings.calibration.seed,
         calibration_bad=len(prepared.calibration.bad),
@@ -225,7 +239,7 @@ def _run_record(
         model_sha=prepared.model.sha,
         calibration_sha=prepared.calibration.sha,
         fingerprint=note["fingerprint"],
-        notes=list(report.notes) if report else ["stopped before the end: what is here was measured until then"],
+        notes=list(report.notes) if report else [note.get("why", STOPPED)],
         details=details,
         error=error,
     )

@@ -80,7 +80,10 @@ def jobs_of(sweep_folder: Path) -> Found:
         except RunFolderError as error:
             found.missing[folder.name] = str(error)
             continue
-        if (run and run.task == "compare") or config(folder).get("task", {}).get("name") == "compare":
+        own = config(folder)
+        if (run and run.task == "compare") or own.get("task", {}).get("name") == "compare":
+            continue
+        if own.get("shard") is not None:  # the run that they are merged to stands for them
             continue
         if run and run.status == "complete" and (folder / "scores.parquet").exists():
             found.folders.append((folder, None))
