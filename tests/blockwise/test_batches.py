@@ -16,9 +16,12 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators import reverse_walk
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
+from qvl_hydra.scores.shrink import ORIGINS
 from tests.backends.test_torch import SCHEMES, make_job, scores
 from tests.blockwise.test_walker import samples_of
 from tests.conftest import load_tiny
+
+APART = ["signed", *ORIGINS]  # effects of few tokens, whose sums round
 
 KEYS = ["op", "sample", "probe"]
 
@@ -79,7 +82,7 @@ def test_batched_samples_score_as_alone(
     found = {}
     for limit in (1, 100_000):
         monkeypatch.setitem(batches.BATCH_TOKENS, "cpu", limit)
-        found[limit] = scores(job, tmp_path / str(limit))[0].sort_values(KEYS, ignore_index=True).drop(columns="signed")
+        found[limit] = scores(job, tmp_path / str(limit))[0].sort_values(KEYS, ignore_index=True).drop(columns=APART)
     pd.testing.assert_frame_equal(found[1], found[100_000], rtol=2e-3)
 
 
@@ -102,5 +105,5 @@ def test_a_batch_goes_on_in_halves_when_memory_runs_out(
     assert max(sizes[: len(tiny_samples) * 2]) == len(tiny_samples)
     assert max(sizes[len(tiny_samples) * 2 :]) == 1, "what was halved stays so"
     pd.testing.assert_frame_equal(
-        *(found.sort_values(KEYS, ignore_index=True).drop(columns="signed") for found in (halves, together)), rtol=2e-3
+        *(found.sort_values(KEYS, ignore_index=True).drop(columns=APART) for found in (halves, together)), rtol=2e-3
     )

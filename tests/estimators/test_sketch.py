@@ -312,11 +312,20 @@ def sketch_and_autograd(
     model: LoadedModel, sample: Sample, component: str, path: Path
 ) -> tuple[list[float], list[float]]:
     """Every operator by the whole engine, and by one plain backward pass through all of the model at once."""
+    frame, products = frame_and_products(model, sample, component, path)
+    found = frame["value"]
+    return [found[name] for name in products], [float(own.sum()) ** 2 for own in products.values()]
+
+
+def frame_and_products(
+    model: LoadedModel, sample: Sample, component: str, path: Path
+) -> tuple[pd.DataFrame, dict[str, Tensor]]:
+    """Rows of a sketch by operator; and of each operator the products of gradient and change at every value."""
     job = make_job(
         model, (sample,), SCHEMES["w8a16"], component, estimator="sketch", reduction="sequence", probes=1
     )
     native.run(job, RunFolder(path), Silent())
-    found = RunFolder(path).frame().set_index("op")["value"]
+    frame = RunFolder(path).frame().set_index("op")
 
     walker, seen = Walker(model, component), {}
 
@@ -335,13 +344,12 @@ def sketch_and_autograd(
     directions = functional.pad(directions, (0, 0, 0, state.shape[-1] - len(directions)))
     probe = next(sign_probes(state[0].detach(), directions, [Signs(model.device, job.seed, sample.id)]))
     gradients = torch.autograd.grad(state, [y for _, y in seen.values()], probe[None])
-    expected = []
+    found = {}
     for (path, (x, _)), gradient in zip(seen.items(), gradients, strict=True):
         change = weight_change(model.module.get_submodule(path).weight, WeightFormat(8)).float()
         module = model.module.get_submodule(path)
         made = x.float().flatten(0, -2) @ change.T
         if isinstance(module, ExpertProduct):  # every expert's product, and of these the chosen one's
             made = made.unflatten(-1, (module.experts, -1))[torch.arange(len(made)), module.chosen]
-        products = made * gradient.float().reshape(made.shape)
-        expected.append(float(products.sum()) ** 2)
-    return [found[path] for path in seen], expected
+        found[path] = made * gradient.float().reshape(made.shape)
+    return frame, found

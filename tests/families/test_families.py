@@ -18,7 +18,7 @@ from qvl_hydra.operators.targets import make_targets
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 from tests.estimators.slow_loop import loop_scores
 from tests.estimators.test_exact import assert_equal_scores, wavefront_scores
-from tests.estimators.test_sketch import sketch_and_autograd
+from tests.estimators.test_sketch import frame_and_products, sketch_and_autograd
 from tests.families.shapes import SHAPES, load_made_up, made_up_checkpoint, samples_of
 
 W8A8 = Scheme("w8a8_static", WeightFormat(8), ActivationFormat(8))
@@ -103,6 +103,27 @@ def test_sketch_is_what_autograd_gives(
     sample = samples_of(checkpoints[name])[0]
     found, expected = sketch_and_autograd(model, sample, component, tmp_path)
     assert found == pytest.approx(expected, rel=2e-3, abs=1e-6 * max(expected))
+
+
+@pytest.mark.parametrize("name", ["taps", "experts", "text_bias"])
+def test_where_errors_come_in_is_told_by_the_products_at_each_token(
+    name: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    model = load_made_up(checkpoints[name])
+    sample = samples_of(checkpoints[name])[0]
+    component = "full" if model.family.visual else "lm"
+    frame, products = frame_and_products(model, sample, component, tmp_path)
+    image = sample.input_ids == getattr(model.config, "image_token_id", -1)
+    answer = sample.labels >= 0
+    assert bool(answer.any())
+    for path, own in products.items():
+        if model.family.component_of(path) == "vision":
+            expected = [float(own.sum(-1).square().sum()), 0.0, 0.0]
+        else:
+            tokens = own.sum(-1).view(len(image), -1).sum(-1).square()
+            expected = [float(tokens[kind].sum()) for kind in (image, ~image & ~answer, answer)]
+        found = frame.loc[path, ["from_image", "from_text", "from_answer"]].tolist()
+        assert found == pytest.approx(expected, rel=2e-3, abs=1e-6 * max(expected)), path
 
 
 def test_operators_come_in_the_order_of_the_data(checkpoints: dict[str, Path]) -> None:

@@ -13,7 +13,9 @@ from qvl_hydra.scores.shrink import shrink_ratios, shrunk
 def frame(rows: list[tuple[str, str, float, float | None, float | None]]) -> pd.DataFrame:
     """Rows of operator, sample, value and both products."""
     made = [(op, sample, 0, value, "kl", "sketch", "w8", *cross, None) for op, sample, value, *cross in rows]
-    return pd.DataFrame(made, columns=list(PART_COLUMNS)).astype({"probe": "Int64"})
+    return pd.DataFrame(made, columns=list(PART_COLUMNS[:-3])).reindex(columns=list(PART_COLUMNS)).astype(
+        {"probe": "Int64"}
+    )
 
 
 def test_no_noise_keeps_every_ratio() -> None:

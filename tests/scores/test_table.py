@@ -13,7 +13,8 @@ from scipy.stats import norm
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.runs.folder import COLUMNS as SAMPLE_COLUMNS
 from qvl_hydra.scores.interval import intervals
-from qvl_hydra.scores.table import COLUMNS, Scored, score_table
+from qvl_hydra.scores.shrink import ORIGINS
+from qvl_hydra.scores.table import COLUMNS, Scored, origins, score_table
 
 LAYER = "model.language_model.layers.0.self_attn"
 
@@ -32,7 +33,8 @@ def rows(
         for op, sequence in values.items()
         for index, value in enumerate(sequence)
     ]
-    return pd.DataFrame(found, columns=list(SAMPLE_COLUMNS)).astype({"probe": "Int64", "value": "float64"})
+    made = pd.DataFrame(found, columns=list(SAMPLE_COLUMNS[: -len(ORIGINS)]))
+    return made.reindex(columns=list(SAMPLE_COLUMNS)).astype({"probe": "Int64", "value": "float64"})
 
 
 def table_of(
@@ -58,6 +60,21 @@ def test_a_score_is_the_mean_over_samples_and_the_largest_is_rank_1() -> None:
     assert table["block"].isna().tolist() == [False, False, False, True]
     for name, value in values.items():
         assert table.loc[name, "standard_error"] == pytest.approx(np.std(value, ddof=1) / math.sqrt(3))
+
+
+def test_shares_by_where_errors_come_in_are_weighed_by_scores() -> None:
+    frame = rows({"a": [4, 2], "b": [1, 1], "c": [5, 5]}, estimator="sketch")
+    frame.loc[frame["op"] != f"{LAYER}.c", list(ORIGINS)] = [[3, 1, 0], [1, 1, 2], [0, 2, 2], [0, 0, 0]]
+    table = table_of([operator(name) for name in "abc"], frame)
+    assert table.loc["a", list(ORIGINS)].tolist() == [4 / 8, 2 / 8, 2 / 8]
+    assert table.loc["b", list(ORIGINS)].tolist() == [0, 0.5, 0.5]
+    assert table.loc["c", list(ORIGINS)].isna().all()
+    assert origins(table) == {
+        "image": pytest.approx(3 * 0.5 / 4), "text": pytest.approx((3 * 0.25 + 0.5) / 4),
+        "answer": pytest.approx((3 * 0.25 + 0.5) / 4),
+    }  # fmt: skip
+    assert origins(table_of([operator("a")], rows({"a": [1]}))) == {}
+    assert ORIGINS[0] not in table_of([operator("a")], rows({"a": [1]}))
 
 
 def test_equal_scores_rank_in_data_order() -> None:

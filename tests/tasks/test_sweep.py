@@ -18,6 +18,7 @@ from qvl_hydra.estimators import exact_run
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.runs.folder import RunFolder
+from qvl_hydra.scores.shrink import ORIGINS
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks import prepare, sweep
@@ -66,7 +67,8 @@ def test_files_and_their_schema(tmp_path: Path, tiny_model: LoadedModel) -> None
         assert (row["component"], row["role"], row["group"], row["n_params"]) == ("lm", op.role, op.group, op.n_params)
 
     samples = pd.read_parquet(tmp_path / "sample_scores.parquet")
-    assert {"op", "sample", "probe", "value", "metric", "estimator", "scheme", "signed"} == set(samples.columns)
+    expected = {"op", "sample", "probe", "value", "metric", "estimator", "scheme", "signed", *ORIGINS}
+    assert expected == set(samples.columns)
     for estimator, part in samples[samples["metric"] == "kl"].groupby("estimator"):
         per_op = part.groupby("op")["sample"].nunique()
         assert set(per_op) == {4}

@@ -27,10 +27,13 @@ from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.formats.record import QuantParams
 from qvl_hydra.quantization.qdq import qdq_activation
 from qvl_hydra.quantization.scheme import Scheme
+from qvl_hydra.scores.shrink import ORIGINS
 
 Products = Float[Tensor, "*target probe token"]
-PARTS = {"sequence": 2, "token": 2, "split": 2, "shrunk": 4}  # numbers that `combine` gives
+CROSS_PARTS = {"sequence": 0, "token": 0, "split": 0, "shrunk": 2}  # what `combine` gives beside sum and value
+PARTS = 2 + len(ORIGINS)  # sum, value, and squares by where they come in; products between tokens stand behind
 SamplesOf = Callable[[int], Sequence[slice]]  # from tokens in all, one behind the other, to those of each sample
+Kinds = Sequence[Tensor | int]  # of each sample the kind of every token, or the one of all; see `positions`
 
 
 @dataclass
@@ -163,27 +166,51 @@ class FirstOrder:
         return [operator_error(module, x, change) for change in self.changes[path]]
 
     def collect(
-        self, targets: Sequence[Target], taps: Mapping[str, Sequence[OperatorError]], samples_of: SamplesOf
+        self,
+        targets: Sequence[Target],
+        taps: Mapping[str, Sequence[OperatorError]],
+        samples_of: SamplesOf,
+        kinds: Kinds | None = None,
     ) -> list[list[Float[Tensor, "target probe part"]]]:
-        """Values by scheme and sample; operators quantized together add their products before anything is squared."""
+        """Values by scheme and sample; operators quantized together add their products before anything is squared.
+
+        The parts of a value are those of `PARTS`, and then those of `CROSS_PARTS`.
+        """
         members = [[taps[op.path] for op in target.operators if op.path in taps] for target in targets]
         schemes = max((len(errors) for target in members for errors in target), default=0)
         found = []
         for index in range(schemes):
-            by_target = [self._values([errors[index] for errors in target], samples_of) for target in members]
+            by_target = [self._values([errors[index] for errors in target], samples_of, kinds) for target in members]
             found.append([torch.stack(rows) for rows in zip(*by_target, strict=True)])
         return found
 
-    def _values(self, errors: Sequence[OperatorError], samples_of: SamplesOf) -> list[Float[Tensor, "probe part"]]:
+    def _values(
+        self, errors: Sequence[OperatorError], samples_of: SamplesOf, kinds: Kinds | None
+    ) -> list[Float[Tensor, "probe part"]]:
         """Of one target in one scheme, a sample each."""
         if not any(e.weight_products or e.activation_products for e in errors):  # a scheme that is not offered
-            return [torch.zeros(errors[0].taken, PARTS[self.reduction])] * len(samples_of(0))
+            empty = torch.zeros(errors[0].taken, PARTS + CROSS_PARTS[self.reduction])
+            return [empty] * len(samples_of(0))
         parts = (_summed([e.weight_products for e in errors]), _summed([e.activation_products for e in errors]))
         tokens = next(part.shape[-1] for part in parts if part is not None)
-        return [
-            combine(self.reduction, *(part if part is None else part[..., of_sample] for part in parts))
-            for of_sample in samples_of(tokens)
-        ]
+        found = []
+        for row, of_sample in enumerate(samples_of(tokens)):
+            own = [part if part is None else part[..., of_sample] for part in parts]
+            values = combine(self.reduction, *own)
+            origins = _origins(own, None if kinds is None else kinds[row])
+            found.append(torch.cat([values[..., :2], origins, values[..., 2:]], dim=-1))
+        return found
+
+
+def _origins(parts: Sequence[Products | None], kinds: Tensor | int | None) -> Float[Tensor, "probe origin"]:
+    """Squares of the products at each kind of token; zero where the kinds are not known."""
+    squares = torch.stack([part for part in parts if part is not None]).sum(0).square()
+    by_kind = squares.new_zeros(*squares.shape[:-1], len(ORIGINS))
+    if isinstance(kinds, int):
+        by_kind[..., kinds] = squares.sum(-1)
+    elif kinds is not None:
+        by_kind.index_add_(-1, kinds.to(squares.device), squares)
+    return by_kind
 
 
 def _summed(products: Sequence[list[Tensor]]) -> Products | None:

@@ -103,7 +103,11 @@ class WeightCurvature:
         return [WeightGram(as_tokens(module, x), samples_of, getattr(module, "chosen", None))]
 
     def collect(
-        self, targets: Sequence[Target], taps: Mapping[str, Sequence[WeightGram]], samples_of: SamplesOf
+        self,
+        targets: Sequence[Target],
+        taps: Mapping[str, Sequence[WeightGram]],
+        samples_of: SamplesOf,
+        kinds: object = None,
     ) -> list[list[Float[Tensor, "target probe part"]]]:
         """Sums over the operators of a target, for each factor and sample; part 1 is the value."""
         found = []

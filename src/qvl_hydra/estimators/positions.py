@@ -34,6 +34,17 @@ def scored_positions(sample: Sample, image_tokens: Bool[Tensor, "token"], positi
     return text if bool(text.any()) else everywhere
 
 
+IMAGE, TEXT, ANSWER = range(3)  # kinds of token, in the order of `scores.shrink.ORIGINS`
+
+
+def token_kinds(sample: Sample, image_tokens: Bool[Tensor, "token"]) -> Int64[Tensor, "token"]:
+    """Of each token of a sample whether it stands for an image, belongs to the answer, or is other text."""
+    kinds = torch.full((sample.input_ids.numel(),), TEXT)
+    kinds[sample.labels >= 0] = ANSWER
+    kinds[image_tokens.cpu()] = IMAGE
+    return kinds
+
+
 def predicted_tokens(sample: Sample) -> Int64[Tensor, "token"]:
     """At each position the token that follows, -100 at the last."""
     return functional.pad(sample.input_ids[1:], (0, 1), value=IGNORED)

@@ -41,7 +41,11 @@ class Reading(Protocol):
         """Taps of an operator on its input, (token, *in)."""
 
     def collect(
-        self, targets: Sequence[Target], taps: Mapping[str, Sequence[Any]], samples_of: SamplesOf
+        self,
+        targets: Sequence[Target],
+        taps: Mapping[str, Sequence[Any]],
+        samples_of: SamplesOf,
+        kinds: Sequence[Tensor | int] | None = None,
     ) -> list[list[Float[Tensor, "target probe part"]]]:
         """Values by scheme, and within a scheme by sample."""
 
@@ -93,6 +97,7 @@ def step_back(
     state: State,
     gradients: Sequence[State] | MakeProbes,
     samples_of: SamplesOf,
+    kinds: Sequence[Tensor | int] | None = None,
 ) -> tuple[list[list[Float[Tensor, "target probe part"]]], list[State]]:
     """Compute a segment again and take every probe's gradient through it.
 
@@ -100,6 +105,7 @@ def step_back(
         state: the segment's input: one row, or one a sample.
         gradients: at the segment's output, one a probe; of the last segment a function that makes them from it.
         samples_of: where each sample's tokens are.
+        kinds: of each sample the kind of every token, or the one of all; see `positions`.
 
     Returns:
         Values by scheme and sample; and the gradients at the segment's input.
@@ -126,4 +132,4 @@ def step_back(
             torch.autograd.grad(end, start, gradient.to(end.dtype), retain_graph=index + 1 < len(gradients))[0]
             for index, gradient in enumerate(gradients)
         ]
-    return work.reading.collect(work.targets, taps, samples_of), back
+    return work.reading.collect(work.targets, taps, samples_of, kinds), back

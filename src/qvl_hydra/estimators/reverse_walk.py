@@ -21,7 +21,9 @@ from qvl_hydra.blockwise.ranges import walk
 from qvl_hydra.blockwise.walker import Context
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators.bench import Bench, groups
+from qvl_hydra.estimators.first_order import PARTS
 from qvl_hydra.estimators.layout import Layout, ScoredTokens, WholeSamples
+from qvl_hydra.estimators.positions import IMAGE, token_kinds
 from qvl_hydra.estimators.reverse import MakeProbes, Reading, ReverseSegment, step_back
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
@@ -137,7 +139,7 @@ def _measure_segment(
         for batch in list(group.batches):
             if segment.vision and not batch.has_images:
                 assert gradients is not None, "no sample passes over the last segment"
-                nothing = [torch.zeros(len(targets), len(gradients[batch.places[0]]), 2)] * plan.values
+                nothing = [torch.zeros(len(targets), len(gradients[batch.places[0]]), PARTS)] * plan.values
                 found = [(place, nothing, gradients[place]) for place in batch.places]
             else:
                 found = _walk_back(bench, group, batch, work, states, entering)
@@ -186,7 +188,7 @@ def _walk_back(
     done = None
     try:
         state = before.put_together([states[place] for place in batch.places])
-        done = step_back(work, batch.context, state, entering(batch, behind), before.slices)
+        done = step_back(work, batch.context, state, entering(batch, behind), before.slices, _kinds(batch, before))
     except torch.cuda.OutOfMemoryError:
         if len(batch.places) == 1:
             raise
@@ -202,6 +204,20 @@ def _walk_back(
         (place, [scheme[row] for scheme in values], list(own))
         for row, (place, own) in enumerate(zip(batch.places, gradients, strict=True))
     ]
+
+
+def _kinds(batch: Batch, layout: Layout) -> list[Tensor | int]:
+    """Of each sample the kind of its tokens in a layout; the vision tower's are all an image's."""
+    context = batch.context
+    if isinstance(layout, WholeSamples) and layout.packed:
+        return [IMAGE] * len(context.samples)
+    kinds = [
+        token_kinds(sample, places[: sample.input_ids.numel()])
+        for sample, places in zip(context.samples, context.places, strict=True)
+    ]
+    if isinstance(layout, ScoredTokens):
+        kinds = [own[mask] for own, mask in zip(kinds, layout.masks, strict=True)]
+    return list(kinds)
 
 
 def _layouts(bench: Bench, segment: Segment, batch: Batch) -> tuple[Layout, Layout]:

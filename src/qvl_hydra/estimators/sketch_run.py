@@ -22,6 +22,7 @@ from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.qdq import weight_change
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder, SampleScore
+from qvl_hydra.scores.shrink import ORIGINS
 
 
 def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
@@ -119,8 +120,10 @@ def first_order_scores(
         for target, sums, probes in zip(targets, signed, scaled, strict=True):
             if not bench.offered(target, scheme):
                 continue
-            for k, (own, (value, *cross)) in enumerate(zip(sums, probes, strict=True)):
+            for k, (own, (value, *more)) in enumerate(zip(sums, probes, strict=True)):
+                origins, cross = more[: len(ORIGINS)], more[len(ORIGINS) :]
                 by_weight, by_activation = cross or (None, None)
                 yield SampleScore(
-                    target.name, sample.id, k, value, metric, estimator, scheme.name, by_weight, by_activation, own
-                )
+                    target.name, sample.id, k, value, metric, estimator, scheme.name, by_weight, by_activation, own,
+                    *origins,
+                )  # fmt: skip

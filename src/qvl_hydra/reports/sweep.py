@@ -20,6 +20,8 @@ from qvl_hydra.reports.figures import bars_figure, chart_figure, heat_figure, wr
 from qvl_hydra.reports.heat import Row, heat_map
 from qvl_hydra.reports.page import Column, Section, facts, notes, number, table, text, write_page
 from qvl_hydra.runs.files import read_table
+from qvl_hydra.scores.shrink import ORIGINS
+from qvl_hydra.scores.table import origins
 
 REPORT = "report.html"
 FIGURES = "figures"
@@ -63,6 +65,7 @@ def write_sweep_report(folder: Path, extra: Sequence[Section] = ()) -> Path:
         Section("Run", _summary(run)),
         Section("Blocks and roles", heat_map(run.table)),
         *_families(folder),
+        *_origins(run.table),
         Section("Most sensitive operators", ranked_bars(run.table)),
         Section("How many samples are enough", stability_section(curve, criterion, run)),
         *extra,
@@ -93,6 +96,29 @@ def _families(folder: Path) -> list[Section]:
         "effects that add up or cancel count if a sketch left its signed sums."
     )
     return [Section("Families", table(columns, rows, identity="families") + notes([how]))]
+
+
+def _origins(scores: pd.DataFrame) -> list[Section]:
+    """Where errors come in: shares of each role's effect by kind of token; nothing where no sketch told them."""
+    whole = origins(scores)
+    if not whole:
+        return []
+    own = scores[(scores["component"] == "lm") & (scores["status"] == "scored") & scores[ORIGINS[0]].notna()]
+    own = own.assign(**{name: own[name] * own["score"].clip(lower=0) for name in ORIGINS})
+    sums = own.groupby("role")[["score", *ORIGINS]].sum().sort_values("score", ascending=False)
+    rows = [
+        [role, number(row["score"]), *(f"{row[name] / row['score']:.0%}" for name in ORIGINS)]
+        for role, row in sums[sums["score"] > 0].iterrows()
+    ]
+    rows.append(["all", number(sums["score"].sum()), *(f"{share:.0%}" for share in whole.values())])
+    names = ("sum of scores", "image tokens", "other prompt tokens", "answer tokens")
+    columns = [Column("role"), *(Column(name, number=True) for name in names)]
+    how = (
+        "Language tower. The share of the effect on the output that comes in at each kind of token: rounding there, in "
+        "the operator's input, weight product or output, is what the output feels. From the sketch, to first order, "
+        "without what errors at different tokens do together."
+    )
+    return [Section("Where errors come in", table(columns, rows, identity="origins") + notes([how]))]
 
 
 def _census(scores: pd.DataFrame) -> list[Section]:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from qvl_hydra.errors import RunFolderError
 from qvl_hydra.runs.files import damaged, read_json, read_value, write_json, written_whole
-from qvl_hydra.scores.shrink import CROSS, shrunk
+from qvl_hydra.scores.shrink import CROSS, ORIGINS, shrunk
 
 PARTS = "parts"
 FINGERPRINT = "fingerprint.json"
@@ -51,6 +51,7 @@ class SampleScore:
         weight_cross, activation_cross: a sketch's products between different tokens, by what makes them: not in
             `value`, but brought in by `scores.shrink` once all operators are known.
         signed: of a probe, the first-order effect with its sign: the root of the unbiased value.
+        from_image, from_text, from_answer: of a probe, the squares of the effects that come in at such tokens.
     """
 
     op: str
@@ -63,13 +64,17 @@ class SampleScore:
     weight_cross: float | None = None
     activation_cross: float | None = None
     signed: float | None = None
+    from_image: float | None = None
+    from_text: float | None = None
+    from_answer: float | None = None
 
 
 PART_COLUMNS = tuple(item.name for item in fields(SampleScore))
 COLUMNS = tuple(name for name in PART_COLUMNS if name not in CROSS)  # of `RunFolder.frame`
+NUMBERS = ("value", "signed", *ORIGINS, *CROSS)
 PART_SCHEMA = pa.schema(
     [
-        (name, {"probe": pa.int64(), **dict.fromkeys(("value", "signed", *CROSS), pa.float64())}.get(name, pa.string()))
+        (name, pa.int64() if name == "probe" else pa.float64() if name in NUMBERS else pa.string())
         for name in PART_COLUMNS
     ]
 )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.scores.interval import CONFIDENCE, intervals
+from qvl_hydra.scores.shrink import ORIGINS
 
 SKETCH = "sketch"  # the estimator whose scores are scaled to the exact ones
 MEDIAN_NOISE = 1.2533  # standard error of a median in that of a mean, of normal values
@@ -79,10 +80,31 @@ def score_table(scored: Scored) -> tuple[pd.DataFrame, float | None]:
         members = [[scored.census[op.path] for op in own if op.path in scored.census] for _, own in _units(scored)]
         for name in CENSUS_COLUMNS:
             table[name] = [max((float(own[name]) for own in row), default=np.nan) for row in members]
+    _add_origins(table, ranking)
     for metric, part in frame[frame["metric"] != scored.metric].groupby("metric"):
         means = part.groupby("op")["value"].mean()
         table[str(metric)] = table["op"].map(means).astype("float64")
     return table, factor
+
+
+def _add_origins(table: pd.DataFrame, ranking: pd.DataFrame) -> None:
+    """Shares of an operator's effect that come in at image, text and answer tokens, where a sketch has told them."""
+    if not ranking[list(ORIGINS)].notna().any(axis=None):
+        return
+    sums = ranking.groupby("op")[list(ORIGINS)].sum()
+    totals = sums.sum(axis=1)
+    for name in ORIGINS:
+        table[name] = table["op"].map(sums[name] / totals.where(totals > 0)).astype("float64")
+
+
+def origins(table: pd.DataFrame) -> dict[str, float]:
+    """The same of all of the language tower's operators together, each weighed by its score; empty where not told."""
+    own = table[(table["component"] == "lm") & (table["status"] == "scored")]
+    own = own[own[ORIGINS[0]].notna()] if ORIGINS[0] in table else own[:0]
+    scores = own["score"].clip(lower=0)
+    if not scores.sum() > 0:
+        return {}
+    return {name.removeprefix("from_"): float((own[name] * scores).sum() / scores.sum()) for name in ORIGINS}
 
 
 def _add_intervals(rows: list[dict[str, object]], values: list[NDArray[np.float64]], doubt: float) -> None:

@@ -21,25 +21,23 @@ from qvl_hydra.estimators.bench import CENSUS, shard_of
 from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.estimators.table import estimator_of
-from qvl_hydra.models.memory import GIB, peak_memory_bytes
-from qvl_hydra.profiles.families import families, name_of
+from qvl_hydra.models.memory import peak_memory_bytes
+from qvl_hydra.profiles.families import families
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.reports.sweep import write_sweep_report
-from qvl_hydra.runs.files import read_table, write_json, write_parquet
+from qvl_hydra.runs.files import write_json, write_parquet
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.runs.record import RunRecord, write_record
 from qvl_hydra.runs.resume import fingerprint_of, take_up
 from qvl_hydra.runs.versions import installed_versions
-from qvl_hydra.scores.spread import sharpening
-from qvl_hydra.scores.table import Scored, score_table
+from qvl_hydra.scores.table import Scored, origins, score_table
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks.prepare import Prepared, not_quantized, prepare
+from qvl_hydra.tasks.shown import ENTERS, show
 from qvl_hydra.version import __version__
 
 REFRESH_S = 10.0  # how old scores.parquet may get while the run goes on
-SHOWN, SHOWN_FAILED = 10, 3
-FAMILIES_SHOWN = 5
 STOPPED = "stopped before the end: what is here was measured until then"
 NOTHING_SCORED = "no operator could be scored; are the model's weights whole, and do the samples reach its operators?"
 PACKAGES = (
@@ -82,7 +80,7 @@ def run(
     finally:  # Ctrl-C, an error or the end: what there is is written
         screen.finish()
         record = _write_results(settings, folder, prepared, report, note)
-    _show(settings, folder, report, record, screen)
+    show(settings, folder, report, record, screen)
     if not record.n_scored:
         raise EngineError(NOTHING_SCORED)
 
@@ -207,6 +205,8 @@ def _run_record(
     details = dict(report.details) if report else {}
     if factor is not None:
         details["sketch_factor"] = factor
+    if told := origins(table):
+        details[ENTERS] = told
     if prepared.model.device.type == "cuda":
         details["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(prepared.model.device)
     n_scored = int(status.get("scored", 0))
@@ -248,61 +248,3 @@ def _run_record(
 def versions() -> dict[str, str]:
     """Versions of what a result depends on, as far as installed."""
     return {"python": platform.python_version(), "qvl_hydra": __version__, **installed_versions(PACKAGES)}
-
-
-def _show_families(folder: RunFolder, screen: Screen) -> None:
-    """What families of modules lose."""
-    grouped = read_table(folder.path / "families.parquet").to_dict("records")
-    if len(grouped) <= FAMILIES_SHOWN:
-        return  # the operators themselves say as much
-    rows = [
-        [name_of(row), str(row["n_ops"]), f"{row['sum_of_scores']:.4g}", f"{row['together']:.4g}"]
-        for row in grouped[:FAMILIES_SHOWN]
-    ]
-    columns = ["family", "operators", "sum of scores", "together"]
-    screen.table("families of modules that lose most", columns, rows)
-
-
-def _show(settings: Settings, folder: RunFolder, report: EngineReport, record: RunRecord, screen: Screen) -> None:
-    table = read_table(folder.path / "scores.parquet")
-    top = table[table["status"] == "scored"].sort_values("rank").head(SHOWN)
-    title = f"most sensitive of {settings.model.name} ({record.scheme}; {report.unit})"
-    rows = [
-        [
-            f"{row['rank']:2d} {row['op'].removeprefix('model.').removeprefix('language_model.')}",
-            f"{row['score']:.4g}",
-            f"{row['score_low']:.3g} to {row['score_high']:.3g}",
-            row["estimator"],
-        ]
-        for row in top.to_dict("records")
-    ]
-    if rows:
-        screen.table(title, ["operator", "score", "95 % interval", "by"], rows)
-        _show_families(folder, screen)
-    for note in report.notes:
-        screen.say(note)
-    agreement = report.details.get("agreement")
-    if agreement is not None:
-        said = report.details
-        screen.say(
-            f"{said['exact_operators']} operators were measured exactly; on the {said['control_operators']} of them "
-            f"drawn at random sketch and exact have a rank correlation of {agreement:.3f}; expected on the wrong side "
-            f"of the top {said['top_k']}: {said['expected_wrong_in_top_k']:.2f}"
-        )
-    told = sharpening(read_table(folder.path / "sample_scores.parquet"), report.metric, str(record.scheme))
-    if told:
-        screen.say(told)
-    counts = {"scored": record.n_scored, "skipped": record.n_skipped, "failed": record.n_failed}
-    counted = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    screen.say(
-        f"{counted} of {record.n_ops} operators on {record.n_samples} samples in {record.wall_s:.1f} s "
-        f"({record.forward_equivalents or 0:.1f} forward-equivalents, peak memory "
-        f"{(record.peak_memory_bytes or 0) / GIB:.1f} GiB)"
-    )
-    failed = table[table["status"] == "failed"].to_dict("records")
-    for row in failed[:SHOWN_FAILED]:
-        screen.say(f"failed: {row['op']}: {row['reason']}")
-    if len(failed) > SHOWN_FAILED:
-        screen.say(f"failed: {len(failed) - SHOWN_FAILED} more; {folder.path / 'report.html'} names them all")
-    if record.calibration_bad:
-        screen.say(f"{record.calibration_bad} bad calibration samples were left out; calibration.json names them")
