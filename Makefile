@@ -17,10 +17,11 @@ test-slow: $(STAMP)
 
 # vLLM in an environment of its own, as its CPU build pins much: 72 s and 3.5 GB. triton, torchaudio and torchcodec
 # come as builds for CUDA and break its import; torchvision, which does too, is mended by a file on PYTHONPATH.
+# vLLM warns while it is imported, which is no fault of the tests (-W).
 VLLM := .venv-vllm
 
 test-vllm: $(VLLM)/.installed
-	PYTHONPATH=tests/vllm/environment $(VLLM)/bin/python -m pytest -m vllm -s tests/vllm
+	PYTHONPATH=tests/vllm/environment $(VLLM)/bin/python -m pytest -W default -m vllm -s tests/vllm
 
 $(VLLM)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)

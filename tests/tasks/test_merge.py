@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +19,7 @@ from qvl_hydra.estimators import exact_run, reverse_walk
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.tasks import merge, sweep
-from tests.program import finish, start
+from tests.program import finish, start, wait_for
 from tests.tasks.test_sweep import settings_of
 
 LINE = ("operators.max_ops=6", "calibration.size=7", "strategy.confidence_batches=null", "tracking.enabled=false")
@@ -179,3 +180,17 @@ def test_a_multirun_of_shards_ends_with_the_merged_run(tmp_path: Path) -> None:
     assert len([item for item in below if "merged" in item.data.tags]) == 2
     assert len(below) == 7
     assert all(item.info.status == "FINISHED" for item in runs)
+
+
+def test_ctrl_c_while_shards_are_merged_ends_politely(tmp_path: Path) -> None:
+    line = "-m shard=0/2,1/2 hydra.sweep.dir=jobs calibration.size=64 strategy.estimator=auto tracking.enabled=true"
+    process = start(line, tmp_path)
+    wait_for(lambda: any((tmp_path / "jobs/merged/parts").glob("exact*.parquet")), process)
+    process.send_signal(signal.SIGINT)
+    status, text = finish(process)
+    assert status == 130, text
+    assert "Traceback" not in text
+    assert "the same command goes on from there" in text
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert sorted(run.info.status for run in runs) == ["FINISHED", "FINISHED", "KILLED", "KILLED"]

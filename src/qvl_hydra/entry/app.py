@@ -73,7 +73,12 @@ def _run(config_name: str, checked: Checked, screen: Screen) -> int:
         status = WRONG_INPUT
     if checked.sweep_folder is None or checked.jobs is None:
         return max([status, *ended])
-    return max(status, after_multirun(checked.sweep_folder, checked.jobs, status == STOPPED, screen))
+    try:
+        return max(status, after_multirun(checked.sweep_folder, checked.jobs, status == STOPPED, screen))
+    except KeyboardInterrupt:  # while what finished was merged or compared
+        screen.finish()
+        screen.say("stopped; every job is done, and the same command goes on from there")
+        return max(STOPPED, after_multirun(checked.sweep_folder, checked.jobs, True, screen))
 
 
 def _flush(screen: Screen) -> None:

@@ -95,27 +95,34 @@ def merge_multirun(sweep_folder: Path, screen: Screen, schemes: Schemes) -> int:
             groups[repr(sorted(shard.identity.items(), key=str))].append(shard)
     for number, shards in enumerate(groups.values()):
         folder = RunFolder(sweep_folder / (FOLDER if len(groups) == 1 else f"{FOLDER}-{number}"))
-        settings, identity = shards[0].settings, f"{sweep_folder.parent.name}_{sweep_folder.name}"
-        if settings.tracking.enabled:
-            parent = SweepParent(sweep_folder, f"sweep {identity}", {"sweep_id": identity})
-            tags = {"task": "sweep", "sweep_id": identity, "merged": str(settings.part[1])}
-            open_run(settings.tracking, folder.path, name=f"merged {identity}", tags=tags, sweep=parent)
-        status: RunStatus = "FAILED"
-        try:
-            _merge(shards, _require_one_sweep(shards, {}, partial=False), _whole(shards), folder, screen, schemes)
-            status = "FINISHED"
-        finally:
-            write_json(folder.path / END, {"end": status})
-            if settings.tracking.enabled:
-                _send(folder.path, settings, status, screen)
+        with folder.locked():
+            _tracked(shards, folder, sweep_folder, screen, schemes)
     return len(groups)
 
 
-def _send(path: Path, settings: Settings, status: RunStatus, screen: Screen) -> None:
+def _tracked(
+    shards: Sequence[Shard], folder: RunFolder, sweep_folder: Path, screen: Screen, schemes: Schemes
+) -> None:
+    """Merge the shards of a multirun, tracked below its own run."""
+    settings, identity = shards[0].settings, f"{sweep_folder.parent.name}_{sweep_folder.name}"
+    if settings.tracking.enabled:
+        parent = SweepParent(sweep_folder, f"sweep {identity}", {"sweep_id": identity})
+        tags = {"task": "sweep", "sweep_id": identity, "merged": str(settings.part[1])}
+        open_run(settings.tracking, folder.path, name=f"merged {identity}", tags=tags, sweep=parent)
+    status: RunStatus = "FAILED"
     try:
-        send_run(path, settings.tracking, status)
-    except TrackingError as error:
-        screen.say(f"not tracked: {error}\nsend it later: python -m qvl_hydra.tracking.send {path}")
+        _merge(shards, _require_one_sweep(shards, {}, partial=False), _whole(shards), folder, screen, schemes)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        write_json(folder.path / END, {"end": status})
+        if settings.tracking.enabled:
+            try:
+                send_run(folder.path, settings.tracking, status)
+            except TrackingError as error:
+                screen.say(f"not tracked: {error}\nsend it later: python -m qvl_hydra.tracking.send {folder.path}")
 
 
 def _run_folders(named: Sequence[str]) -> list[Path]:
