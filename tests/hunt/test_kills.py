@@ -22,6 +22,9 @@ CASES = {
     "hessian": "experiment=lm_hawq_v2 strategy.curvature=hessian operators.max_ops=6 calibration.size=4",
     "onnxrt": "experiment=lm_onnx_mse_v2 operators.max_ops=4 calibration.size=4",
     "inc_fx": "experiment=lm_inc_fx operators.max_ops=4 calibration.size=4",
+    "inc_onnxrt": "backend=inc_onnxrt quant=inc_static strategy=mse_v2 operators.max_ops=4 calibration.size=4",
+    "quantize": "task=quantize profile.quantize_with=[compressed_tensors] strategy.estimator=sketch calibration.size=4 "
+    "profile.value=0.2 profile.evaluation_size=16",
     "multirun": "-m experiment=lm_mse_v2 operators.max_ops=6 calibration.size=4 seed=1,2",
 }
 AT_ONCE, MANY = 1, 13  # kills of one case
