@@ -71,7 +71,7 @@ def test_batches_walk_as_their_samples_do(name: str, component: str, checkpoints
     walker = Walker(model, component)
     contexts = walker.contexts([sample for sample in samples_of(checkpoints[name]) if walker.usable(sample)])
     starts = walker.starts(contexts)
-    _, alone = walk(walker, contexts, starts, (), (), lambda: None, keep=len(contexts))
+    _, alone = walk(walker, contexts, starts, (), (), lambda: None, keep=slice(len(contexts)))
     for batch in make_batches(walker, contexts):
         states = put_together([starts[place] for place in batch.places], walker.packed(0))
         with torch.no_grad():

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from qvl_hydra.blockwise.batches import Batch, make_batches, put_together
 from qvl_hydra.blockwise.census import Census
 from qvl_hydra.blockwise.walker import Context, Walker
-from qvl_hydra.families.experts import ExpertProduct
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
+from qvl_hydra.operators.kinds import mixture
 from qvl_hydra.quantization.apply import OperatorObserver, replaced_forwards, unread_output
 from qvl_hydra.quantization.formats.record import QuantParams
 from qvl_hydra.quantization.scheme import Scheme
 
 Params = tuple[QuantParams | None, QuantParams | None]
+NONE = slice(0)
 SchemeRanges = dict[str, dict[str, Params]]  # scheme name -> operator path -> input, output
 
 
@@ -44,8 +45,7 @@ def walk(
     operators: Sequence[Operator],
     schemes: Sequence[Scheme],
     step: Callable[[], None],
-    keep: int = 0,
-    keep_from: int = 0,
+    keep: slice = NONE,
 ) -> tuple[Ranges, list[list[State]]]:
     """Walk samples through the component in float; observe ranges and keep the states between segments.
 
@@ -53,7 +53,7 @@ def walk(
         contexts, starts: of the samples, the scored ones first; their inputs to the component.
         operators: observed for each scheme with static ranges, and counted in the census.
         step: called after each segment.
-        keep: of so many samples, from `keep_from` on, the input of each segment is kept.
+        keep: places of samples, one behind the other, of which the input of each segment is kept.
 
     Returns:
         Ranges, and the states: one list a kept sample, as long as there are segments, of one row each.
@@ -65,13 +65,13 @@ def walk(
     # and in `fallback`, where everything is rounded, a score.
     one_by_one = [Batch((place,), context) for place, context in enumerate(contexts)]
     batches = one_by_one if walker.model.device.type == "cpu" else make_batches(walker, contexts)
-    kept: list[list[State]] = [[] for _ in states[keep_from : keep_from + keep]]
+    kept: list[list[State]] = [[] for _ in states[keep]]
     for segment in walker.segments:
-        for index, inputs in enumerate(kept, keep_from):
+        for state, inputs in zip(states[keep], kept, strict=True):
             # A copy, made when the memory that the segment needed for a moment is free again: kept where they were
             # made, among it, states leave holes that took six times their own size on 36 blocks.
-            inputs.append(states[index].clone())
-        states[keep_from : keep_from + len(kept)] = [inputs[-1] for inputs in kept]
+            inputs.append(state.clone())
+        states[keep] = [inputs[-1] for inputs in kept]
         inside = [op for op in operators if segment.holds(op.path)]
         if segment is walker.segments[-1] and not inside:
             break  # nobody needs the outputs
@@ -110,8 +110,8 @@ def _advance(
         def forward(target: nn.Module, x: Tensor) -> Tensor:
             y: Tensor = unread_output(target, x) if path == unread else type(target).forward(target, x)
             census.see(path, x, None if path == unread else y)
-            if isinstance(target, ExpertProduct):
-                census.see_experts(path, target.chosen, target.experts)
+            if own := mixture(target):
+                census.see_experts(path, own.chosen, own.experts)
             before, after = (z.flatten(0, 1) if z.dim() == 3 else z for z in (x, y))
             for tokens in batch.slices(len(before), segment.vision):
                 for observer in seen:

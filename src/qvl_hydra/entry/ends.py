@@ -82,10 +82,8 @@ def after_multirun(sweep_folder: Path, jobs: int, stopped: bool, screen: Screen)
     settings = _settings_of(ends)
     if settings is None:
         return status
-    if settings.shard is not None and not stopped:
-        status = max(status, _merged(sweep_folder, settings, screen))
-    elif settings.compare.after and jobs - len(failed) > 1 and not stopped:
-        status = max(status, _compare(sweep_folder, settings, screen))
+    if not stopped:
+        status = max(status, _follow(sweep_folder, settings, jobs - len(failed) > 1, screen))
     if settings.tracking.enabled:
         end: RunStatus = "KILLED" if stopped else "FAILED" if failed else "FINISHED"
         counts = {"jobs": float(jobs), "jobs_failed": float(len(failed))}
@@ -109,22 +107,17 @@ def _settings_of(ends: list[End]) -> Settings | None:
     return None
 
 
-def _merged(sweep_folder: Path, settings: Settings, screen: Screen) -> int:
-    from qvl_hydra.tasks.merge import merge_multirun
-
+def _follow(sweep_folder: Path, settings: Settings, several: bool, screen: Screen) -> int:
+    """Merge what are shards, and compare what is asked for and several; the exit status."""
     try:
-        count = merge_multirun(sweep_folder, screen, with_choices)
-    except QvlHydraError as error:
-        screen.say(f"error: {error}")
-        return WRONG_INPUT
-    return _compare(sweep_folder, settings, screen) if settings.compare.after and count > 1 else 0
+        if settings.shard is not None:
+            from qvl_hydra.tasks.merge import merge_multirun
 
+            several = merge_multirun(sweep_folder, screen, with_choices) > 1
+        if settings.compare.after and several:
+            from qvl_hydra.tasks.compare import compare_sweep
 
-def _compare(sweep_folder: Path, settings: Settings, screen: Screen) -> int:
-    from qvl_hydra.tasks.compare import compare_sweep
-
-    try:
-        compare_sweep(sweep_folder, settings, screen)
+            compare_sweep(sweep_folder, settings, screen)
     except QvlHydraError as error:
         screen.say(f"error: {error}")
         return WRONG_INPUT

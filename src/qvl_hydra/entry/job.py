@@ -34,7 +34,7 @@ from qvl_hydra.runs.record import RUN_FILE, RunRecord, write_record
 from qvl_hydra.runs.resume import refuse_other_settings
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
-from qvl_hydra.tracking.record import RunStatus, SweepParent, end_superseded, open_run, send_run
+from qvl_hydra.tracking.record import RunStatus, SweepParent, end_superseded, open_run, send_run, sweep_id
 from qvl_hydra.tracking.store import masked, ui_command
 
 TASKS = {
@@ -189,8 +189,7 @@ class _Job:
     def _parent(self) -> SweepParent | None:
         if self.sweep is None:
             return None
-        identity = sweep_id(self.sweep)
-        return SweepParent(self.sweep, f"sweep {identity}", {"sweep_id": identity})
+        return SweepParent.of(self.sweep)
 
     def _fail(self, error: Exception) -> End:
         self.screen.finish()
@@ -201,11 +200,6 @@ class _Job:
         if not wrong:
             self.screen.say(f"this is a fault of the program; {self.path / 'run.log'} has the details")
         return End("FAILED", WRONG_INPUT if wrong else BROKEN)
-
-
-def sweep_id(sweep_folder: Path) -> str:
-    """Name of a multirun: the date and time of its folder."""
-    return f"{sweep_folder.parent.name}_{sweep_folder.name}"
 
 
 def said(error: Exception) -> str:

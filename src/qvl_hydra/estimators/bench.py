@@ -229,10 +229,7 @@ def _observe(
     states: list[list[State]] | None = None
     if known is None:
         step = len(contexts) / len(walker.segments)
-        ranges, states = walk(
-            walker, contexts, starts, job.operators, job.schemes, lambda: progress.step(step), keep.stop - keep.start,
-            keep.start,
-        )  # fmt: skip
+        ranges, states = walk(walker, contexts, starts, job.operators, job.schemes, lambda: progress.step(step), keep)
         states = states or None
         for path, error in ranges.failed.items():
             folder.fail(path, error)

@@ -125,7 +125,7 @@ class _Flips:
 
     def __init__(self, walker: Walker) -> None:
         self.walker = walker
-        self.mixtures = [op.path for op in walker.operators if op.experts > 1][::2]  # both products see the same
+        self.mixtures = list({op.group: op.path for op in walker.operators if op.experts > 1}.values())  # one a block
         self._float: dict[str, Tensor] = {}
         self._changed: Counter[int] = Counter()
         self._seen: Counter[int] = Counter()

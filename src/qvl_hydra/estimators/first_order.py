@@ -30,8 +30,7 @@ from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.scores.shrink import ORIGINS
 
 Products = Float[Tensor, "*target probe token"]
-CROSS_PARTS = {"sequence": 0, "token": 0, "split": 0, "shrunk": 2}  # what `combine` gives beside sum and value
-PARTS = 2 + len(ORIGINS)  # sum, value, and squares by where they come in; products between tokens stand behind
+PARTS = {"sequence": 2, "token": 2, "split": 2, "shrunk": 4}  # numbers that `combine` gives
 SamplesOf = Callable[[int], Sequence[slice]]  # from tokens in all, one behind the other, to those of each sample
 Kinds = Sequence[Tensor | int]  # of each sample the kind of every token, or the one of all; see `positions`
 
@@ -134,7 +133,7 @@ def combine(
         The sum over tokens as it is, sign and all; the value; and for `shrunk` two more: the products between
         different tokens of the weight's error, and all other products between different tokens.
     """
-    total = torch.stack([part for part in (weight, activation) if part is not None]).sum(0)
+    total = _total(weight, activation)
     signed, squares = total.sum(-1), total.square().sum(-1)
     sequence = signed.square()
     if reduction == "sequence":
@@ -147,6 +146,10 @@ def combine(
     by_weight = torch.zeros_like(squares) if weight is None else weight.sum(-1).square()
     by_activation = torch.zeros_like(squares) if activation is None else activation.square().sum(-1)
     return torch.stack([signed, by_weight + by_activation], dim=-1)
+
+
+def _total(weight: Products | None, activation: Products | None) -> Products:
+    return torch.stack([part for part in (weight, activation) if part is not None]).sum(0)
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class FirstOrder:
     ) -> list[list[Float[Tensor, "target probe part"]]]:
         """Values by scheme and sample; operators quantized together add their products before anything is squared.
 
-        The parts of a value are those of `PARTS`, and then those of `CROSS_PARTS`.
+        Behind the parts of `combine` stand the squares of the products at each kind of token.
         """
         members = [[taps[op.path] for op in target.operators if op.path in taps] for target in targets]
         schemes = max((len(errors) for target in members for errors in target), default=0)
@@ -189,22 +192,21 @@ class FirstOrder:
     ) -> list[Float[Tensor, "probe part"]]:
         """Of one target in one scheme, a sample each."""
         if not any(e.weight_products or e.activation_products for e in errors):  # a scheme that is not offered
-            empty = torch.zeros(errors[0].taken, PARTS + CROSS_PARTS[self.reduction])
+            empty = torch.zeros(errors[0].taken, PARTS[self.reduction] + len(ORIGINS))
             return [empty] * len(samples_of(0))
         parts = (_summed([e.weight_products for e in errors]), _summed([e.activation_products for e in errors]))
         tokens = next(part.shape[-1] for part in parts if part is not None)
+        squares = _total(*parts).square()
         found = []
         for row, of_sample in enumerate(samples_of(tokens)):
             own = [part if part is None else part[..., of_sample] for part in parts]
-            values = combine(self.reduction, *own)
-            origins = _origins(own, None if kinds is None else kinds[row])
-            found.append(torch.cat([values[..., :2], origins, values[..., 2:]], dim=-1))
+            origins = _by_kind(squares[..., of_sample], None if kinds is None else kinds[row])
+            found.append(torch.cat([combine(self.reduction, *own), origins], dim=-1))
         return found
 
 
-def _origins(parts: Sequence[Products | None], kinds: Tensor | int | None) -> Float[Tensor, "probe origin"]:
-    """Squares of the products at each kind of token; zero where the kinds are not known."""
-    squares = torch.stack([part for part in parts if part is not None]).sum(0).square()
+def _by_kind(squares: Products, kinds: Tensor | int | None) -> Float[Tensor, "probe origin"]:
+    """Sums of squares at each kind of token; zero where the kinds are not known."""
     by_kind = squares.new_zeros(*squares.shape[:-1], len(ORIGINS))
     if isinstance(kinds, int):
         by_kind[..., kinds] = squares.sum(-1)

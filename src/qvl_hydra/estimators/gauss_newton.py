@@ -33,7 +33,7 @@ from qvl_hydra.estimators.reverse_walk import MakeSampleProbes, cost, reverse_wa
 from qvl_hydra.estimators.table import CURVATURE_METRICS
 from qvl_hydra.models.memory import row_parts
 from qvl_hydra.operators.discover import Operator
-from qvl_hydra.operators.kinds import as_tokens
+from qvl_hydra.operators.kinds import as_tokens, mixture
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.qdq import weight_change
@@ -100,7 +100,8 @@ class WeightCurvature:
     factors: Mapping[str, Sequence[float]]
 
     def tap(self, path: str, module: nn.Module, x: Tensor, samples_of: SamplesOf) -> list[WeightGram]:
-        return [WeightGram(as_tokens(module, x), samples_of, getattr(module, "chosen", None))]
+        own = mixture(module)
+        return [WeightGram(as_tokens(module, x), samples_of, own.chosen if own else None)]
 
     def collect(
         self,

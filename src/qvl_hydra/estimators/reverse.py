@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qvl_hydra.blockwise.attention import attention_for_backward
 from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.families.stages import Segment, State
-from qvl_hydra.operators.kinds import apply_operator, back, outputs
+from qvl_hydra.operators.kinds import apply_operator, input_gradient, outputs
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.apply import replaced_forwards, unread_output
 
@@ -64,7 +64,7 @@ class _Tapped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         flat = g.reshape(-1, outputs(ctx.module))
-        to_input = back(ctx.module, flat)
+        to_input = input_gradient(ctx.module, flat)
         for tap in ctx.taps:
             tap.take(flat, to_input)
         return to_input.view(ctx.shape), None, None, None

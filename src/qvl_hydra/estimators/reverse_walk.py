@@ -21,7 +21,6 @@ from qvl_hydra.blockwise.ranges import walk
 from qvl_hydra.blockwise.walker import Context
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators.bench import Bench, groups
-from qvl_hydra.estimators.first_order import PARTS
 from qvl_hydra.estimators.layout import Layout, ScoredTokens, WholeSamples
 from qvl_hydra.estimators.positions import IMAGE, token_kinds
 from qvl_hydra.estimators.reverse import MakeProbes, Reading, ReverseSegment, step_back
@@ -30,6 +29,7 @@ from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.runs.files import written_whole
 from qvl_hydra.runs.folder import SampleScore
+from qvl_hydra.scores.shrink import ORIGINS
 
 # From a sample, the mask of the positions that count, and the output at those (token, value); features come whole.
 MakeSampleProbes = Callable[[Sample, Tensor, Tensor], Iterable[Tensor]]
@@ -98,7 +98,7 @@ def _measure_group(bench: Bench, plan: Plan, first: int, members: slice) -> None
         return
     states, bench.states = bench.states, None  # each segment's state is let go once it was used
     if states is None:
-        _, states = walk(bench.walker, contexts, bench.starts[members], (), (), lambda: None, keep=len(contexts))
+        _, states = walk(bench.walker, contexts, bench.starts[members], (), (), lambda: None, keep=slice(len(contexts)))
     gradients = _load(bench, plan, first, left[-1], len(contexts))
     if gradients is None:
         left = list(range(len(segments)))
@@ -139,7 +139,7 @@ def _measure_segment(
         for batch in list(group.batches):
             if segment.vision and not batch.has_images:
                 assert gradients is not None, "no sample passes over the last segment"
-                nothing = [torch.zeros(len(targets), len(gradients[batch.places[0]]), PARTS)] * plan.values
+                nothing = [torch.zeros(len(targets), len(gradients[batch.places[0]]), 2 + len(ORIGINS))] * plan.values
                 found = [(place, nothing, gradients[place]) for place in batch.places]
             else:
                 found = _walk_back(bench, group, batch, work, states, entering)

@@ -121,7 +121,7 @@ def first_order_scores(
             if not bench.offered(target, scheme):
                 continue
             for k, (own, (value, *more)) in enumerate(zip(sums, probes, strict=True)):
-                origins, cross = more[: len(ORIGINS)], more[len(ORIGINS) :]
+                cross, origins = more[: -len(ORIGINS)], more[-len(ORIGINS) :]
                 by_weight, by_activation = cross or (None, None)
                 yield SampleScore(
                     target.name, sample.id, k, value, metric, estimator, scheme.name, by_weight, by_activation, own,

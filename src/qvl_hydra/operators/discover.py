@@ -18,7 +18,7 @@ from qvl_hydra.errors import ModelError, OperatorError
 from qvl_hydra.families.record import Family
 from qvl_hydra.families.stages import Segment
 from qvl_hydra.families.table import family_of
-from qvl_hydra.operators.kinds import kind_of, outputs
+from qvl_hydra.operators.kinds import kind_of, mixture, outputs
 from qvl_hydra.settings import OperatorSettings, parse_blocks
 
 
@@ -150,23 +150,22 @@ def _describe(path: str, module: nn.Module, kind: str, family: Family) -> Operat
     match = family.block.match(path)
     block = int(match.group(1)) if match else None
     parts = path.split(".")
-    role = parts[-1]
+    role, own = parts[-1], mixture(module)
     if ".patch_embed." in path:
         role = "patch_embed"
     elif ".merger." in path:
         role = f"merger.{parts[-1]}"
     elif ".deepstack_merger_list." in path:
         role = ".".join(["deepstack", *parts[-2:]])
-    elif ".experts." in path:
+    elif own is not None:
         role = ".".join(parts[-2:])
     group = path
-    if ".experts." in path:
+    if own is not None:
         group = path.rpartition(".")[0]  # runtimes give all products of a block's experts one scheme
     elif block is not None and role in family.fused:
         group = ".".join([*parts[:-1], family.fused[role]])
     weight: nn.Parameter = module.weight  # type: ignore[assignment]
     bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
-    experts, active = getattr(module, "experts", 1), getattr(module, "active", 1)
     return Operator(
         path=path,
         component=family.component_of(path),
@@ -178,8 +177,8 @@ def _describe(path: str, module: nn.Module, kind: str, family: Family) -> Operat
         out_features=outputs(module),
         n_params=weight.numel() + (0 if bias is None else bias.numel()),
         family=family.name,
-        experts=experts,
-        active=active,
+        experts=own.experts if own else 1,
+        active=own.active if own else 1,
     )
 
 

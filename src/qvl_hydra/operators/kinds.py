@@ -86,32 +86,40 @@ def product(module: nn.Module, tokens: Tensor, weight: Tensor) -> Tensor:
     return _known(module).product(module, tokens, weight)
 
 
-def back(module: nn.Module, g: Tensor) -> Tensor:
+def input_gradient(module: nn.Module, g: Tensor) -> Tensor:
     """From gradients at an operator's output, (token, out), to those at its input, (token, in)."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     return _known(module).back(module, g, weight.flatten(1))
 
 
+def mixture(module: nn.Module) -> ExpertProduct | None:
+    """The operator as a product of several experts; None where it has one weight for all tokens."""
+    return module if isinstance(module, ExpertProduct) else None
+
+
 def outputs(module: nn.Module) -> int:
     """Width of what an operator makes of a token."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    return len(weight) // (module.experts if isinstance(module, ExpertProduct) else 1)
+    own = mixture(module)
+    return len(weight) // (own.experts if own else 1)
 
 
 def slots(module: nn.Module) -> int:
     """How many values of its input one token is, one behind the other: as many as it goes to experts."""
-    return module.active if isinstance(module, ExpertProduct) else 1
+    own = mixture(module)
+    return own.active if own else 1
 
 
 @contextmanager
 def some_copies(module: nn.Module, chosen: Tensor | Sequence[int], copies: int) -> Iterator[None]:
     """Within it the operator is given only the chosen ones of the copies that its input held, one behind the other."""
-    if not isinstance(module, ExpertProduct):
+    own = mixture(module)
+    if own is None:
         yield
         return
-    every = module.chosen
-    module.chosen = every.view(copies, -1)[chosen].flatten()
+    every = own.chosen
+    own.chosen = every.view(copies, -1)[chosen].flatten()
     try:
         yield
     finally:
-        module.chosen = every
+        own.chosen = every

@@ -15,9 +15,12 @@ from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.operators.discover import Operator
 
 
-def rename(op: Operator, consumer: str) -> str:
-    """An operator's name in the convention of a consumer; by its Hugging Face module path where it has none."""
-    return FAMILIES[op.family].renamed(op.path, consumer)
+def rename(op: Operator, consumer: str, path: str = "") -> str:
+    """An operator's name, or that of another path of its model, in the convention of a consumer.
+
+    A consumer without one goes by Hugging Face module paths.
+    """
+    return FAMILIES[op.family].renamed(path or op.path, consumer)
 
 
 def rows_of_experts(op: Operator) -> list[str]:
@@ -40,7 +43,7 @@ def listed(op: Operator, consumer: str) -> str:
         return rename(op, consumer)
     parent, _, product = op.path.rpartition(".")
     parts = "|".join(EXPERT_PARTS[product])
-    return rf"re:{re.escape(FAMILIES[op.family].renamed(parent, consumer))}\.\d+\.({parts})$"
+    return rf"re:{re.escape(rename(op, consumer, parent))}\.\d+\.({parts})$"
 
 
 def neural_compressor_pattern(path: str) -> str:

@@ -21,7 +21,7 @@ from qvl_hydra.reports.heat import Row, heat_map
 from qvl_hydra.reports.page import Column, Section, facts, notes, number, table, text, write_page
 from qvl_hydra.runs.files import read_table
 from qvl_hydra.scores.shrink import ORIGINS
-from qvl_hydra.scores.table import origins
+from qvl_hydra.scores.table import origins_by_role
 
 REPORT = "report.html"
 FIGURES = "figures"
@@ -100,17 +100,14 @@ def _families(folder: Path) -> list[Section]:
 
 def _origins(scores: pd.DataFrame) -> list[Section]:
     """Where errors come in: shares of each role's effect by kind of token; nothing where no sketch told them."""
-    whole = origins(scores)
-    if not whole:
+    sums = origins_by_role(scores)
+    if not len(sums):
         return []
-    own = scores[(scores["component"] == "lm") & (scores["status"] == "scored") & scores[ORIGINS[0]].notna()]
-    own = own.assign(**{name: own[name] * own["score"].clip(lower=0) for name in ORIGINS})
-    sums = own.groupby("role")[["score", *ORIGINS]].sum().sort_values("score", ascending=False)
+    sums.loc["all"] = sums.sum()
     rows = [
-        [role, number(row["score"]), *(f"{row[name] / row['score']:.0%}" for name in ORIGINS)]
-        for role, row in sums[sums["score"] > 0].iterrows()
+        [role, float(row["score"]), *(f"{row[name] / row['score']:.0%}" for name in ORIGINS)]
+        for role, row in sums.iterrows()
     ]
-    rows.append(["all", number(sums["score"].sum()), *(f"{share:.0%}" for share in whole.values())])
     names = ("sum of scores", "image tokens", "other prompt tokens", "answer tokens")
     columns = [Column("role"), *(Column(name, number=True) for name in names)]
     how = (
@@ -118,7 +115,7 @@ def _origins(scores: pd.DataFrame) -> list[Section]:
         "the operator's input, weight product or output, is what the output feels. From the sketch, to first order, "
         "without what errors at different tokens do together."
     )
-    return [Section("Where errors come in", table(columns, rows, identity="origins") + notes([how]))]
+    return [Section("Where errors come in", table(columns, rows) + notes([how]))]
 
 
 def _census(scores: pd.DataFrame) -> list[Section]:

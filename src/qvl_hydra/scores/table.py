@@ -99,12 +99,20 @@ def _add_origins(table: pd.DataFrame, ranking: pd.DataFrame) -> None:
 
 def origins(table: pd.DataFrame) -> dict[str, float]:
     """The same of all of the language tower's operators together, each weighed by its score; empty where not told."""
-    own = table[(table["component"] == "lm") & (table["status"] == "scored")]
-    own = own[own[ORIGINS[0]].notna()] if ORIGINS[0] in table else own[:0]
-    scores = own["score"].clip(lower=0)
-    if not scores.sum() > 0:
-        return {}
-    return {name.removeprefix("from_"): float((own[name] * scores).sum() / scores.sum()) for name in ORIGINS}
+    sums = origins_by_role(table).sum()
+    return {name.removeprefix("from_"): float(sums[name] / sums["score"]) for name in ORIGINS} if len(sums) else {}
+
+
+def origins_by_role(table: pd.DataFrame) -> pd.DataFrame:
+    """The language tower's scores by role, and what of them comes in at each kind of token; the highest first."""
+    if ORIGINS[0] not in table:
+        return pd.DataFrame()
+    own = table[(table["component"] == "lm") & (table["status"] == "scored") & table[ORIGINS[0]].notna()]
+    own = own.assign(score=own["score"].astype(float).clip(lower=0))
+    own = own.assign(**{name: own[name] * own["score"] for name in ORIGINS})
+    sums = own.groupby(own["role"].to_numpy())[["score", *ORIGINS]].sum().sort_values("score", ascending=False)
+    sums = sums[sums["score"] > 0]
+    return sums if len(sums) else pd.DataFrame()
 
 
 def _add_intervals(rows: list[dict[str, object]], values: list[NDArray[np.float64]], doubt: float) -> None:

@@ -16,7 +16,7 @@ from qvl_hydra.comparison import proxy, runs
 from qvl_hydra.comparison.reading import RunScores, read_run
 from qvl_hydra.comparison.result import Comparison, compare, write_comparison
 from qvl_hydra.comparison.stability import Criterion
-from qvl_hydra.errors import ComparisonError, QvlHydraError, TrackingError
+from qvl_hydra.errors import ComparisonError, QvlHydraError
 from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.measure import measure_profiles, steps
@@ -29,7 +29,7 @@ from qvl_hydra.screen import Screen
 from qvl_hydra.settings import CompareSettings, Settings, TaskSettings, build_settings
 from qvl_hydra.tasks.prepare import prepare
 from qvl_hydra.tracking.read import Found, find_runs, jobs_of, run_link
-from qvl_hydra.tracking.record import SweepParent, open_run, send_run
+from qvl_hydra.tracking.record import tracked_beside
 
 FOLDER = "comparison"  # of a multirun's comparison, in the sweep folder
 SHOWN_DIFFERENCES = 20  # rows in the run's description
@@ -70,21 +70,9 @@ def compare_sweep(sweep_folder: Path, settings: Settings, screen: Screen) -> Pat
     folder = RunFolder(sweep_folder / FOLDER)
     own = dataclasses.replace(settings, task=TaskSettings("compare"))
     write_atomically(folder.path / "config.yaml", yaml.safe_dump(dataclasses.asdict(own), sort_keys=False).encode())
-    sweep_id = f"{sweep_folder.parent.name}_{sweep_folder.name}"
-    tags = {"task": "compare", "sweep_id": sweep_id, "comparison": own.compare.kind}
-    if own.tracking.enabled:
-        parent = SweepParent(sweep_folder, f"sweep {sweep_id}", {"sweep_id": sweep_id})
-        open_run(own.tracking, folder.path, name=f"comparison {sweep_id}", tags=tags, sweep=parent)
-    status = "FAILED"
-    try:
+    tags = {"task": "compare", "comparison": own.compare.kind}
+    with tracked_beside(sweep_folder, folder.path, own.tracking, "comparison", tags, screen.say):
         _compare(own, folder, screen, jobs_of(sweep_folder))
-        status = "FINISHED"
-    finally:
-        if own.tracking.enabled:
-            try:
-                send_run(folder.path, own.tracking, status)  # type: ignore[arg-type]
-            except TrackingError as error:
-                screen.say(f"not tracked: {error}\nsend it later: python -m qvl_hydra.tracking.send {folder.path}")
     return folder.path
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from qvl_hydra.errors import RunFolderError, TrackingError
+from qvl_hydra.errors import RunFolderError
 from qvl_hydra.estimators.bench import CENSUS, FORWARD, GROUPS
 from qvl_hydra.runs.files import read_yaml, write_atomically, write_json
 from qvl_hydra.runs.folder import END, SECONDS, RunFolder
@@ -26,7 +26,8 @@ from qvl_hydra.runs.resume import deciding
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings, TaskSettings, judge_settings
 from qvl_hydra.tasks import sweep
-from qvl_hydra.tracking.record import RunStatus, SweepParent, open_run, send_run
+from qvl_hydra.tracking.content import leaves
+from qvl_hydra.tracking.record import tracked_beside
 
 FOLDER = "merged"  # of a multirun's merged run, in the sweep folder
 SAME = ("ranges", CENSUS, "row_chunk", "sketch_group")  # what every shard found alike
@@ -47,7 +48,7 @@ class Shard:
         """What it has in common with the other shards of its sweep, by name."""
         record = self.record
         versions = {name: record.versions.get(name) for name in DECIDING_VERSIONS}
-        own = {key: value for key, value in _flat(deciding(self.settings)).items() if key != "shard"}
+        own = {key: value for key, value in leaves(deciding(self.settings), ".") if key != "shard"}
         return own | {"model": record.model_sha, "samples": record.calibration_sha, **versions}
 
 
@@ -95,34 +96,15 @@ def merge_multirun(sweep_folder: Path, screen: Screen, schemes: Schemes) -> int:
             groups[repr(sorted(shard.identity.items(), key=str))].append(shard)
     for number, shards in enumerate(groups.values()):
         folder = RunFolder(sweep_folder / (FOLDER if len(groups) == 1 else f"{FOLDER}-{number}"))
-        with folder.locked():
-            _tracked(shards, folder, sweep_folder, screen, schemes)
+        settings = shards[0].settings
+        tags = {"task": "sweep", "merged": str(settings.part[1])}
+        beside = tracked_beside(sweep_folder, folder.path, settings.tracking, "merged", tags, screen.say)
+        with folder.locked(), beside:
+            (folder.path / END).unlink(missing_ok=True)
+            missing = _require_one_sweep(shards, {}, partial=False)
+            _merge(shards, missing, _whole(shards), folder, screen, schemes)
+            write_json(folder.path / END, {"end": "FINISHED"})
     return len(groups)
-
-
-def _tracked(
-    shards: Sequence[Shard], folder: RunFolder, sweep_folder: Path, screen: Screen, schemes: Schemes
-) -> None:
-    """Merge the shards of a multirun, tracked below its own run."""
-    settings, identity = shards[0].settings, f"{sweep_folder.parent.name}_{sweep_folder.name}"
-    if settings.tracking.enabled:
-        parent = SweepParent(sweep_folder, f"sweep {identity}", {"sweep_id": identity})
-        tags = {"task": "sweep", "sweep_id": identity, "merged": str(settings.part[1])}
-        open_run(settings.tracking, folder.path, name=f"merged {identity}", tags=tags, sweep=parent)
-    status: RunStatus = "FAILED"
-    try:
-        _merge(shards, _require_one_sweep(shards, {}, partial=False), _whole(shards), folder, screen, schemes)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        write_json(folder.path / END, {"end": status})
-        if settings.tracking.enabled:
-            try:
-                send_run(folder.path, settings.tracking, status)
-            except TrackingError as error:
-                screen.say(f"not tracked: {error}\nsend it later: python -m qvl_hydra.tracking.send {folder.path}")
 
 
 def _run_folders(named: Sequence[str]) -> list[Path]:
@@ -224,14 +206,13 @@ def _require_one_sweep(shards: Sequence[Shard], unfinished: dict[Path, str], par
 def _gather(shards: Sequence[Shard], folder: RunFolder) -> None:
     """Put the parts of all shards into one folder, and what they remember."""
     ordered = sorted(shards, key=lambda shard: shard.settings.part[0])
-    for shard in ordered:
-        parts = RunFolder(shard.folder).parts
-        for path in parts.glob("*.parquet"):
+    kept = [RunFolder(shard.folder) for shard in ordered]
+    for own in kept:
+        for path in own.parts.glob("*.parquet"):
             target = folder.parts / path.name
             if target.exists():
-                raise RunFolderError(f"{path.name} was measured by two shards, {shard.folder} one of them")
+                raise RunFolderError(f"{path.name} was measured by two shards, {own.path} one of them")
             shutil.copy2(path, target)
-    kept = [RunFolder(shard.folder) for shard in ordered]
     for name in SAME:
         if (value := kept[0].recall(name)) is not None:
             folder.remember(name, value)
@@ -247,10 +228,3 @@ def _gather(shards: Sequence[Shard], folder: RunFolder) -> None:
     folder.remember(SECONDS, sum(own.seconds for own in kept))
     folder.remember(FORWARD, sum(shard.record.forward_s or 0.0 for shard in ordered))
     write_json(folder.path / "shards.json", {"shards": [str(shard.folder.absolute()) for shard in ordered]})
-
-
-def _flat(content: dict[str, Any], before: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        found |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
-    return found

@@ -62,7 +62,7 @@ def parameters(folder: Path) -> dict[str, str]:
     """The resolved settings of `config.yaml`, one flat key a value (`calibration.size`)."""
     return {
         _legal(key): (masked(str(value)) if key == "tracking.uri" else str(value))[:VALUE_LIMIT]
-        for key, value in _leaves(config(folder), ".")
+        for key, value in leaves(config(folder), ".")
     }
 
 
@@ -75,7 +75,7 @@ def metrics(folder: Path) -> list[Measured]:
     found = list(_score_metrics(read_table(path))) if path.exists() else []
     found += [
         Measured(_legal(key), float(value))
-        for key, value in _leaves(_plain(folder), "/")
+        for key, value in leaves(_plain(folder), "/")
         if isinstance(value, int | float) and not isinstance(value, bool) and key not in _IDENTITY
     ]
     path = folder / "families.parquet"
@@ -165,11 +165,12 @@ def calibration(folder: Path) -> dict[str, Any]:
     return read_json(folder / "calibration.json")
 
 
-def _leaves(tree: Mapping[str, Any], joint: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], joint: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested mappings, by its keys in one."""
     for key, value in tree.items():
         name = f"{prefix}{joint}{key}" if prefix else str(key)
         if isinstance(value, Mapping):
-            yield from _leaves(value, joint, name)
+            yield from leaves(value, joint, name)
         else:
             yield name, value
 

@@ -16,7 +16,8 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -56,6 +57,47 @@ class SweepParent:
     folder: Path
     name: str
     tags: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, sweep_folder: Path) -> SweepParent:
+        """The multirun in a folder."""
+        identity = sweep_id(sweep_folder)
+        return cls(sweep_folder, f"sweep {identity}", {"sweep_id": identity})
+
+
+def sweep_id(sweep_folder: Path) -> str:
+    """Name of a multirun: the date and time of its folder."""
+    return f"{sweep_folder.parent.name}_{sweep_folder.name}"
+
+
+@contextmanager
+def tracked_beside(
+    sweep_folder: Path, folder: Path, settings: TrackingSettings, name: str, tags: Mapping[str, str],
+    say: Callable[[str], None],
+) -> Iterator[None]:
+    """Track what follows the jobs of a multirun, in a folder beside theirs, as one more run below its parent.
+
+    Args:
+        name: what the run is called, with the multirun's id behind it.
+        say: told how to send the run later, where MLflow cannot be used.
+    """  # fmt: skip
+    if settings.enabled:
+        identity = sweep_id(sweep_folder)
+        own = {**tags, "sweep_id": identity}
+        open_run(settings, folder, name=f"{name} {identity}", tags=own, sweep=SweepParent.of(sweep_folder))
+    status: RunStatus = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if settings.enabled:
+            try:
+                send_run(folder, settings, status)
+            except TrackingError as error:
+                say(f"not tracked: {error}\nsend it later: python -m qvl_hydra.tracking.send {folder}")
 
 
 def open_run(

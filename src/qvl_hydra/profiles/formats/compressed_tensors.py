@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from qvl_hydra.families.record import HEAD
-from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.formats.rendered import Rendered, refuse, require_linear
-from qvl_hydra.profiles.names import listed, router_of
+from qvl_hydra.profiles.names import listed, rename, router_of
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.formats.float8 import BLOCK
 from qvl_hydra.quantization.formats.table import FORMATS
@@ -112,7 +111,7 @@ def ignored(profile: Profile, operators: Sequence[Operator], convention: str) ->
     low = {op.path for op in profile.low}
     left = [op for op in operators if not op.kind.startswith("Conv")]
     routers = {router_of(op): op for op in left if op.experts > 1}
-    named = [FAMILIES[op.family].renamed(path, convention) for path, op in routers.items()]
+    named = [rename(op, convention, path) for path, op in routers.items()]
     return [listed(op, convention) for op in left if op.path not in low] + named
 
 

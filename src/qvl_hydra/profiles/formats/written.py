@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from qvl_hydra.errors import ProfileError
-from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.profiles.formats.rendered import misaligned
 from qvl_hydra.profiles.formats.table import FORMATS, Consumer
-from qvl_hydra.profiles.names import router_of, rows_of_experts
+from qvl_hydra.profiles.names import rename, router_of, rows_of_experts
 from qvl_hydra.profiles.patterns import DIALECTS, shortest
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.runs.files import write_atomically, write_json
@@ -62,7 +61,7 @@ def paste(profile: Profile, operators: Sequence[Operator], row: Consumer) -> dic
             paths,
             [path for path in of_path if path not in set(paths)],
             DIALECTS[row.dialect],
-            lambda path: [FAMILIES[of_path[path].family].renamed(path, convention) for convention in row.names],
+            lambda path: [rename(of_path[path], convention, path) for convention in row.names],
         )
         for choice, paths in by_choice.items()
     }
