@@ -12,12 +12,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from qvl_hydra.entry import app
+from qvl_hydra.entry.compose import config_folder, settings_from_config
+from qvl_hydra.settings import Settings
 
 SMALL = "operators.max_ops=4 calibration.size=4 strategy.confidence_batches=1"  # a run of about a second
 PATIENCE_S = 480  # far beyond what a step takes on a busy machine
+
+
+def composed(*overrides: str) -> Settings:
+    """The settings of a command line."""
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return settings_from_config(compose("config", overrides=list(overrides)))
 
 
 def start(line: str, folder: Path) -> subprocess.Popen[str]:

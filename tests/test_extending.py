@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from qvl_hydra.backends.table import BACKENDS
-from qvl_hydra.entry.compose import config_folder, settings_from_config, with_choices
+from qvl_hydra.entry.compose import with_choices
 from qvl_hydra.errors import SettingsError
 from qvl_hydra.estimators.table import ESTIMATORS
 from qvl_hydra.families.table import FAMILIES
@@ -29,6 +28,7 @@ from qvl_hydra.settings import ModelSettings, Settings
 from qvl_hydra.tasks import profile, sweep
 from tests import toys
 from tests.families.shapes import load_made_up
+from tests.program import composed
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +52,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings_of(*overrides: str) -> Settings:
     own = ["component=lm", "calibration.size=4", "profile.evaluation_size=4", "tracking.enabled=false"]
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return settings_from_config(compose("config", overrides=[*own, *overrides]))
+    return composed(*own, *overrides)
 
 
 def run(path: Path, task: object, *overrides: str) -> pd.DataFrame:

@@ -36,6 +36,7 @@ MOST = {  # what allocates, loops or draws; far above what is meant, far below w
     "max_ops": 10_000_000, "prompt_tokens": 1 << 24, "image_tokens": 1 << 24, "answer_tokens": 1 << 24,
     "requests": 1 << 20,
 }  # fmt: skip
+FORETOLD = ("sweep", "profile", "quantize")  # tasks that score, and so can be long
 SEEDS = 2**32  # numpy's random generators take none below 0
 
 
@@ -465,6 +466,7 @@ class Settings:
     seed: int = 0
     resume: str = "auto"  # auto, never, or the folder of the run to go on with
     shard: str | None = None  # i/n: part i (from 0) of n of the scored samples (docs/scale.md)
+    dry_run: bool = False  # say what the command would do and cost, and do nothing
 
     @property
     def part(self) -> tuple[int, int]:
@@ -489,6 +491,8 @@ class Settings:
         if self.model.placement == "streamed" and self.task.name not in ("sweep", "profile"):
             found.append(f"model.placement=streamed is for task=sweep and task=profile, not {self.task.name}")
         found += self._shard_faults()
+        if self.dry_run and self.task.name not in FORETOLD:
+            found.append(f"dry_run tells what task={', '.join(FORETOLD)} would measure, not {self.task.name}")
         if self.quant.also and self.task.name in ("profile", "quantize"):
             found.append("quant.also scores further schemes of a sweep; a profile is told them by profile.choices")
         return found

@@ -7,20 +7,17 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from qvl_hydra.entry.compose import config_folder, settings_from_config
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.tasks import profile
+from tests.program import composed
 
 
 @pytest.mark.slow
 def test_our_scores_win_back_what_int8_costs_and_no_baseline_does(tmp_path: Path) -> None:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        overrides = ["experiment=profile_spectrum", "profile.spectrum=[]", "tracking.enabled=false"]
-        settings = settings_from_config(compose("config", overrides=overrides))
+    settings = composed("experiment=profile_spectrum", "profile.spectrum=[]", "tracking.enabled=false")
     profile.run(settings, RunFolder(tmp_path), Screen(console=Console(quiet=True)))
     found = json.loads((tmp_path / "run.json").read_text())["profile"]
     assert found["evaluation_samples"] == 256

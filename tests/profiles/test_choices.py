@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from qvl_hydra.entry.compose import config_folder, scheme_settings, settings_from_config, with_choices
+from qvl_hydra.entry.compose import scheme_settings, with_choices
 from qvl_hydra.errors import ProfileError, SettingsError
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.costs import COSTS, LEAVE, MEASURED_SECONDS
@@ -37,6 +36,7 @@ from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import DeviceSettings, ProfileSettings, Settings, SpaceSettings
 from qvl_hydra.tasks import profile, sweep
+from tests.program import composed
 
 NAMES = ("nvfp4", "fp8_dynamic")
 SCHEMES: dict[str, Scheme] = {name: scheme_from_settings(scheme_settings(name)) for name in NAMES}
@@ -232,8 +232,7 @@ SMALL = [
 
 
 def settings_of(*overrides: str) -> Settings:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return settings_from_config(compose("config", overrides=[*SMALL, *overrides]))
+    return composed(*SMALL, *overrides)
 
 
 def run(path: Path, *overrides: str) -> str:

@@ -12,16 +12,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from qvl_hydra.entry.compose import config_folder, settings_from_config
 from qvl_hydra.errors import MissingExtraError, ProfileError
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks import profile, quantize
 from qvl_hydra.tracking import content
+from tests.program import composed
 
 SMALL = [
     "component=lm",
@@ -36,8 +35,7 @@ SMALL = [
 
 
 def settings_of(*overrides: str) -> Settings:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return settings_from_config(compose("config", overrides=[*SMALL, *overrides]))
+    return composed(*SMALL, *overrides)
 
 
 def screen() -> tuple[Screen, io.StringIO]:

@@ -10,10 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
 
-from qvl_hydra.entry.compose import config_folder, settings_from_config
 from qvl_hydra.errors import ComparisonError
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.quantization.apply import make_quantizer, observe_ranges, quantized
@@ -25,7 +23,7 @@ from qvl_hydra.tasks.prepare import prepare
 from qvl_hydra.tracking.read import jobs_of
 from qvl_hydra.tracking.record import send_run
 from tests.made_up_runs import write_run
-from tests.program import run_here
+from tests.program import composed, run_here
 
 
 class Heard(Screen):
@@ -40,9 +38,7 @@ class Heard(Screen):
 
 
 def settings_for(overrides: Sequence[str] = (), **wanted: object) -> Settings:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        settings = settings_from_config(compose("config", overrides=list(overrides)))
-    return dataclasses.replace(settings, compare=CompareSettings(resamples=100, **wanted))  # type: ignore[arg-type]
+    return dataclasses.replace(composed(*overrides), compare=CompareSettings(resamples=100, **wanted))  # type: ignore[arg-type]
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:

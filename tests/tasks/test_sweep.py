@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
-from qvl_hydra.entry.compose import config_folder, scheme_settings, settings_from_config
+from qvl_hydra.entry.compose import scheme_settings
 from qvl_hydra.errors import EngineError, RunFolderError
 from qvl_hydra.estimators import exact_run
 from qvl_hydra.models.load import LoadedModel
@@ -22,6 +21,7 @@ from qvl_hydra.scores.shrink import ORIGINS
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks import prepare, sweep
+from tests.program import composed
 
 SMALL = ("operators.max_ops=5", "calibration.size=4", "strategy.confidence_batches=1")
 TEXT = {"op", "component", "role", "group", "status", "reason", "metric", "unit", "estimator"}
@@ -35,8 +35,7 @@ RECORD = {
 
 
 def settings_of(*overrides: str) -> Settings:
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return settings_from_config(compose("config", overrides=[*SMALL, *overrides]))
+    return composed(*SMALL, *overrides)
 
 
 def run(path: Path, *overrides: str) -> tuple[pd.DataFrame, dict[str, object]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import hydra
 
 from qvl_hydra.entry.command_line import Checked, check_command_line
-from qvl_hydra.entry.compose import config_folder, take_saved_settings
+from qvl_hydra.entry.compose import config_folder, take_saved_settings, with_choices
 from qvl_hydra.entry.ends import BROKEN, STOPPED, WRONG_INPUT, after_multirun, begin
 from qvl_hydra.entry.job import quiet_libraries, run_job, said, show_traceback, stop_politely
 from qvl_hydra.errors import QvlHydraError
@@ -27,6 +27,9 @@ def main() -> None:
     try:
         sys.argv[1:], config_name = take_saved_settings(sys.argv[1:])
         checked = check_command_line(sys.argv[1:], config_name)
+        if checked.dry:
+            _foretell(checked, screen)
+            sys.exit(0)
         held = None if checked.sweep_folder is None else begin(checked.sweep_folder)
         if checked.folder is not None:
             if not checked.multirun:
@@ -44,6 +47,20 @@ def main() -> None:
     del held
     _flush(screen)
     sys.exit(status)
+
+
+def _foretell(checked: Checked, screen: Screen) -> None:
+    """Say what each job would do, before anything is made for it."""
+    from qvl_hydra.tasks.dry_run import foretell
+
+    assert checked.folder is not None
+    for number, settings in enumerate(checked.dry):
+        if checked.multirun:
+            screen.say(f"job {number}")
+        own = checked.folder / str(number) if checked.multirun else checked.folder
+        foretell(*with_choices(settings), own, screen)
+    if checked.jobs != len(checked.dry):
+        screen.say(f"the other {(checked.jobs or 0) - len(checked.dry)} of {checked.jobs} jobs are not told of")
 
 
 def _require_writable(folder: Path) -> None:

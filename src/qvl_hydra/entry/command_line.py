@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qvl_hydra.entry.compose import CONFIG, config_folder, plain, scheme_settings
 from qvl_hydra.errors import SettingsError
 from qvl_hydra.profiles.costs import LEAVE
-from qvl_hydra.settings import judge_settings
+from qvl_hydra.settings import Settings, judge_settings
 from qvl_hydra.tasks.prepare import environment_faults
 
 MOST_JOBS = 64  # of a larger sweep only so many jobs are checked beforehand
@@ -42,11 +42,13 @@ class Checked:
         jobs: how many it has; None where Hydra only says something.
         folder: of its run, or of its multirun; None where Hydra only says something.
         multirun: which of both.
+        dry: settings of the jobs that only say what they would do.
     """
 
     jobs: int | None = None
     folder: Path | None = None
     multirun: bool = False
+    dry: tuple[Settings, ...] = ()
 
     @property
     def sweep_folder(self) -> Path | None:
@@ -77,16 +79,18 @@ def check_command_line(arguments: Sequence[str], name: str = CONFIG) -> Checked:
             overrides = [item for item in overrides if not _sweep_fault(item, faults)]
         sound = [item for item in overrides if not _group_fault(item, faults)]
         sound = [item for item in sound if not _key_fault(item, sound, name, faults)]
-        count = 0
+        count, dry = 0, []
         for job in _jobs(sound, parsed.multirun, name, faults):
             count += 1
             if count <= MOST_JOBS:
-                faults.extend(fault for fault in _job_faults(job, name) if fault not in faults)
+                settings, own = _judge_job(job, name)
+                faults.extend(fault for fault in own if fault not in faults)
+                dry += [settings] if settings is not None and settings.dry_run else []
         if not count and not faults:
             faults.append("the sweep has no job: one of its lists or ranges is empty")
         if faults:
             raise SettingsError(faults)
-        return Checked(count, _folder(parsed.overrides, name, parsed.multirun), parsed.multirun)
+        return Checked(count, _folder(parsed.overrides, name, parsed.multirun), parsed.multirun, tuple(dry))
 
 
 def _folder(overrides: Sequence[str], name: str, multirun: bool) -> Path:
@@ -207,17 +211,17 @@ def _jobs(overrides: Sequence[Override], multirun: bool, name: str, faults: list
         yield list(combination)
 
 
-def _job_faults(overrides: Sequence[str], name: str) -> list[str]:
+def _judge_job(overrides: Sequence[str], name: str) -> tuple[Settings | None, list[str]]:
     try:
         settings, faults = judge_settings(plain(compose(name, overrides=list(overrides))))
     except (HydraException, OmegaConfBaseException) as error:
-        return [" ".join(line.strip() for line in str(error).splitlines()[:2])]
+        return None, [" ".join(line.strip() for line in str(error).splitlines()[:2])]
     if settings is None:
-        return faults
+        return None, faults
     faults += environment_faults(settings)
     for scheme in (*settings.quant.also, *(name for name in settings.profile.choices if name != LEAVE)):
         try:
             scheme_settings(scheme)
         except SettingsError as error:
             faults.extend(error.faults)
-    return faults
+    return settings, faults

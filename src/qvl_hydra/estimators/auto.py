@@ -39,7 +39,7 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     Raises:
         EngineError: no sample reaches the component.
     """
-    with measuring(job, folder, progress, "auto", _work(job), keep_states=True) as bench:
+    with measuring(job, folder, progress, "auto", work(job), keep_states=True) as bench:
         sketch_run.measure(bench)
         if job.shard[1] > 1:
             bench.report.notes.append("the operators that decide are measured exactly when the shards are merged")
@@ -49,8 +49,8 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     return bench.report
 
 
-def _work(job: SweepJob) -> float:
-    """The work in forwards of one sample."""
+def work(job: SweepJob) -> float:
+    """Forwards of one sample that a job costs, about."""
     measured = min(len(make_targets(job.operators, job.fuse)), USUAL)
     return len(job.scored) * (cost(job.strategy.probes) + len(job.schemes) * exact_cost(measured))
 

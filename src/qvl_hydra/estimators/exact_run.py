@@ -22,12 +22,15 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     Raises:
         EngineError: no sample reaches the component.
     """
-    targets = len(make_targets(job.operators, job.fuse))
-    work = len(job.scored) * len(job.schemes) * exact_cost(targets)
-    with measuring(job, folder, progress, "exact", work, keep_states=False) as bench:
+    with measuring(job, folder, progress, "exact", work(job), keep_states=False) as bench:
         for scheme in job.schemes:
             measure_exact(bench, bench.targets, scheme)
     return bench.report
+
+
+def work(job: SweepJob) -> float:
+    """Forwards of one sample that a job costs, about."""
+    return len(job.scored) * len(job.schemes) * exact_cost(len(make_targets(job.operators, job.fuse)))
 
 
 def exact_cost(targets: int) -> float:

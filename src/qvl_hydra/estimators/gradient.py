@@ -35,10 +35,15 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     Raises:
         EngineError: no sample reaches the component.
     """
-    with measuring(job, folder, progress, "gradient", len(job.scored) * cost(1), True, logits=True) as bench:
+    with measuring(job, folder, progress, "gradient", work(job), True, logits=True) as bench:
         reverse_walk(bench, Gradient("gradient", 1, len(job.schemes)))
     bench.report.metric, bench.report.unit = METRIC, UNITS[METRIC]
     return bench.report
+
+
+def work(job: SweepJob) -> float:
+    """Forwards of one sample that a job costs, about."""
+    return len(job.scored) * cost(1)
 
 
 @dataclass(frozen=True)

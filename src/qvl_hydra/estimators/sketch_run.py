@@ -31,10 +31,14 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     Raises:
         EngineError: no sample reaches the component.
     """
-    work = len(job.scored) * cost(job.strategy.probes)
-    with measuring(job, folder, progress, "sketch", work, keep_states=True) as bench:
+    with measuring(job, folder, progress, "sketch", work(job), keep_states=True) as bench:
         measure(bench)
     return bench.report
+
+
+def work(job: SweepJob) -> float:
+    """Forwards of one sample that a job costs, about."""
+    return len(job.scored) * cost(job.strategy.probes)
 
 
 def measure(bench: Bench) -> None:

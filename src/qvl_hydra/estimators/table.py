@@ -29,6 +29,8 @@ class Estimator:
         several: it scores several schemes in one run.
         shards: its samples can be measured in several runs and merged.
         why_resident: what it needs all weights in memory for; empty: it works streamed, too.
+        work: `module:function`, from a `SweepJob` to the forwards of one sample that it costs, about; empty: it stops
+            when its results are good enough.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Estimator:
     several: bool = True
     shards: bool = True
     why_resident: str = ""
+    work: str = ""
 
     def faults(self, direction: str, metric: str, placement: str) -> list[str]:
         """What of the settings it cannot do."""
@@ -57,20 +60,32 @@ class Estimator:
         return found
 
 
+_OWN = "qvl_hydra.estimators"
 ESTIMATORS = {
     row.name: row
     for row in (
-        Estimator("auto", "qvl_hydra.estimators.auto:run", ("requantize",), ("squared_error", "kl"), approximate=True),
-        Estimator("exact", "qvl_hydra.estimators.exact_run:run", metrics=("squared_error", "kl", "loss_change")),
         Estimator(
-            "sketch", "qvl_hydra.estimators.sketch_run:run", ("requantize",), ("squared_error", "kl"), approximate=True
+            "auto", f"{_OWN}.auto:run", ("requantize",), ("squared_error", "kl"), approximate=True,
+            work=f"{_OWN}.auto:work",
         ),
         Estimator(
-            "gradient", "qvl_hydra.estimators.gradient:run", ("requantize",), metric="loss_gradient", approximate=True
+            "exact", f"{_OWN}.exact_run:run", metrics=("squared_error", "kl", "loss_change"),
+            work=f"{_OWN}.exact_run:work",
         ),
-        Estimator("gauss_newton", "qvl_hydra.estimators.gauss_newton:run", metric="curvature", weighs_errors=True),
         Estimator(
-            "hessian", "qvl_hydra.estimators.hawq:run", metric="curvature", weighs_errors=True, several=False,
+            "sketch", f"{_OWN}.sketch_run:run", ("requantize",), ("squared_error", "kl"), approximate=True,
+            work=f"{_OWN}.sketch_run:work",
+        ),
+        Estimator(
+            "gradient", f"{_OWN}.gradient:run", ("requantize",), metric="loss_gradient", approximate=True,
+            work=f"{_OWN}.gradient:work",
+        ),
+        Estimator(
+            "gauss_newton", f"{_OWN}.gauss_newton:run", metric="curvature", weighs_errors=True,
+            work=f"{_OWN}.sketch_run:work",
+        ),
+        Estimator(
+            "hessian", f"{_OWN}.hawq:run", metric="curvature", weighs_errors=True, several=False,
             shards=False, why_resident="a Hessian product goes through all blocks",
         ),
     )
@@ -102,7 +117,16 @@ def estimator_of(strategy: str, estimator: str, direction: str, curvature: str) 
 
 def load_estimator(row: Estimator) -> Callable[..., Any]:
     """The function that measures, imported now."""
-    module, _, function = row.run.partition(":")
+    return _load(row.run)
+
+
+def work_of(row: Estimator) -> Callable[..., float] | None:
+    """The function that knows what a job costs, imported now."""
+    return _load(row.work) if row.work else None
+
+
+def _load(reference: str) -> Callable[..., Any]:
+    module, _, function = reference.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
 

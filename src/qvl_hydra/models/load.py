@@ -24,7 +24,7 @@ from qvl_hydra.errors import ModelError
 from qvl_hydra.families.record import Family
 from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.models.memory import GIB, free_memory_bytes
-from qvl_hydra.models.stream import Checkpoint, parameters_on_meta, weights_of
+from qvl_hydra.models.stream import Checkpoint, Drawn, parameters_on_meta, weights_of
 from qvl_hydra.settings import ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,7 +74,7 @@ class LoadedModel:
     description: ModelDescription
     device: torch.device
     sha: str
-    checkpoint: Checkpoint | None = None  # where a streamed model's weights are
+    checkpoint: Checkpoint | Drawn | None = None  # where a streamed model's weights are
 
     @property
     def config(self) -> PretrainedConfig:
@@ -278,6 +278,22 @@ def load_model(description: ModelDescription, device: torch.device, seed: int) -
     module.requires_grad_(False).eval()
     sha = model_sha(description, device, seed)
     return LoadedModel(module, description, device, sha, checkpoint if streamed else None)
+
+
+def outline_model(description: ModelDescription, device: torch.device, seed: int) -> LoadedModel:
+    """The model with its weights read one part at a time, whatever its placement; random ones are made when needed.
+
+    Enough to see what it is and to time its parts, without the memory that measuring takes.
+
+    Raises:
+        ModelError: see `load_model`.
+    """
+    checkpoint: Checkpoint | Drawn = Drawn()
+    if description.settings.weights != "random":
+        checkpoint = Checkpoint(description.folder, description.family)
+        checkpoint.require(description.skeleton)
+    module = _streamed_model(description, device).requires_grad_(False).eval()
+    return LoadedModel(module, description, device, model_sha(description, device, seed), checkpoint)
 
 
 def _pretrained_model(description: ModelDescription) -> nn.Module:

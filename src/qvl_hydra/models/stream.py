@@ -93,6 +93,14 @@ class Checkpoint:
         return key
 
 
+class Drawn:
+    """Weights of no checkpoint, all alike, for what depends on shapes alone."""
+
+    def read(self, path: str, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """One parameter of a shape; the values are small enough for any depth and none is subnormal."""
+        return torch.full(tuple(shape), 1e-3, device=device, dtype=dtype)
+
+
 def _fits(stored: Sequence[int], shape: Sequence[int]) -> bool:
     """Whether a stored weight is the parameter's, or that of all experts in either layout; see `_in_shape`."""
     if len(stored) == 3 and len(shape) == 2:
@@ -148,7 +156,11 @@ def parameters_on_meta() -> Iterator[None]:
 
 @contextmanager
 def weights_of(
-    module: nn.Module, roots: Sequence[str], checkpoint: Checkpoint | None, device: torch.device, dtype: torch.dtype
+    module: nn.Module,
+    roots: Sequence[str],
+    checkpoint: Checkpoint | Drawn | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Iterator[None]:
     """Have the weights below `roots` in memory, in `dtype`, for a while.
 

@@ -18,7 +18,7 @@ from qvl_hydra.settings import Settings, judge_settings
 from qvl_hydra.version import __version__
 
 # What decides neither a score nor its place among others.
-UNFINGERPRINTED = ("tracking", "resume", "compare", "merge", "profile", "export", "device", "task")
+UNFINGERPRINTED = ("tracking", "resume", "compare", "merge", "profile", "export", "device", "task", "dry_run")
 ROOTS = ("outputs", "multirun")  # where resume=auto looks, below the working folder
 
 
@@ -64,17 +64,24 @@ def take_up(settings: Settings, folder: RunFolder, fingerprint: str, screen: Scr
                 f"{folder.path} holds results of another model, other samples or other versions; give this run its "
                 "own hydra.run.dir"
             )
-    elif settings.resume != "never":
-        source = _source(settings, folder, fingerprint)
+    else:
+        source = source_of(settings, folder.path, fingerprint)
         if source is not None:
             adopt(source, folder)
             screen.say(f"going on where {source} stopped")
     write_json(path, {"fingerprint": fingerprint, "qvl_hydra": __version__})
 
 
-def _source(settings: Settings, folder: RunFolder, fingerprint: str) -> Path | None:
+def source_of(settings: Settings, own: Path, fingerprint: str) -> Path | None:
+    """The folder of the unfinished run that a run in its own folder goes on from, if there is one.
+
+    Raises:
+        RunFolderError: `resume` names another run's folder.
+    """
+    if settings.resume == "never":
+        return None
     if settings.resume == "auto":
-        return find_resumable([Path.cwd() / root for root in ROOTS], fingerprint, folder.path)
+        return find_resumable([Path.cwd() / root for root in ROOTS], fingerprint, own)
     given = Path(settings.resume).expanduser()
     if not (given / FINGERPRINT).exists():
         raise RunFolderError(f"resume={given}: no unfinished run there; allowed: auto, never, or a run's folder")

@@ -88,8 +88,15 @@ def environment_faults(settings: Settings) -> list[str]:
     return faults
 
 
-def prepare(settings: Settings, further_schemes: Sequence[QuantSettings] = ()) -> Prepared:
+def prepare(
+    settings: Settings,
+    further_schemes: Sequence[QuantSettings] = (),
+    loaded: Callable[[ModelDescription, torch.device, int], LoadedModel] = load_model,
+) -> Prepared:
     """Select operators, check memory, read samples, and load the model last.
+
+    Args:
+        loaded: makes a described model on a device, with a seed for random weights.
 
     Raises:
         QvlHydraError: anything missing, unreadable, empty or too large, named.
@@ -109,7 +116,7 @@ def prepare(settings: Settings, further_schemes: Sequence[QuantSettings] = ()) -
     else:
         name = "cpu" if row.device == "cpu" else settings.device_name(torch.cuda.device_count())
         device = pick_device(name)
-        model = load_model(description, device, settings.seed)
+        model = loaded(description, device, settings.seed)
     batches = settings.strategy.confidence_batches
     count = len(calibration.samples) if batches is None else batches * settings.calibration.batch_size
     schemes = tuple(

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -67,7 +68,7 @@ def run(
     fingerprint = fingerprint_of(settings, prepared.model.sha, prepared.calibration.sha)
     take_up(settings, folder, fingerprint, screen)
     _write_calibration(settings, folder, prepared)
-    job = _job(settings, folder, prepared)
+    job = job_of(settings, prepared, folder.path / settings.backend.name)
     note: dict[str, Any] = {"fingerprint": fingerprint, "began": began}
     folder.after_write = _refresher(settings, folder, prepared)
     report: EngineReport | None = None
@@ -85,7 +86,8 @@ def run(
         raise EngineError(NOTHING_SCORED)
 
 
-def _job(settings: Settings, folder: RunFolder, prepared: Prepared) -> SweepJob:
+def job_of(settings: Settings, prepared: Prepared, workdir: Path) -> SweepJob:
+    """The measuring that settings ask for; `workdir` is the engine's own folder."""
     return SweepJob(
         model=prepared.model,
         component=settings.component.name,
@@ -98,7 +100,7 @@ def _job(settings: Settings, folder: RunFolder, prepared: Prepared) -> SweepJob:
         backend=settings.backend,
         fuse=settings.operators.fuse,
         seed=settings.seed,
-        workdir=folder.path / settings.backend.name,
+        workdir=workdir,
         shard=settings.part,
     )
 

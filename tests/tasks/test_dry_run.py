@@ -1,0 +1,80 @@
+"""dry_run=true against the run that it tells of: the same numbers, the same refusals, and nothing left behind."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from qvl_hydra.models.load import outline_model
+from qvl_hydra.tasks.dry_run import sample_seconds
+from qvl_hydra.tasks.prepare import prepare
+from tests.program import SMALL, composed, run_here
+
+
+def test_it_writes_nothing_and_says_what_the_run_then_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line, run = f"experiment=lm_mse_v2 {SMALL}", tmp_path / "outputs" / "run"
+    status, text = run_here(f"{line} dry_run=true", tmp_path, monkeypatch, capsys)
+    assert status == 0
+    assert not list(tmp_path.iterdir())
+    assert "nothing: no unfinished run" in text
+    assert "MB below" in text
+
+    assert run_here(f"{line} hydra.run.dir={run}", tmp_path, monkeypatch, capsys)[0] == 0
+    record = json.loads((run / "run.json").read_text())
+    assert f"{record['n_ops']} of component=lm" in text
+    assert f"{record['n_samples']} of them scored" in text
+    assert f"by {record['estimator']} on backend={record['backend']}, in {record['scheme']}," in text
+
+    (run / "end.json").unlink()  # as if it had been killed
+    before = sorted(tmp_path.rglob("*"))
+    text = run_here(f"{line} dry_run=true", tmp_path, monkeypatch, capsys)[1]
+    assert f"{len(list((run / 'parts').glob('*.parquet')))} parts of {run}" in text
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "nothing: no unfinished" in run_here(f"{line} dry_run=true seed=1", tmp_path, monkeypatch, capsys)[1]
+
+
+def test_every_job_of_a_multirun_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"-m experiment=sharded {SMALL} dry_run=true shard=0/2,1/2"
+    status, text = run_here(line, tmp_path, monkeypatch, capsys)
+    assert status == 0
+    assert text.count("2 of them scored") == 2
+    assert "job 1" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_refuses_what_the_run_would_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    too_large = "model=qwen2_5_vl_7b model.weights=random model.memory_limit_gib=2 dry_run=true"
+    status, text = run_here(too_large, tmp_path, monkeypatch, capsys)
+    assert status == 2
+    assert "needs" in text
+    assert "2.0 GiB are free" in text
+    status, text = run_here("task=export_onnx dry_run=true", tmp_path, monkeypatch, capsys)
+    assert status == 2
+    assert "dry_run tells what task=sweep, profile, quantize would measure, not export_onnx" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", ["tiny_qwen2_5_vl", "tiny_qwen2_vl", "tiny_qwen3_vl"])
+@pytest.mark.parametrize("component", ["lm", "vision", "full"])
+def test_every_segment_of_the_component_is_counted_once(
+    model: str, component: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = composed(f"model={model}", f"component={component}", "calibration.size=4")
+    prepared = prepare(settings, (), outline_model)
+    sample = next(sample for sample in prepared.scored if sample.pixel_values is not None)
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    stages = prepared.description.family.load_stages()(prepared.model.module)
+    assert sample_seconds(prepared, component, sample) == len(stages.of(component))
+    timings = next(ticks) / 4
+    assert timings <= len(stages.of("full")) - 3  # those of a kind are timed once
