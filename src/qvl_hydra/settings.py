@@ -281,6 +281,12 @@ class TrackingSettings:
     run_name: str | None = None
     artifact_location: str | None = None  # null: beside the store
     enabled: bool = True
+    register: str | None = None  # name in the model registry that a profile or checkpoint becomes a version of
+
+    def faults(self) -> list[str]:
+        if self.register is None or (self.register.strip() and not set(self.register) & set("/:")):
+            return []
+        return [f"tracking.register={self.register!r}; a name without / and :, or null"]
 
 
 @dataclass(frozen=True)
@@ -493,6 +499,8 @@ class Settings:
         found += self._shard_faults()
         if self.dry_run and self.task.name not in FORETOLD:
             found.append(f"dry_run tells what task={', '.join(FORETOLD)} would measure, not {self.task.name}")
+        if self.tracking.register is not None and self.task.name not in ("profile", "quantize"):
+            found.append(f"tracking.register is for what task=profile and task=quantize make, not {self.task.name}")
         if self.quant.also and self.task.name in ("profile", "quantize"):
             found.append("quant.also scores further schemes of a sweep; a profile is told them by profile.choices")
         return found

@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 
-from qvl_hydra.calibration.held_out import held_out, seen_by
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.estimators.metrics import unit_of
@@ -34,7 +33,7 @@ from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import sweep
 from qvl_hydra.tasks.candidates import MEASURED, best_measured
-from qvl_hydra.tasks.decide import Decision, fetch, of_profile, shared, terms_of
+from qvl_hydra.tasks.decide import Decision, evaluation_samples, fetch, of_profile, shared, terms_of
 from qvl_hydra.tasks.keep_lists import Lists, compare_lists
 from qvl_hydra.tasks.prepare import Prepared, prepare
 
@@ -80,8 +79,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     began = time.perf_counter()
     plans = plans_of(settings, folder, screen, further)
     prepared = plans.prepared
-    seen = seen_by([folder.path]) | {sample.id for sample in prepared.calibration.samples}
-    samples = held_out(settings.calibration, prepared.processor, settings.profile.evaluation_size, seen)
+    samples, few = evaluation_samples(settings, prepared, folder.path)
     table = _measure(settings, plans, samples, folder, screen)
     write_parquet(folder.path / "profiles.parquet", table)
     chosen = plans.profiles[plans.chosen]
@@ -91,7 +89,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     everything = find_operators(plans.prepared.model.module, "full")
     exports = write_formats(chosen, everything, settings.profile.formats, folder.path / "exports")
     notes = [f"not exported: {record['error']}" for record in exports if "error" in record]
-    notes += plans.notes
+    notes += [*plans.notes, *few]
     if settings.profile.compare_with:
         lists = Lists(prepared, plans.units, plans.terms, plans.metric, plans.quantizers, samples)
         notes += compare_lists(settings, lists, folder, screen)

@@ -11,7 +11,7 @@ from typing import Any
 
 from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.calibration.held_out import held_out, seen_by
-from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.calibration.sample import Sample, samples_sha
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.models.memory import peak_memory_bytes
@@ -26,7 +26,7 @@ from qvl_hydra.profiles.select import Budget, select, several
 from qvl_hydra.profiles.units import Unit, units_from_scores
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.quantization.scheme import Scheme
-from qvl_hydra.runs.files import read_table
+from qvl_hydra.runs.files import read_table, write_json
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.runs.record import RunRecord, record_of
 from qvl_hydra.screen import Screen
@@ -39,6 +39,7 @@ from qvl_hydra.tasks.sweep import versions
 from qvl_hydra.tracking.read import find_runs
 
 BISECTIONS = 8
+EVALUATION = "evaluation.json"  # which samples profiles were measured on
 # Of the sweep, copied beside the profile.
 KEPT = ("scores.parquet", "sample_scores.parquet", "families.parquet", "experts.parquet", "calibration.json")
 
@@ -188,8 +189,10 @@ def _held_bound(
     )
 
 
-def evaluation_samples(settings: Settings, decision: Decision, folder: Path) -> tuple[tuple[Sample, ...], list[str]]:
+def evaluation_samples(settings: Settings, prepared: Prepared, folder: Path) -> tuple[tuple[Sample, ...], list[str]]:
     """Samples that neither scores nor ranges have seen, by the sweep's calibration.json and this run's own.
+
+    Which they are is left in `evaluation.json`.
 
     Returns:
         At most `profile.evaluation_size` of them; and a note where there are fewer.
@@ -198,8 +201,17 @@ def evaluation_samples(settings: Settings, decision: Decision, folder: Path) -> 
         CalibrationError: none is left.
     """
     wanted = settings.profile.evaluation_size
-    seen = seen_by([folder]) | {sample.id for sample in decision.prepared.calibration.samples}
-    samples = held_out(settings.calibration, decision.prepared.processor, wanted, seen)
+    seen = seen_by([folder]) | {sample.id for sample in prepared.calibration.samples}
+    samples = held_out(settings.calibration, prepared.processor, wanted, seen)
+    write_json(
+        folder / EVALUATION,
+        {
+            "source": settings.calibration.source,
+            "size": len(samples),
+            "sha": samples_sha(samples),
+            "samples": [sample.id for sample in samples],
+        },
+    )
     if len(samples) == wanted:
         return samples, []
     left = f"only {len(samples)} of profile.evaluation_size={wanted} samples are left that no score or range has seen"

@@ -46,7 +46,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
         return
     began = time.perf_counter()
     decision = decide(settings, folder, screen)
-    samples, few = evaluation_samples(settings, decision, folder.path)
+    samples, few = evaluation_samples(settings, decision.prepared, folder.path)
     table = _measure(settings, decision, samples, folder, screen)
     write_parquet(folder.path / "profiles.parquet", table)
     write_json(folder.path / "profile.json", {"budget": str(decision.budget), **describe(decision.profile)})

@@ -84,7 +84,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     else:
         decision = decide(settings, folder, screen)
     decision = dataclasses.replace(decision, quantizers=dict(decision.quantizers))  # each tool asks for all of them
-    samples, few = evaluation_samples(settings, decision, folder.path)
+    samples, few = evaluation_samples(settings, decision.prepared, folder.path)
     results: dict[str, Agreement] = {}
     notes = [*decision.notes, *few]
     drivers: Sequence[str] = settings.profile.quantize_with or tuple(DRIVERS)

@@ -25,17 +25,22 @@ TOP_ROWS = 15  # operators in a run's description
 PROFILE_CURVES = (
     "exact_match", "kl_answer", "kl", "loss", "squared_error", "predicted", "predicted_joint", "average_bits",
 )  # fmt: skip
+_HELD_OUT = (
+    "exact_match", "kl", "loss", "squared_error", "recovered", "best_baseline", "identical", "largest_difference",
+    "relative_difference",
+)  # fmt: skip
 _TAG_KEYS = ("task", "status", "model", "component", "strategy", "backend", "estimator", "scheme")
+PLAN = "profile.json"
 _IDENTITY = frozenset({"calibration_size", "calibration_seed", "calibration_bad", "seed"})  # no results
 _FILES = (
     "config.yaml", "run.json", "end.json", "run.log", "report.html", "description.md", "calibration.json",
     "scores.parquet", "sample_scores.parquet", "resumed_from.json", "inc_order.json", "profile.json", "keep_lists.json",
     "profiles.parquet", "comparison.json", "comparison.parquet", "pairs.parquet", "stability.parquet",
     "parts.parquet", "regret.parquet", "alignment.parquet", "costs.parquet",
-    "families.parquet",
-    "experts.parquet",
+    "evaluation.json", "families.parquet", "experts.parquet",
 )  # fmt: skip
-_FOLDERS = ("figures", "exports", "onnx", "inc", "compressed_tensors", *BACKENDS)
+PLAN_FOLDERS = ("exports", "inc", "compressed_tensors")  # what others read of a profile or checkpoint
+_FOLDERS = ("figures", "onnx", *PLAN_FOLDERS, *BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -160,9 +165,49 @@ def artifacts(folder: Path) -> tuple[list[Path], list[Path]]:
     return [path for path in found if path not in large], large
 
 
-def calibration(folder: Path) -> dict[str, Any]:
-    """What `calibration.json` says of the samples: source, size, seed, sha, bad, samples; empty when there is none."""
-    return read_json(folder / "calibration.json")
+def samples(folder: Path, purpose: str) -> dict[str, Any]:
+    """What `calibration.json` or `evaluation.json` says of its samples: source, size, sha, ids; empty without one."""
+    return read_json(folder / f"{purpose}.json")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A profile or checkpoint that a run made.
+
+    Attributes:
+        name: as a LoggedModel may be called.
+        kind: `profile` or `checkpoint`.
+        parameters: what it was decided from.
+        figures: its size, and what it was predicted to cost.
+        held_out: what it cost on held-out samples.
+    """
+
+    name: str
+    kind: str
+    parameters: dict[str, str]
+    figures: dict[str, float]
+    held_out: dict[str, float]
+
+
+def plan(folder: Path) -> Plan | None:
+    """What the run decided; None where it decided nothing, or did not come to its end."""
+    run, decided = _plain(folder), read_json(folder / PLAN)
+    if not decided or run.get("status") != "complete":
+        return None
+    told = {key: value for key, value in decided.items() if not isinstance(value, list | dict)}
+    numbers = told | dict(leaves(run.get(run["task"], {}), "/"))
+    figures: dict[bool, dict[str, float]] = {True: {}, False: {}}
+    for key, value in numbers.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            figures[key.rpartition("/")[2].startswith(_HELD_OUT)][_legal(key)] = float(value)
+    return Plan(
+        re.sub(r"[^\w-]", "_", f"{run['model']}-{run['component']}-{told['scheme']}-{told['budget']}")[:KEY_LIMIT],
+        "checkpoint" if run["task"] == "quantize" else "profile",
+        {key: str(run[key]) for key in _TAG_KEYS if run.get(key) is not None}
+        | {key: str(value) for key, value in told.items() if not isinstance(value, int | float)},
+        figures[False],
+        figures[True],
+    )
 
 
 def leaves(tree: Mapping[str, Any], joint: str, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -31,6 +31,7 @@ from qvl_hydra.runs.files import read_json, write_json
 from qvl_hydra.runs.folder import LOCK, SWEEP_LOCK, is_held
 from qvl_hydra.settings import TrackingSettings
 from qvl_hydra.tracking import content
+from qvl_hydra.tracking.logged_model import dataset_of, send_model
 from qvl_hydra.tracking.store import experiment_id, file_lock, masked, open_client, told, tracking_uri
 
 T = TypeVar("T")
@@ -142,6 +143,7 @@ def send_run(folder: Path, settings: TrackingSettings, status: RunStatus = "FINI
         run_id = _folder_run(client, settings, folder)
         _send_content(client, run_id, folder)
         client.set_terminated(run_id, status, end_time=_end_time(folder))
+        send_model(client, run_id, folder, _end_time(folder), settings.register)
     return run_id
 
 
@@ -323,28 +325,30 @@ def _send_content(client: MlflowClient, run_id: str, folder: Path) -> None:
     if large:
         tags["files_left_out"] = ", ".join(str(path.relative_to(folder)) for path in large)[: content.TAG_LIMIT]
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-    _send_dataset(client, run_id, folder)
+    _send_datasets(client, run_id, folder)
     for path in files:
         inside = path.relative_to(folder).parent.as_posix()
         client.log_artifact(run_id, str(path), None if inside == "." else inside)
 
 
-def _send_dataset(client: MlflowClient, run_id: str, folder: Path) -> None:
-    """The calibration set as a data set input; its digest is the hash over all its tensors."""
-    found = content.calibration(folder)
-    if not found:
-        return
-    source = {key: found.get(key) for key in ("source", "size", "seed")}
-    profile = {"num_rows": len(found.get("samples", [])), "num_bad": len(found.get("bad", []))}
-    dataset = Dataset(
-        name=f"{found.get('source', 'calibration')}-{found.get('size')}",
-        digest=str(found["sha"])[:36],
-        source_type="local",
-        source=json.dumps(source),
-        schema=json.dumps({"mlflow_colspec": [{"name": "sample", "type": "string", "required": True}]}),
-        profile=json.dumps(profile),
-    )
-    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "calibration")])])
+def _send_datasets(client: MlflowClient, run_id: str, folder: Path) -> None:
+    """The calibration and the evaluation set as data set inputs; a digest is the hash over all tensors of a set."""
+    for purpose in ("calibration", "evaluation"):
+        found = content.samples(folder, purpose)
+        if not found:
+            continue
+        source = {key: found.get(key) for key in ("source", "size", "seed")}
+        profile = {"num_rows": len(found.get("samples", [])), "num_bad": len(found.get("bad", []))}
+        name, digest = dataset_of(found)
+        dataset = Dataset(
+            name=name,
+            digest=digest,
+            source_type="local",
+            source=json.dumps(source),
+            schema=json.dumps({"mlflow_colspec": [{"name": "sample", "type": "string", "required": True}]}),
+            profile=json.dumps(profile),
+        )
+        client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", purpose)])])
 
 
 def _end_time(folder: Path) -> int:
