@@ -78,7 +78,8 @@ def check_command_line(arguments: Sequence[str], name: str = CONFIG) -> Checked:
         if not parsed.multirun:
             overrides = [item for item in overrides if not _sweep_fault(item, faults)]
         sound = [item for item in overrides if not _group_fault(item, faults)]
-        sound = [item for item in sound if not _key_fault(item, sound, name, faults)]
+        known = _known_keys(sound, name)
+        sound = [item for item in sound if not _key_fault(item, known, faults)]
         count, dry = 0, []
         for job in _jobs(sound, parsed.multirun, name, faults):
             count += 1
@@ -159,7 +160,16 @@ def _is_group(name: str) -> bool:
     return bool(name) and bool(GlobalHydra.instance().config_loader().get_group_options(name))
 
 
-def _key_fault(item: Override, overrides: Sequence[Override], name: str, faults: list[str]) -> bool:
+def _known_keys(overrides: Sequence[Override], name: str) -> list[str] | None:
+    """Every key of the config with the groups' first choices; None where it cannot be composed."""
+    choices = [_line(item, _values(item)[0]) for item in overrides if _is_group(item.key_or_group)]
+    try:
+        return list(_keys(OmegaConf.to_container(compose(name, overrides=choices))))
+    except (HydraException, OmegaConfBaseException):
+        return None  # composing the jobs says what is wrong
+
+
+def _key_fault(item: Override, known: Sequence[str] | None, faults: list[str]) -> bool:
     """Note and tell a key that the config does not have, also with `+`."""
     key = item.key_or_group
     if _is_group(key) or key.split(".")[0] == "hydra":
@@ -167,12 +177,7 @@ def _key_fault(item: Override, overrides: Sequence[Override], name: str, faults:
     if item.is_delete():
         faults.append(f"{item.input_line}: keys cannot be taken out")
         return True
-    choices = [_line(other, _values(other)[0]) for other in overrides if _is_group(other.key_or_group)]
-    try:
-        known = list(_keys(OmegaConf.to_container(compose(name, overrides=choices))))
-    except (HydraException, OmegaConfBaseException):
-        return False  # composing the jobs says what is wrong
-    if key in known:
+    if known is None or key in known:
         return False
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {close[0]}?" if close else "python -m qvl_hydra --cfg job shows all keys"
