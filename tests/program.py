@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from qvl_hydra.entry import app
 from qvl_hydra.entry.compose import config_folder, settings_from_config
-from qvl_hydra.settings import Settings
+from qvl_hydra.settings import Settings, TrackingSettings
+from qvl_hydra.tracking.store import open_client
 
 SMALL = "operators.max_ops=4 calibration.size=4 strategy.confidence_batches=1"  # a run of about a second
 PATIENCE_S = 480  # far beyond what a step takes on a busy machine
@@ -27,6 +30,21 @@ def composed(*overrides: str) -> Settings:
     """The settings of a command line."""
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         return settings_from_config(compose("config", overrides=list(overrides)))
+
+
+@functools.cache
+def _empty_store() -> bytes:
+    """MLflow's tables, which it takes seconds to make."""
+    with tempfile.TemporaryDirectory() as place:
+        open_client(TrackingSettings(uri=f"sqlite:///{place}/mlflow.db"))
+        return (Path(place) / "mlflow.db").read_bytes()
+
+
+def with_store(folder: Path) -> Path:
+    """The folder, with the tables of a store in it that holds no run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mlflow.db").write_bytes(_empty_store())
+    return folder
 
 
 def start(line: str, folder: Path) -> subprocess.Popen[str]:

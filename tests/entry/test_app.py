@@ -17,7 +17,7 @@ from pandas.testing import assert_frame_equal
 from safetensors import SafetensorError
 
 from qvl_hydra.estimators import exact_run
-from tests.program import SMALL, finish, run_here, start, wait_for
+from tests.program import SMALL, finish, run_here, start, wait_for, with_store
 
 # Long enough to be stopped in its exact part, with sketched parts before.
 LONGER = "operators.max_ops=24 calibration.size=12 strategy.estimator=exact"
@@ -26,6 +26,8 @@ Here = Callable[[str], tuple[int, str]]
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """Runs a command in a folder whose store has its tables already."""
+    with_store(tmp_path)
     return lambda line: run_here(line, tmp_path, monkeypatch, capsys)
 
 
@@ -243,6 +245,7 @@ def test_a_stopped_multirun_goes_on_with_the_same_command(here: Here, tmp_path: 
 
 
 def test_a_run_can_go_without_tracking(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").unlink()
     status, text = here(f"{SMALL} tracking.enabled=false hydra.run.dir=run")
     assert status == 0
     assert "mlflow" not in text

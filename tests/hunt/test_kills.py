@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from mlflow import MlflowClient
 from pandas.testing import assert_frame_equal
 
+from qvl_hydra.tracking.content import leaves
 from tests.program import finish, start
 
 CASES = {
-    "profile": "task=profile strategy.estimator=sketch calibration.size=4 profile.value=0.2 profile.evaluation_size=32",
+    "profile": "task=profile strategy.estimator=sketch calibration.size=4 profile.value=0.2 profile.evaluation_size=16",
     "exact": "experiment=lm_mse_v2 strategy.estimator=exact operators.max_ops=12 calibration.size=6",
     "auto": "experiment=lm_mse_v2 operators.max_ops=24 calibration.size=6",
     "sketch": "component=full strategy.estimator=sketch calibration.size=6",
@@ -23,31 +25,67 @@ CASES = {
     "onnxrt": "experiment=lm_onnx_mse_v2 operators.max_ops=4 calibration.size=4",
     "inc_fx": "experiment=lm_inc_fx operators.max_ops=4 calibration.size=4",
     "inc_onnxrt": "backend=inc_onnxrt quant=inc_static strategy=mse_v2 operators.max_ops=4 calibration.size=4",
+    "modelopt": "backend=modelopt backend.method=gradient calibration.size=4",
     "quantize": "task=quantize profile.quantize_with=[compressed_tensors] strategy.estimator=sketch calibration.size=4 "
     "profile.value=0.2 profile.evaluation_size=16",
+    "export_onnx": "task=export_onnx component=lm calibration.size=4",
+    "measure_costs": "task=measure_costs component=lm calibration.size=4",
+    "compare": "task=compare compare.kind=proxy compare.runs=[{0},{1}] compare.regret_samples=16",
     "multirun": "-m experiment=lm_mse_v2 operators.max_ops=6 calibration.size=4 seed=1,2",
+    "sizes": "-m experiment=calibration_sizes operators.max_ops=6 calibration.size=4,8 calibration.seed=0,1",
+    "sharded": "-m experiment=sharded strategy.estimator=sketch calibration.size=6 shard=0/2,1/2",
+}
+BEFORE = {  # runs that a case reads
+    "compare": (
+        "experiment=lm_mse_v2 operators.max_ops=6 calibration.size=4",
+        "experiment=lm_mse_v2 model=tiny_qwen2_vl operators.max_ops=6 calibration.size=4",
+    )
 }
 AT_ONCE, MANY = 1, 13  # kills of one case
+TABLES = (
+    "scores.parquet", "sample_scores.parquet", "profiles.parquet", "costs.parquet", "comparison.parquet",
+    "pairs.parquet", "stability.parquet", "regret.parquet",
+)  # fmt: skip
+KEYS = ("seed", "shard", "calibration.seed", "calibration.size")  # that tell the jobs of a case apart
+CLOCKED = ("seconds", "first_quartile", "third_quartile")  # columns that no second run repeats
+GRAPH = ("n_products", "opset", "largest_difference", "weight_bytes")  # of an export's record
 
 
 def results(folder: Path) -> list[pd.DataFrame]:
-    """The tables of every finished job below a folder, in the order of their settings."""
+    """The tables of every finished job below a folder, and of what followed them, in the order of their settings."""
     found = {}
     for path in folder.rglob("run.json"):
-        if json.loads(path.read_text()).get("status") == "complete" and path.parent.name != "comparison":
-            end = path.parent / "end.json"
-            if end.exists() and json.loads(end.read_text())["end"] == "FINISHED":
-                seed = (path.parent / "config.yaml").read_text().split("\nseed:")[1].split()[0]
-                found[seed] = path.parent
-    names = ("scores.parquet", "sample_scores.parquet", "profiles.parquet")
-    return [pd.read_parquet(found[s] / name) for s in sorted(found) for name in names if (found[s] / name).exists()]
+        told, end = json.loads(path.read_text()), path.parent / "end.json"
+        job = path.parent.name not in ("comparison", "merged")
+        if told.get("status") != "complete" or (
+            job and (not end.exists() or json.loads(end.read_text())["end"] != "FINISHED")
+        ):
+            continue
+        own = dict(leaves(yaml.safe_load((path.parent / "config.yaml").read_text()), "."))
+        key = (job or path.parent.name, *(str(own.get(name)) for name in KEYS))
+        tables = [pd.read_parquet(path.parent / name) for name in TABLES if (path.parent / name).exists()]
+        if told["task"] == "export_onnx":
+            tables.append(pd.DataFrame([{name: told[name] for name in GRAPH}]))
+        found[str(key)] = [table.drop(columns=list(CLOCKED), errors="ignore") for table in tables]
+    return [table for key in sorted(found) for table in found[key]]
+
+
+def prepare(case: str, folder: Path) -> str:
+    """Make what a case reads; its command."""
+    made = []
+    for number, line in enumerate(BEFORE.get(case, ())):
+        own = folder / f"before{number}"
+        status, text = finish(start(f"{line} hydra.run.dir={own}", folder))
+        assert status == 0, text
+        made.append(own)
+    return CASES[case].format(*made)
 
 
 def hunt(case: str, kills: int, folder: Path) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"{case}: seed {seed}")
     draw = random.Random(seed)
-    line = CASES[case]
+    line = prepare(case, folder)
     calm = folder / "calm"
     calm.mkdir()
     began = time.monotonic()
@@ -85,4 +123,6 @@ def test_a_kill_costs_nothing(case: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_many_kills_cost_nothing(case: str, tmp_path: Path) -> None:
+    if case == "modelopt":
+        pytest.importorskip("modelopt")
     hunt(case, MANY, tmp_path)

@@ -23,7 +23,7 @@ from qvl_hydra.tasks.prepare import prepare
 from qvl_hydra.tracking.read import jobs_of
 from qvl_hydra.tracking.record import send_run
 from tests.made_up_runs import write_run
-from tests.program import composed, run_here
+from tests.program import composed, run_here, with_store
 
 
 class Heard(Screen):
@@ -70,9 +70,8 @@ def test_nothing_named_and_unknown_reference_are_refused(tmp_path: Path) -> None
         compare.run(settings_for(runs=runs[:1]), RunFolder(tmp_path / "out"), Heard())
 
 
-def test_multirun_with_a_failed_job_is_compared_tracked_and_linked(tmp_path: Path, empty_store: Path) -> None:
-    store = tmp_path / "mlflow.db"
-    store.write_bytes(empty_store.read_bytes())
+def test_multirun_with_a_failed_job_is_compared_tracked_and_linked(tmp_path: Path) -> None:
+    store = with_store(tmp_path) / "mlflow.db"
     tracking = TrackingSettings(uri=f"sqlite:///{store}", experiment="tests")
     sweep = tmp_path / "sweep"
     ids = [send_run(write_run(sweep / f"{index}", seed=index), tracking) for index in range(2)]

@@ -19,7 +19,7 @@ from qvl_hydra.estimators import exact_run, reverse_walk
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.tasks import merge, sweep
-from tests.program import finish, start, wait_for
+from tests.program import finish, run_here, start, wait_for, with_store
 from tests.tasks.test_sweep import settings_of
 
 LINE = ("operators.max_ops=6", "calibration.size=7", "strategy.confidence_batches=null", "tracking.enabled=false")
@@ -29,6 +29,7 @@ FAST = ("strategy.estimator=gradient",)
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "write_sweep_report", lambda _: None)  # takes half of so short a run
 
 
 def measured(path: Path, *overrides: str) -> Path:
@@ -161,10 +162,12 @@ def test_each_shard_takes_the_next_gpu() -> None:
     assert [settings.device_name(count) for count in (8, 4, 1, 0)] == ["cuda:5", "cuda:1", "cuda:0", "cuda:0"]
 
 
-def test_a_multirun_of_shards_ends_with_the_merged_run(tmp_path: Path) -> None:
+def test_a_multirun_of_shards_ends_with_the_merged_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One sweep each of two seeds; the comparison is of the merged runs, and all are under one parent."""
     line = "-m experiment=sharded shard=0/2,1/2 seed=0,1 compare.after=true hydra.sweep.dir=jobs tracking.enabled=true "
-    status, text = finish(start(line + " ".join([*LINE[:3], *FAST]), tmp_path))
+    status, text = run_here(line + " ".join([*LINE[:3], *FAST]), with_store(tmp_path), monkeypatch, capsys)
     assert status == 0, text
     assert text.count("merging 2 of 2 shards") == 2
     whole = measured(tmp_path / "whole", *FAST, "seed=1")
@@ -181,6 +184,7 @@ def test_a_multirun_of_shards_ends_with_the_merged_run(tmp_path: Path) -> None:
     assert all(item.info.status == "FINISHED" for item in runs)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_shards_are_merged_ends_politely(tmp_path: Path) -> None:
     line = "-m shard=0/2,1/2 hydra.sweep.dir=jobs calibration.size=64 strategy.estimator=auto tracking.enabled=true"
     process = start(line, tmp_path)

@@ -44,7 +44,8 @@ def main() -> None:
         sys.exit(WRONG_INPUT)
     stop_politely()
     status = _run(config_name, checked, screen)
-    del held
+    if held is not None:
+        held.close()
     _flush(screen)
     sys.exit(status)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from qvl_hydra.entry.compose import with_choices
 from qvl_hydra.errors import QvlHydraError, RunFolderError, TrackingError
@@ -34,7 +34,7 @@ class End:
     folder: str = ""
 
 
-def begin(sweep_folder: Path) -> object:
+def begin(sweep_folder: Path) -> IO[str]:
     """Note that a multirun begins; what an earlier one left of its jobs' ends is gone.
 
     Returns:

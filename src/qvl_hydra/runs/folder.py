@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 import pyarrow as pa
@@ -293,7 +293,7 @@ def is_held(lock: Path) -> bool:
         return True
 
 
-def hold(lock: Path) -> object:
+def hold(lock: Path) -> IO[str]:
     """Hold a lock file until the process ends, or what is given back is let go.
 
     Raises:
