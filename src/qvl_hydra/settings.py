@@ -472,6 +472,7 @@ class Settings:
     seed: int = 0
     resume: str = "auto"  # auto, never, or the folder of the run to go on with
     shard: str | None = None  # i/n: part i (from 0) of n of the scored samples (docs/scale.md)
+    cache: Literal["on", "off"] = "on"  # take scores that a finished run measured under the same settings
     dry_run: bool = False  # say what the command would do and cost, and do nothing
 
     @property

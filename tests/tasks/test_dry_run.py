@@ -22,7 +22,7 @@ def test_it_writes_nothing_and_says_what_the_run_then_does(
     status, text = run_here(f"{line} dry_run=true", tmp_path, monkeypatch, capsys)
     assert status == 0
     assert not list(tmp_path.iterdir())
-    assert "nothing: no unfinished run" in text
+    assert "nothing: no run of the same settings" in text
     assert "MB below" in text
 
     assert run_here(f"{line} hydra.run.dir={run}", tmp_path, monkeypatch, capsys)[0] == 0
@@ -36,7 +36,7 @@ def test_it_writes_nothing_and_says_what_the_run_then_does(
     text = run_here(f"{line} dry_run=true", tmp_path, monkeypatch, capsys)[1]
     assert f"{len(list((run / 'parts').glob('*.parquet')))} parts of {run}" in text
     assert sorted(tmp_path.rglob("*")) == before
-    assert "nothing: no unfinished" in run_here(f"{line} dry_run=true seed=1", tmp_path, monkeypatch, capsys)[1]
+    assert "nothing: no run" in run_here(f"{line} dry_run=true seed=1", tmp_path, monkeypatch, capsys)[1]
 
 
 def test_every_job_of_a_multirun_is_told_of(

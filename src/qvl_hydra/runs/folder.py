@@ -32,6 +32,7 @@ SWEEP_LOCK = "sweep.lock"
 END = "end.json"  # how the command in this folder ended: there only when it did
 MADE_BEFORE = ("run.log", ".hydra")  # by Hydra, before a job begins
 RESUMED_FROM = "resumed_from.json"
+REUSED = "reused.json"  # whose scores a run has that measured none itself
 SWEEP = "sweep.json"
 SECONDS = "seconds"
 
@@ -216,14 +217,50 @@ def adopt(source: Path, target: RunFolder) -> None:
 
     The other folder keeps its files but is no longer offered for resumption.
     """
+    _copy_parts(source, target)
+    write_json(target.path / RESUMED_FROM, {"folder": str(source.absolute())})
+    if not _is_complete(source):
+        (source / FINGERPRINT).rename(source / "resumed.json")
+
+
+def reuse(source: Path, target: RunFolder) -> None:
+    """Take over the parts of a finished run, which keeps them, and note whose they are."""
+    _copy_parts(source, target)
+    write_json(target.path / REUSED, {"folder": str(source.absolute())})
+
+
+def _copy_parts(source: Path, target: RunFolder) -> None:
     for path in (source / PARTS).iterdir():
         if path.is_dir():
             shutil.copytree(path, target.parts / path.name, dirs_exist_ok=True)
         elif path.suffix != ".tmp":
             shutil.copy2(path, target.parts / path.name)
-    write_json(target.path / RESUMED_FROM, {"folder": str(source.absolute())})
-    if not _is_complete(source):
-        (source / FINGERPRINT).rename(source / "resumed.json")
+
+
+def find_finished(roots: Sequence[Path], fingerprint: str, exclude: Path) -> Path | None:
+    """The latest finished run folder of the same fingerprint whose parts can be read.
+
+    Args:
+        roots, fingerprint, exclude: see `find_resumable`; other jobs of a multirun are candidates here.
+    """
+    for _, folder in sorted(_of_fingerprint(roots, fingerprint), reverse=True):
+        if folder.resolve() != exclude.resolve() and _is_complete(folder):
+            try:
+                RunFolder(folder).frame()
+            except RunFolderError:
+                continue
+            return folder
+    return None
+
+
+def _of_fingerprint(roots: Sequence[Path], fingerprint: str) -> Iterator[tuple[float, Path]]:
+    """Run folders with parts of this fingerprint that no process holds, each with its age."""
+    for root in roots:
+        for path in root.rglob(FINGERPRINT) if root.is_dir() else ():
+            folder = path.parent
+            same = _read(path).get("fingerprint") == fingerprint
+            if same and any((folder / PARTS).glob("*.parquet")) and not _is_locked(folder):
+                yield path.stat().st_mtime, folder
 
 
 def find_resumable(roots: Sequence[Path], fingerprint: str, exclude: Path) -> Path | None:
@@ -237,15 +274,10 @@ def find_resumable(roots: Sequence[Path], fingerprint: str, exclude: Path) -> Pa
         exclude: the folder of the run that asks; jobs of its own multirun are no candidates either.
     """
     candidates: list[tuple[float, Path]] = []
-    for root in roots:
-        for path in root.rglob(FINGERPRINT) if root.is_dir() else ():
-            folder = path.parent
-            own = folder.resolve() == exclude.resolve() or _sweep_of(folder) == _sweep_of(exclude) is not None
-            if own or (_is_complete(folder) and not _in_stopped_sweep(folder)):
-                continue
-            same = _read(path).get("fingerprint") == fingerprint
-            if same and any((folder / PARTS).glob("*.parquet")) and not _is_locked(folder):
-                candidates.append((path.stat().st_mtime, folder))
+    for changed, folder in _of_fingerprint(roots, fingerprint):
+        own = folder.resolve() == exclude.resolve() or _sweep_of(folder) == _sweep_of(exclude) is not None
+        if not own and not (_is_complete(folder) and not _in_stopped_sweep(folder)):
+            candidates.append((changed, folder))
     return max(candidates)[1] if candidates else None
 
 

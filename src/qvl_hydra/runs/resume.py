@@ -12,13 +12,14 @@ import torch
 
 from qvl_hydra.errors import RunFolderError
 from qvl_hydra.runs.files import read_json, read_yaml, write_json
-from qvl_hydra.runs.folder import FINGERPRINT, RunFolder, adopt, find_resumable
+from qvl_hydra.runs.folder import FINGERPRINT, RunFolder, adopt, find_finished, find_resumable, reuse
+from qvl_hydra.runs.versions import code_sha
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings, judge_settings
 from qvl_hydra.version import __version__
 
 # What decides neither a score nor its place among others.
-UNFINGERPRINTED = ("tracking", "resume", "compare", "merge", "profile", "export", "device", "task", "dry_run")
+UNFINGERPRINTED = ("tracking", "resume", "compare", "merge", "profile", "export", "device", "task", "dry_run", "cache")
 ROOTS = ("outputs", "multirun")  # where resume=auto looks, below the working folder
 
 
@@ -28,7 +29,7 @@ def fingerprint_of(settings: Settings, model_sha: str, calibration_sha: str) -> 
         "model_sha": model_sha,
         "calibration_sha": calibration_sha,
         "torch": torch.__version__,
-        "qvl_hydra": __version__,
+        "qvl_hydra": f"{__version__}+{code_sha()}",
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -51,8 +52,11 @@ def refuse_other_settings(settings: Settings, folder: RunFolder) -> None:
         raise RunFolderError(f"{folder.path} holds results already; give resume=never its own hydra.run.dir")
 
 
-def take_up(settings: Settings, folder: RunFolder, fingerprint: str, screen: Screen) -> None:
-    """Find what an earlier run of the same settings left, here or in another folder, and note whose folder this is.
+def take_up(settings: Settings, folder: RunFolder, fingerprint: str, screen: Screen, finished: bool) -> None:
+    """Find what an earlier run measured under the same settings, and note whose folder this is.
+
+    Args:
+        finished: see `source_of`.
 
     Raises:
         RunFolderError: the folder, or the one that `resume` names, holds another run's results.
@@ -65,29 +69,41 @@ def take_up(settings: Settings, folder: RunFolder, fingerprint: str, screen: Scr
                 "own hydra.run.dir"
             )
     else:
-        source = source_of(settings, folder.path, fingerprint)
-        if source is not None:
+        source, whole = source_of(settings, folder.path, fingerprint, finished)
+        if source is not None and whole:
+            reuse(source, folder)
+        elif source is not None:
             adopt(source, folder)
             screen.say(f"going on where {source} stopped")
     write_json(path, {"fingerprint": fingerprint, "qvl_hydra": __version__})
 
 
-def source_of(settings: Settings, own: Path, fingerprint: str) -> Path | None:
-    """The folder of the unfinished run that a run in its own folder goes on from, if there is one.
+def source_of(settings: Settings, own: Path, fingerprint: str, finished: bool) -> tuple[Path | None, bool]:
+    """The folder of a run whose scores one in its own folder takes over, if there is one.
+
+    Args:
+        finished: look among finished runs, too.
+
+    Returns:
+        The folder; and whether that run came to its end, so that nothing is left to measure.
 
     Raises:
         RunFolderError: `resume` names another run's folder.
     """
     if settings.resume == "never":
-        return None
+        return None, False
     if settings.resume == "auto":
-        return find_resumable([Path.cwd() / root for root in ROOTS], fingerprint, own)
+        roots = [Path.cwd() / root for root in ROOTS]
+        unfinished = find_resumable(roots, fingerprint, own)
+        if unfinished is not None or not finished:
+            return unfinished, False
+        return find_finished(roots, fingerprint, own), True
     given = Path(settings.resume).expanduser()
     if not (given / FINGERPRINT).exists():
         raise RunFolderError(f"resume={given}: no unfinished run there; allowed: auto, never, or a run's folder")
     if _kept(given) != fingerprint:
         raise RunFolderError(f"resume={given}: that run had other settings, samples or versions")
-    return given
+    return given, False
 
 
 def _kept(folder: Path) -> str:

@@ -24,7 +24,7 @@ from qvl_hydra.runs.folder import PARTS
 from qvl_hydra.runs.resume import fingerprint_of, source_of
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
-from qvl_hydra.tasks.prepare import Prepared, not_quantized, prepare
+from qvl_hydra.tasks.prepare import Prepared, may_reuse, not_quantized, prepare
 from qvl_hydra.tasks.sweep import job_of
 
 ROW_BYTES = 150  # of a score on disk: in its part, in the tables and with the tracker
@@ -87,11 +87,12 @@ def _scoring(settings: Settings, prepared: Prepared, own: Path) -> dict[str, str
     schemes = [scheme.name for scheme in prepared.schemes]
     row = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
     fingerprint = fingerprint_of(settings, prepared.model.sha, calibration.sha)
-    source = source_of(settings, own, fingerprint)
-    reused = "nothing: no unfinished run of the same settings is here"
+    source, finished = source_of(settings, own, fingerprint, may_reuse(settings))
+    reused = "nothing: no run of the same settings is here"
     if source is not None:
         parts = len(list((source / PARTS).glob("*.parquet")))
-        reused = f"{parts} parts of {source}, an unfinished run of the same settings"
+        how = "a finished run of the same settings, so that nothing is measured" if finished else "which did not finish"
+        reused = f"{parts} parts of {source}, {how}"
     tokens = sorted(sample.longest for sample in scored)
     bad = f", {len(calibration.bad)} bad ones left out" if calibration.bad else ""
     rows = len(prepared.operators) * len(scored) * len(schemes) * max(strategy.probes, 1)

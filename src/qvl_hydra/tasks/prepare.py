@@ -126,6 +126,11 @@ def prepare(
     return Prepared(description, model, processor, operators, calibration, calibration.samples[:count], schemes)
 
 
+def may_reuse(settings: Settings) -> bool:
+    """Whether scores of a finished run will do: all that it leaves is in the parts that its shards would leave."""
+    return settings.cache == "on" and BACKENDS[settings.backend.name].shards
+
+
 def _refuse_family(settings: Settings, family: Family) -> None:
     """Refuse what a model family has not, once the checkpoint has said which family it is."""
     faults = []

@@ -26,18 +26,19 @@ from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.profiles.families import families
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.reports.sweep import write_sweep_report
-from qvl_hydra.runs.files import write_json, write_parquet
-from qvl_hydra.runs.folder import RunFolder
+from qvl_hydra.runs.files import read_json, write_json, write_parquet
+from qvl_hydra.runs.folder import REUSED, RunFolder
 from qvl_hydra.runs.record import RunRecord, write_record
 from qvl_hydra.runs.resume import fingerprint_of, take_up
 from qvl_hydra.runs.versions import installed_versions
 from qvl_hydra.scores.table import Scored, origins, score_table
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
-from qvl_hydra.tasks.prepare import Prepared, not_quantized, prepare
+from qvl_hydra.tasks.prepare import Prepared, may_reuse, not_quantized, prepare
 from qvl_hydra.tasks.shown import ENTERS, show
 from qvl_hydra.version import __version__
 
+REPORT = "report"  # where a run keeps what its engine said when it had measured everything
 REFRESH_S = 10.0  # how old scores.parquet may get while the run goes on
 STOPPED = "stopped before the end: what is here was measured until then"
 NOTHING_SCORED = "no operator could be scored; are the model's weights whole, and do the samples reach its operators?"
@@ -66,7 +67,7 @@ def run(
     began = time.perf_counter()
     prepared = prepare(settings, further_schemes)
     fingerprint = fingerprint_of(settings, prepared.model.sha, prepared.calibration.sha)
-    take_up(settings, folder, fingerprint, screen)
+    take_up(settings, folder, fingerprint, screen, may_reuse(settings))
     _write_calibration(settings, folder, prepared)
     job = job_of(settings, prepared, folder.path / settings.backend.name)
     note: dict[str, Any] = {"fingerprint": fingerprint, "began": began}
@@ -76,7 +77,7 @@ def run(
         _write_results(settings, folder, prepared, None, note | {"why": only_there})
         return
     try:
-        report = load_engine(settings.backend.name)(job, folder, screen)
+        report = _report(settings, folder, job, screen)
         report.notes += not_quantized(settings, prepared)
     finally:  # Ctrl-C, an error or the end: what there is is written
         screen.finish()
@@ -84,6 +85,22 @@ def run(
     show(settings, folder, report, record, screen)
     if not record.n_scored:
         raise EngineError(NOTHING_SCORED)
+
+
+def _report(settings: Settings, folder: RunFolder, job: SweepJob, screen: Screen) -> EngineReport:
+    """What the engine says, now or when it measured the scores that are in the folder."""
+    told = folder.recall(REPORT) if BACKENDS[settings.backend.name].shards else None  # of others files would be missing
+    if told is None:
+        report = load_engine(settings.backend.name)(job, folder, screen)
+        folder.remember(REPORT, asdict(report))
+    else:
+        report = EngineReport(**told)
+    source = read_json(folder.path / REUSED).get("folder")
+    if source is not None:
+        report.notes.append(
+            f"scores are those of {source}, measured under the same settings; cache=off measures them again"
+        )
+    return report
 
 
 def job_of(settings: Settings, prepared: Prepared, workdir: Path) -> SweepJob:

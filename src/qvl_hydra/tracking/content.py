@@ -34,9 +34,9 @@ PLAN = "profile.json"
 _IDENTITY = frozenset({"calibration_size", "calibration_seed", "calibration_bad", "seed"})  # no results
 _FILES = (
     "config.yaml", "run.json", "end.json", "run.log", "report.html", "description.md", "calibration.json",
-    "scores.parquet", "sample_scores.parquet", "resumed_from.json", "inc_order.json", "profile.json", "keep_lists.json",
-    "profiles.parquet", "comparison.json", "comparison.parquet", "pairs.parquet", "stability.parquet",
-    "parts.parquet", "regret.parquet", "alignment.parquet", "costs.parquet",
+    "scores.parquet", "sample_scores.parquet", "resumed_from.json", "reused.json", "inc_order.json", "profile.json",
+    "keep_lists.json", "profiles.parquet", "comparison.json", "comparison.parquet", "pairs.parquet",
+    "stability.parquet", "parts.parquet", "regret.parquet", "alignment.parquet", "costs.parquet",
     "evaluation.json", "families.parquet", "experts.parquet",
 )  # fmt: skip
 PLAN_FOLDERS = ("exports", "inc", "compressed_tensors")  # what others read of a profile or checkpoint

@@ -1,0 +1,94 @@
+"""Scores that a finished run measured are taken by whoever asks for the same, whatever it does with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from pandas.testing import assert_frame_equal
+
+from qvl_hydra.runs import versions
+from qvl_hydra.runs.resume import source_of
+from qvl_hydra.tasks import sweep
+from qvl_hydra.tasks.prepare import may_reuse
+from tests.program import composed, run_here
+
+LINE = "component=lm calibration.size=4 strategy.estimator=sketch tracking.enabled=false"
+PROFILE = f"task=profile {LINE} profile.evaluation_size=4 profile.baselines=false profile.candidates=1"
+Here = Callable[[str], str]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    def run(line: str) -> str:
+        status, text = run_here(line, tmp_path, monkeypatch, capsys)
+        assert status == 0, text
+        return text
+
+    return run
+
+
+@pytest.fixture
+def measured(here: Here, tmp_path: Path) -> Path:
+    """A finished run."""
+    here(f"{LINE} hydra.run.dir=outputs/first")
+    return tmp_path / "outputs" / "first"
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "load_engine", lambda name: pytest.fail("measured again"))
+
+
+def test_the_same_command_measures_nothing(
+    measured: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        refuse(patched)
+        text = here(f"{LINE} hydra.run.dir=outputs/second")
+        assert f"scores are those of {measured}" in text
+        again = tmp_path / "outputs" / "second"
+        for name in ("scores.parquet", "sample_scores.parquet", "families.parquet"):
+            assert_frame_equal(pd.read_parquet(again / name), pd.read_parquet(measured / name), check_exact=True)
+        first, second = (json.loads((path / "run.json").read_text()) for path in (measured, again))
+        assert any("cache=off" in note for note in second.pop("notes"))
+        for key in set(first) - {"notes", "wall_s", "peak_memory_bytes"}:
+            assert first[key] == second[key], key
+        assert "a finished run of the same settings, so that nothing" in here(f"{LINE} dry_run=true")
+    assert "scores are those of" not in here(f"{LINE} cache=off")
+    assert "scores are those of" not in here(f"{LINE} resume=never")
+    assert "scores are those of" not in here(f"{LINE} seed=1")
+
+
+def test_a_second_budget_measures_no_score(measured: Path, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither after a sweep nor after another profile, nor in a job beside it."""
+    refuse(monkeypatch)
+    for value in (0.2, 0.4):
+        assert "scores are those of" in here(f"{PROFILE} profile.value={value}")
+    assert here(f"-m {PROFILE} profile.value=0.5,0.6").count("scores are those of") == 2
+
+
+def test_what_cannot_be_read_is_passed_over(measured: Path, here: Here) -> None:
+    next((measured / "parts").glob("*.parquet")).write_bytes(b"no parquet")
+    assert "scores are those of" not in here(f"{LINE} hydra.run.dir=outputs/second")
+
+
+def test_other_code_and_backends_with_files_of_their_own_measure_again(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, kept = tmp_path / "own", json.loads((measured / "fingerprint.json").read_text())
+    settings = composed(*LINE.split())
+    assert source_of(settings, own, kept["fingerprint"], may_reuse(settings)) == (measured, True)
+    other = composed(*LINE.replace("sketch", "exact").split(), "backend=onnxrt")
+    assert source_of(other, own, kept["fingerprint"], may_reuse(other)) == (None, False)
+    assert kept["fingerprint"] == sweep.fingerprint_of(settings, *hashes(measured))
+    monkeypatch.setattr("qvl_hydra.runs.resume.code_sha", lambda: "edited")
+    assert kept["fingerprint"] != sweep.fingerprint_of(settings, *hashes(measured))
+    assert len(versions.code_sha()) == 16
+
+
+def hashes(folder: Path) -> tuple[str, str]:
+    record = json.loads((folder / "run.json").read_text())
+    return record["model_sha"], record["calibration_sha"]
