@@ -263,6 +263,30 @@ def test_one_sweep_gives_the_whole_front(planned: tuple[Path, str]) -> None:
     assert "Precision profile" in (folder / "report.html").read_text()
 
 
+def test_the_report_holds_every_plan_and_its_command(planned: tuple[Path, str]) -> None:
+    folder, _ = planned
+    table = pd.read_parquet(folder / "profiles.parquet")
+    plans = json.loads((folder / "plans.json").read_text())
+    by_bits = {round(row["average_bits"], 9): row for row in table.to_dict("records")}
+    assert len(plans["plans"]) == len({tuple(plan["of"]) for plan in plans["plans"]}) > 5
+    for plan in plans["plans"]:
+        row = by_bits[round(plan["average_bits"], 9)]
+        counts = [plan["of"].count(place) for place, _ in enumerate(plans["choices"])]
+        found = dict(zip(plans["choices"], counts, strict=True))
+        assert found["leave"] == row["n_high"]
+        assert (found["w4a16"], found["w8a8_int"]) == (row["n_w4a16"], row["n_w8a8_int"])
+    exported = json.loads((folder / "profile.json").read_text())
+    value = float(exported["budget"].partition("=")[2])
+    (own,) = [plan for plan in plans["plans"] if plan["average_bits"] == exported["average_bits"]]
+    assert own["budget"]["value"] == pytest.approx(value, rel=1e-5)
+    low = [path for path, place in zip(plans["operators"], own["of"], strict=True) if place]
+    assert low == exported["low"]
+    page = (folder / "report.html").read_text()
+    data = page.partition('<script type="application/json" id="plans">')[2].partition("</script>")[0]
+    assert f"profile.values=[{own['budget']['value']!r}]" in data
+    assert {plan["average_bits"] for plan in json.loads(data)["plans"]} == {p["average_bits"] for p in plans["plans"]}
+
+
 def test_another_budget_costs_no_scoring(
     planned: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,10 @@ import pandas as pd
 import pytest
 
 from qvl_hydra.reports.comparison import write_comparison_report
+from qvl_hydra.reports.page import write_page
+from qvl_hydra.reports.profile import PLANS, plans_section
 from qvl_hydra.reports.sweep import write_sweep_report
+from qvl_hydra.runs.files import write_json
 from qvl_hydra.settings import TrackingSettings
 from qvl_hydra.tracking.record import SweepParent, finish_parent, open_run, send_run
 from tests.made_up_runs import write_run
@@ -61,6 +64,37 @@ def test_sweep_report_is_read_sorted_searched_and_hovered(tmp_path: Path) -> Non
         assert hover(window, window.find_element("css selector", ".barrow")).startswith(f"{top['op']}\nrank 1, score")
         charts = window.find_elements("css selector", "svg.chart circle")
         assert "samples" in hover(window, charts[0])
+
+
+def test_plans_are_chosen_by_a_click_and_stand_side_by_side(tmp_path: Path) -> None:
+    evil = "</script><b>x</b>"
+    plans = [
+        {"budget": {"kind": "average_bits", "value": bits}, "cost": bits, "average_bits": bits, "predicted": 1 / bits,
+         "kl_answer": 10.0**-bits, "exact_match": 0.9, "of": of}
+        for bits, of in ((4.0, [1, 1, 1]), (6.0, [0, 1, 2]), (8.0, [0, 0, 0]))
+    ]  # fmt: skip
+    operators = ["model.a", f"model.{evil}", "lm_head"]
+    write_json(tmp_path / PLANS, {"operators": operators, "choices": ["leave", "nvfp4", "fp8"], "plans": plans})
+    path = write_page(tmp_path / "page.html", "plans", plans_section(tmp_path))
+    with chromium() as window:
+        window.get(path.as_uri())
+        assert [entry for entry in window.get_log("browser") if entry["level"] == "SEVERE"] == []
+        dots = window.find_elements("css selector", "[data-plan]")
+        assert len(dots) == 3
+        shown = window.find_element("id", "plans-shown")
+        assert "average_bits 4" in shown.text  # before any click: both ends
+        dots[1].click()
+        lines = shown.text.splitlines()
+        assert "exact match 0.9 0.9" in lines
+        assert "left in high precision 1 3" in lines
+        assert "nvfp4 1 0" in lines
+        assert "profile.values=[6.0]" in shown.text
+        assert "2 operators differ" in lines
+        assert f"model.{evil}: nvfp4, leave" in shown.get_attribute("textContent")
+        assert not shown.find_elements("tag name", "b")
+        window.find_elements("css selector", "#plans-shown select")[1].send_keys("average_bits 4")
+        assert "nvfp4 1 3" in shown.text.splitlines()
+        assert len(window.find_elements("css selector", ".picked")) == 2
 
 
 def hover(window: Any, element: Any) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.profiles.baselines import baseline_profiles
-from qvl_hydra.profiles.costs import ERROR
+from qvl_hydra.profiles.costs import ERROR, LEAVE
 from qvl_hydra.profiles.joint import Interactions
 from qvl_hydra.profiles.measure import Measurement, measure_profiles
 from qvl_hydra.profiles.prices import Terms
@@ -41,6 +42,9 @@ COLUMNS = (
     "exact_match",
     "recovered",  # share of the exact match that quantizing everything loses, won back; null where nothing is lost
 )
+
+
+FIGURES = ("cost", "average_bits", "weight_bytes", "predicted", "kl_answer", "kl", "loss", "exact_match")  # of a plan
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,29 @@ def measure_curve(
         for item, value in zip(found, measured, strict=True)
     ]
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def described(found: Sequence[Candidate], table: pd.DataFrame) -> dict[str, Any]:
+    """The plans among the candidates, for `plans.json`: what each leaves and puts where, and what it costs.
+
+    Args:
+        table: from `measure_curve`, a row a candidate.
+
+    Returns:
+        Operators in data order, the choices that occur, and for each plan its figures and the choice of each operator
+        by its place among the choices.
+    """
+    operators = found[0].profile.operators
+    choices = list(dict.fromkeys([LEAVE, *(name for item in found for name in item.profile.schemes)]))
+    plans: dict[Any, dict[str, Any]] = {}
+    for item, row in zip(found, table.to_dict("records"), strict=True):
+        profile = item.profile
+        if profile.chooser == "scores":
+            own = {op.path: choices.index(profile.scheme_of(op).name) for op in profile.low}
+            figures = {name: None if pd.isna(row[name]) else row[name] for name in FIGURES if name in row}
+            budget = {"kind": item.budget.kind, "value": item.budget.value}
+            plans[profile.key] = {"budget": budget, **figures, "of": [own.get(op.path, 0) for op in operators]}
+    return {"operators": [op.path for op in operators], "choices": choices, "plans": list(plans.values())}
 
 
 def best_baseline(table: pd.DataFrame, budget: str, value: float) -> pd.Series | None:

@@ -15,13 +15,14 @@ Limits = tuple[float, float]
 
 @dataclass(frozen=True)
 class Point:
-    """One point, with an optional interval in `y`, and what hovering over it tells."""
+    """One point, with an optional interval in `y`, what hovering over it tells, and the plan that a click shows."""
 
     x: float
     y: float
     low: float | None = None
     high: float | None = None
     tip: str = ""
+    plan: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def chart(
     y_title: str,
     *,
     log_x: bool = False,
+    log_y: bool = False,
     y_limits: Limits | None = None,
     diagonal: bool = False,
 ) -> str:
@@ -47,6 +49,7 @@ def chart(
 
     Args:
         log_x: binary logarithm, ticks at the values met (sizes).
+        log_y: decimal logarithm of values above zero, ticks at powers of ten.
         y_limits: else taken from the data.
         diagonal: draw the line on which both coordinates are equal.
     """
@@ -56,7 +59,8 @@ def chart(
         return ""
     xs = [math.log2(point.x) if log_x else point.x for point in points]
     ys = [value for point in points for value in (point.y, point.low, point.high) if value is not None]
-    frame = _Frame(_widened(min(xs), max(xs)), y_limits or _widened(min(ys), max(ys)), log_x)
+    ys = [math.log10(value) for value in ys] if log_y else ys
+    frame = _Frame(_widened(min(xs), max(xs)), y_limits or _widened(min(ys), max(ys)), log_x, log_y)
     ticks = sorted({point.x for point in points}) if log_x else _ticks(*frame.x_limits)
     parts = [*_axes(frame, ticks, x_title, y_title)]
     if diagonal:
@@ -77,6 +81,7 @@ class _Frame:
     x_limits: Limits
     y_limits: Limits
     log_x: bool
+    log_y: bool
 
     def x(self, value: float) -> float:
         value = math.log2(value) if self.log_x else value
@@ -84,6 +89,7 @@ class _Frame:
         return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
+        value = math.log10(value) if self.log_y else value
         low, high = self.y_limits
         share = min(1.0, max(0.0, (value - low) / (high - low)))
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
@@ -94,10 +100,11 @@ class _Frame:
 
 def _axes(frame: _Frame, x_ticks: Sequence[float], x_title: str, y_title: str) -> list[str]:
     parts = []
-    for tick in _ticks(*frame.y_limits):
+    for tick in _powers(*frame.y_limits) if frame.log_y else _ticks(*frame.y_limits):
         y = frame.y(tick)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(float(tick))}</text>')
+        said = f"1e{round(math.log10(tick))}" if frame.log_y else number(float(tick))
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{said}</text>')
     for tick in x_ticks:
         parts.append(f'<text x="{frame.x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick:g}</text>')
     middle, centre = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
@@ -122,6 +129,7 @@ def _draw(series: Series, index: int, frame: _Frame) -> str:
         parts.append(f'<path class="curve{" dashed" if series.dashed else ""}" d="M{path}"/>')
     for point in series.points:
         tip = f' data-tip="{text(point.tip)}"' if point.tip else ""
+        tip += "" if point.plan is None else f' data-plan="{point.plan}"'
         parts.append(f'<circle class="dot" r="3.5" cx="{frame.x(point.x):.1f}" cy="{frame.y(point.y):.1f}"{tip}/>')
     return f'<g class="s{index % 4}">{"".join(parts)}</g>'
 
@@ -131,7 +139,7 @@ def _finite(points: Sequence[Point]) -> list[Point]:
         return value if value is not None and math.isfinite(value) else None
 
     return [
-        Point(point.x, point.y, known(point.low), known(point.high), point.tip)
+        Point(point.x, point.y, known(point.low), known(point.high), point.tip, point.plan)
         for point in points
         if math.isfinite(point.x) and math.isfinite(point.y)
     ]
@@ -140,6 +148,12 @@ def _finite(points: Sequence[Point]) -> list[Point]:
 def _widened(low: float, high: float) -> Limits:
     margin = 0.04 * (high - low) or 0.5
     return low - margin, high + margin
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """Powers of ten between two exponents, about five of them."""
+    first, last = math.ceil(low - 1e-9), math.floor(high + 1e-9)
+    return [10.0**exponent for exponent in range(first, last + 1, max(1, math.ceil((last - first) / 6)))]
 
 
 def _ticks(low: float, high: float) -> list[float]:

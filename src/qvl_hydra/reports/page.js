@@ -43,3 +43,70 @@ for (const table of document.querySelectorAll("table.sortable")) {
     }
   });
 }
+
+const plansShown = document.getElementById("plans-shown");
+if (plansShown) {
+  const { operators, choices, plans } = JSON.parse(document.getElementById("plans").textContent);
+  const picked = [0, plans.length - 1];
+  const make = (name, text = "", parent = null) => {
+    const element = document.createElement(name);
+    element.textContent = text;
+    parent?.append(element);
+    return element;
+  };
+  const short = (value) => value == null ? "" : Math.abs(value) < 1e-3 && value ? value.toExponential(2) : String(+value.toPrecision(4));
+  const selects = picked.map((plan, side) => {
+    const label = make("label", side ? "beside " : "plan ", plansShown);
+    const select = make("select", "", label);
+    plans.forEach((item, index) => { make("option", item.title, select).value = index; });
+    select.addEventListener("change", () => { picked[side] = +select.value; show(); });
+    return select;
+  });
+  const body = make("div", "", plansShown);
+  function list(title, paths, parent) {
+    if (!paths.length) return;
+    const details = make("details", "", parent);
+    make("summary", `${paths.length} ${title}`, details);
+    const items = make("ul", "", details);
+    for (const path of paths) make("code", path, make("li", "", items));
+  }
+  function show() {
+    selects.forEach((select, side) => { select.value = picked[side]; });
+    for (const dot of document.querySelectorAll("[data-plan]")) {
+      dot.classList.toggle("picked", picked.includes(+dot.dataset.plan));
+    }
+    body.replaceChildren();
+    const shown = picked.map((index) => plans[index]);
+    const frame = make("div", "", body);
+    frame.className = "scroll";
+    const table = make("table", "", frame);
+    table.className = "data";
+    const row = (head, cells) => {
+      const line = make("tr", "", table);
+      make("th", head, line).scope = "row";
+      for (const cell of cells) make("td", cell, line).className = "num";
+    };
+    row("", shown.map((plan) => plan.title));
+    const figures = { "bits a weight": "average_bits", "predicted": "predicted", "KL at the answer": "kl_answer", "exact match": "exact_match" };
+    for (const [title, key] of Object.entries(figures)) row(title, shown.map((plan) => short(plan[key])));
+    choices.forEach((choice, place) => {
+      row(choice === "leave" ? "left in high precision" : choice, shown.map((plan) => String(plan.of.filter((own) => own === place).length)));
+    });
+    shown.slice(0, picked[0] === picked[1] ? 1 : 2).forEach((plan) => {
+      make("h3", plan.title, body);
+      choices.forEach((choice, place) => {
+        list(choice === "leave" ? "left in high precision" : `in ${choice}`, operators.filter((_, index) => plan.of[index] === place), body);
+      });
+      make("code", plan.command, make("pre", "", body));
+    });
+    const differing = operators.map((path, index) => [path, ...shown.map((plan) => choices[plan.of[index]])]).filter(([, a, b]) => a !== b);
+    list("operators differ", differing.map(([path, a, b]) => `${path}: ${a}, ${b}`), body);
+  }
+  addEventListener("click", (event) => {
+    const dot = event.target.closest("[data-plan]");
+    if (!dot) return;
+    picked[event.shiftKey ? 1 : 0] = +dot.dataset.plan;
+    show();
+  });
+  show();
+}

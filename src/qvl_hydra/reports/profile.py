@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qvl_hydra.profiles.costs import LEAVE
+from qvl_hydra.reports.chart import Point, Series, chart
 from qvl_hydra.reports.page import Column, Section, facts, notes, number, table, text
 from qvl_hydra.runs.files import read_json, read_table, read_value
 from qvl_hydra.runs.record import record_of
 
+PLANS = "plans.json"  # every plan measured: figures, and the choice of each operator
+SMALLEST_KL = 1e-8  # nats, drawn for what rounding alone makes
 SHOWN = {
     "chooser": "chosen by",
     "n_high": "in high precision",
@@ -48,9 +52,42 @@ def profile_sections(folder: Path) -> list[Section]:
     columns = [Column(title, number=name != "chooser") for name, title in SHOWN.items()]
     return [
         Section("Precision profile", _summary(record) + figure + listed),
+        *plans_section(folder),
         Section("Profiles measured", table(columns, rows, identity="profiles")),
         *_lists_section(folder),
         exports_section(folder),
+    ]
+
+
+def plans_section(folder: Path) -> list[Section]:
+    """The plans over what they cost: one chosen by a click, a second one beside it, and where they differ."""
+    content = read_value(folder / PLANS)
+    if content is None or len(content["plans"]) < 2:
+        return []
+    plans = sorted(content["plans"], key=lambda plan: plan["average_bits"])
+    config = f"python -m qvl_hydra --config-dir {shlex.quote(str(folder.absolute()))} --config-name config"
+    for plan in plans:
+        kind, value = plan["budget"]["kind"], plan["budget"]["value"]
+        # The saved settings have choices where there are values.
+        own = f"profile.values=[{value!r}]" if "cost" in plan else f"profile.budget={kind} profile.value={value!r}"
+        plan["command"] = f"{config} {own} profile.spectrum=[]"
+        plan["title"] = f"{kind} {value:.4g}"
+    points = [
+        Point(plan["average_bits"], max(plan["kl_answer"], SMALLEST_KL), plan=index,
+              tip=f"{plan['title']}: {number(plan['average_bits'])} bits, KL {number(plan['kl_answer'])}, exact match "
+              f"{number(plan['exact_match'])}")
+        for index, plan in enumerate(plans)
+    ]  # fmt: skip
+    drawn = chart([Series("plans", points)], "bits a weight", "KL at the answer (nats)", log_y=True)
+    data = json.dumps({**content, "plans": plans}).replace("<", "\\u003c")
+    return [
+        Section(
+            "Compare plans",
+            '<p class="note">Click a point, with the shift key for the second plan: what each costs and leaves, where '
+            "they differ, and the command that exports it. KL and exact match are of held-out samples.</p>"
+            f'<div class="row"><div>{drawn}</div><div id="plans-shown" class="plans"></div></div>'
+            f'<script type="application/json" id="plans">{data}</script>',
+        )
     ]
 
 

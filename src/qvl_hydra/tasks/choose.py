@@ -22,9 +22,9 @@ from qvl_hydra.profiles.measure import steps
 from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile, describe
 from qvl_hydra.profiles.select import Budget, cost_of, frontier, prices_of, select, several, size_of
-from qvl_hydra.profiles.spectrum import Candidate, measure_curve
+from qvl_hydra.profiles.spectrum import Candidate, described, measure_curve
 from qvl_hydra.profiles.units import Unit, units_from_scores
-from qvl_hydra.reports.profile import profile_sections
+from qvl_hydra.reports.profile import PLANS, profile_sections
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.files import read_table, write_json, write_parquet
 from qvl_hydra.runs.folder import RunFolder
@@ -216,6 +216,7 @@ def _measure(
     for name in plans.terms.schemes:
         table[f"n_{name}"] = [sum(p.scheme_of(op).name == name for op in p.low) for p in profiles]
     table["cost"] = [cost_of(p, cost, terms) / size for p in profiles]
+    write_json(folder.path / PLANS, described(found, table))
     return table.drop_duplicates(["value", "average_bits", "n_high", "predicted"]).reset_index(drop=True)
 
 

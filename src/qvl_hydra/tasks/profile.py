@@ -17,8 +17,8 @@ from qvl_hydra.profiles.figure import draw_spectrum
 from qvl_hydra.profiles.formats.written import pasted, write_formats
 from qvl_hydra.profiles.measure import steps
 from qvl_hydra.profiles.profile import describe
-from qvl_hydra.profiles.spectrum import best_baseline, candidates, measure_curve
-from qvl_hydra.reports.profile import profile_sections
+from qvl_hydra.profiles.spectrum import best_baseline, candidates, described, measure_curve
+from qvl_hydra.reports.profile import PLANS, profile_sections
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.files import write_json, write_parquet
 from qvl_hydra.runs.folder import RunFolder
@@ -80,7 +80,7 @@ def _measure(
     profiles = [item.profile for item in found]
     screen.total(steps(model, profiles, samples, component), f"measuring {len(profiles)} profiles")
     try:
-        return measure_curve(
+        table = measure_curve(
             model,
             found,
             decision.quantizers,
@@ -93,6 +93,8 @@ def _measure(
         )
     finally:
         screen.finish()
+    write_json(folder.path / PLANS, described(found, table))
+    return table
 
 
 def summarise(table: pd.DataFrame, decision: Decision) -> dict[str, Any]:
