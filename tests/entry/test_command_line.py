@@ -247,10 +247,24 @@ def test_help_and_cfg(call: Call, tmp_path: Path) -> None:
     assert shown.status == 0
     for text in ("model: ", "tiny_qwen2_5_vl", "experiment: ", "lm_mse_v2"):
         assert text in shown.text
+    first = shown.text.splitlines()[:6]
+    assert first[0].startswith("qvl_hydra measures which parts of a vision-language model")
+    assert sum("python -m qvl_hydra " in line for line in first) == 3
     config = call("experiment=lm_hawq_v2 --cfg job")
     assert config.status == 0
     assert "name: hawq_v2" in config.text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_that_nobody_reads_on_is_no_failure() -> None:
+    """As piped into `head`; and help needs none of the libraries that take seconds to import."""
+    code = "import sys; sys.argv[1:] = ['--help']; from qvl_hydra.entry.app import main\ntry: main()\nfinally: "
+    code += "print([name for name in ('torch', 'transformers', 'mlflow') if name in sys.modules], file=sys.stderr)"
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, "[]\n")
 
 
 def test_saved_settings_are_taken_from_the_line(tmp_path: Path) -> None:

@@ -9,20 +9,20 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import IO
 
 import hydra
 
 from qvl_hydra.entry.command_line import Checked, check_command_line
 from qvl_hydra.entry.compose import config_folder, take_saved_settings, with_choices
-from qvl_hydra.entry.ends import BROKEN, STOPPED, WRONG_INPUT, after_multirun, begin
-from qvl_hydra.entry.job import quiet_libraries, run_job, said, show_traceback, stop_politely
+from qvl_hydra.entry.process import BROKEN, STOPPED, WRONG_INPUT, be_quiet, said, show_traceback, stop_politely
 from qvl_hydra.errors import QvlHydraError
 from qvl_hydra.screen import Screen
 
 
 def main() -> None:
     """Run the command line, and exit."""
-    quiet_libraries()
+    be_quiet()
     screen = Screen()
     try:
         sys.argv[1:], config_name = take_saved_settings(sys.argv[1:])
@@ -30,7 +30,7 @@ def main() -> None:
         if checked.dry:
             _foretell(checked, screen)
             sys.exit(0)
-        held = None if checked.sweep_folder is None else begin(checked.sweep_folder)
+        held = None if checked.sweep_folder is None else _begin(checked.sweep_folder)
         if checked.folder is not None:
             if not checked.multirun:
                 _require_writable(checked.folder)
@@ -48,6 +48,12 @@ def main() -> None:
         held.close()
     _flush(screen)
     sys.exit(status)
+
+
+def _begin(sweep_folder: Path) -> IO[str]:
+    from qvl_hydra.entry.ends import begin  # takes time to import, which help need not
+
+    return begin(sweep_folder)
 
 
 def _foretell(checked: Checked, screen: Screen) -> None:
@@ -71,6 +77,11 @@ def _require_writable(folder: Path) -> None:
 
 
 def _run(config_name: str, checked: Checked, screen: Screen) -> int:
+    if checked.jobs is None:  # Hydra says something and ends
+        return _said_by_hydra(config_name)
+    from qvl_hydra.entry.ends import after_multirun
+    from qvl_hydra.entry.job import run_job
+
     status = 0
     ended: list[int] = []  # of a single run, which is always in this process
 
@@ -89,7 +100,7 @@ def _run(config_name: str, checked: Checked, screen: Screen) -> int:
         screen.say(f"error: the launcher failed: {said(error).splitlines()[0]}\nthe same command goes on from there")
         show_traceback()
         status = WRONG_INPUT
-    if checked.sweep_folder is None or checked.jobs is None:
+    if checked.sweep_folder is None:
         return max([status, *ended])
     try:
         return max(status, after_multirun(checked.sweep_folder, checked.jobs, status == STOPPED, screen))
@@ -99,12 +110,26 @@ def _run(config_name: str, checked: Checked, screen: Screen) -> int:
         return max(STOPPED, after_multirun(checked.sweep_folder, checked.jobs, True, screen))
 
 
+def _said_by_hydra(config_name: str) -> int:
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(lambda config: None)()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else BROKEN
+    except BrokenPipeError:  # read no further, as `head` does
+        _leave_stdout()
+    return 0
+
+
 def _flush(screen: Screen) -> None:
     """What cannot be printed any more (a closed pipe) is no failure of a run whose files are there."""
     try:
         sys.stdout.flush()
     except (BrokenPipeError, OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()
+
+
+def _leave_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

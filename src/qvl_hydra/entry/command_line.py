@@ -27,7 +27,6 @@ from qvl_hydra.entry.compose import CONFIG, config_folder, plain, scheme_setting
 from qvl_hydra.errors import SettingsError
 from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.settings import Settings, judge_settings
-from qvl_hydra.tasks.prepare import environment_faults
 
 MOST_JOBS = 64  # of a larger sweep only so many jobs are checked beforehand
 LARGEST_SWEEP = 10_000  # jobs
@@ -223,6 +222,8 @@ def _judge_job(overrides: Sequence[str], name: str) -> tuple[Settings | None, li
         return None, [" ".join(line.strip() for line in str(error).splitlines()[:2])]
     if settings is None:
         return None, faults
+    from qvl_hydra.tasks.prepare import environment_faults  # takes seconds to import, which help need not
+
     faults += environment_faults(settings)
     for scheme in (*settings.quant.also, *(name for name in settings.profile.choices if name != LEAVE)):
         try:

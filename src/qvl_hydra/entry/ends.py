@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from qvl_hydra.entry.compose import with_choices
+from qvl_hydra.entry.process import STOPPED, WRONG_INPUT
 from qvl_hydra.errors import QvlHydraError, RunFolderError, TrackingError
 from qvl_hydra.runs.files import read_json, read_yaml, write_json
 from qvl_hydra.runs.folder import SWEEP_LOCK, hold, note_sweep
@@ -16,7 +17,6 @@ from qvl_hydra.settings import Settings, judge_settings
 from qvl_hydra.tracking.record import RunStatus, finish_parent
 
 ENDS = "jobs"  # in the sweep folder: one file a job that has ended
-STOPPED, WRONG_INPUT, BROKEN = 130, 2, 1  # exit statuses
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,11 @@ the disk.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib
 import logging
-import os
-import signal
 import time
 import traceback
-import types
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +21,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from qvl_hydra.entry.compose import settings_from_config, with_choices
-from qvl_hydra.entry.ends import BROKEN, STOPPED, WRONG_INPUT, End, note_end
+from qvl_hydra.entry.ends import End, note_end
+from qvl_hydra.entry.process import BROKEN, STOPPED, WRONG_INPUT, be_quiet, said, show_traceback, stop_politely
 from qvl_hydra.errors import QvlHydraError, RunFolderError, TrackingError
 from qvl_hydra.runs.files import read_json, write_atomically, write_json
 from qvl_hydra.runs.folder import END, RESUMED_FROM, RunFolder, refuse_foreign_folder
@@ -58,7 +54,8 @@ def run_job(config: DictConfig) -> int:
     Raises:
         KeyboardInterrupt: it was stopped, which stops those that would follow.
     """
-    quiet_libraries()
+    be_quiet()
+    transformers.utils.logging.disable_progress_bar()  # one bar is enough
     stop_politely()
     runtime = HydraConfig.get()
     path = Path(runtime.runtime.output_dir).absolute()
@@ -66,25 +63,6 @@ def run_job(config: DictConfig) -> int:
     if runtime.mode == RunMode.MULTIRUN:
         sweep, number = Path(runtime.sweep.dir).absolute(), int(runtime.job.num)
     return _Job(path, sweep, number, Screen(f"job {number}" if sweep else "")).run(config)
-
-
-def quiet_libraries() -> None:
-    """One bar is enough, and a full disk is told once and not again for each line that run.log lacks."""
-    logging.raiseExceptions = False
-    warnings.filterwarnings("ignore", message=".*is validated against ConfigStore schema")  # launchers have YAMLs here
-    transformers.utils.logging.disable_progress_bar()
-
-
-def stop_politely() -> None:
-    """Let a polite kill and a terminal that goes away end a run as Ctrl-C does."""
-
-    def stop(signum: int, frame: types.FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    with contextlib.suppress(ValueError):  # a launcher may run jobs in threads, which have no signals
-        signal.signal(signal.SIGTERM, stop)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-            signal.signal(signal.SIGHUP, stop)
 
 
 @dataclass(frozen=True)
@@ -200,17 +178,6 @@ class _Job:
         if not wrong:
             self.screen.say(f"this is a fault of the program; {self.path / 'run.log'} has the details")
         return End("FAILED", WRONG_INPUT if wrong else BROKEN)
-
-
-def said(error: Exception) -> str:
-    """An error in one text for the user."""
-    return str(error) if isinstance(error, QvlHydraError) else f"{type(error).__name__}: {error}"
-
-
-def show_traceback() -> None:
-    """Within an `except`: where it happened, for those who asked by HYDRA_FULL_ERROR=1."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        traceback.print_exc()
 
 
 def _saved(config: DictConfig, settings: Settings) -> str:

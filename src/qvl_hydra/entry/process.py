@@ -1,0 +1,47 @@
+"""How the program behaves as a process: exit statuses, signals, and how errors are told.
+
+Nothing here takes time to import: help, and the answer to a wrong option, need no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import traceback
+import types
+import warnings
+
+from qvl_hydra.errors import QvlHydraError
+
+STOPPED, WRONG_INPUT, BROKEN = 130, 2, 1  # exit statuses
+
+
+def be_quiet() -> None:
+    """A full disk is told once, and not again for each line that run.log lacks."""
+    logging.raiseExceptions = False
+    warnings.filterwarnings("ignore", message=".*is validated against ConfigStore schema")  # launchers have YAMLs here
+
+
+def stop_politely() -> None:
+    """Let a polite kill and a terminal that goes away end a run as Ctrl-C does."""
+
+    def stop(signum: int, frame: types.FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(ValueError):  # a launcher may run jobs in threads, which have no signals
+        signal.signal(signal.SIGTERM, stop)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, stop)
+
+
+def said(error: Exception) -> str:
+    """An error in one text for the user."""
+    return str(error) if isinstance(error, QvlHydraError) else f"{type(error).__name__}: {error}"
+
+
+def show_traceback() -> None:
+    """Within an `except`: where it happened, for those who asked by HYDRA_FULL_ERROR=1."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        traceback.print_exc()
