@@ -107,7 +107,7 @@ def ours(name: str, seed: int, names: tuple[str, ...], bits: list[float]) -> lis
     errors = iter(measure_profiles(model, flat, quantizers, samples, "lm"))
     found = []
     for pool in pools:
-        own = [next(errors).kl_answer for _ in pool]
+        own = [next(errors).kl_typical for _ in pool]
         found.append(plan_of(pool[int(np.argmin(own))]))
     return found
 

@@ -57,12 +57,13 @@ def designs(job: SweepJob, samples: tuple[Sample, ...]) -> Iterator[tuple[str, f
     for cost in (32, 128):
         few, more = samples[: cost // 8], samples[: cost // 4]
 
-        def on(chosen: tuple[Sample, ...], **strategy: Any) -> dict[str, float]:
+        def on(chosen: tuple[Sample, ...], column: str = "score", **strategy: Any) -> dict[str, float]:
             calibration = dataclasses.replace(job.calibration, samples=chosen)
             own = dataclasses.replace(job, calibration=calibration, scored=chosen)
-            return measure(with_strategy(own, **strategy))[0]
+            return measure(with_strategy(own, **strategy), column=column)[0]
 
         yield "sketch, 1 probe", cost, on(more, estimator="sketch", probes=1)
+        yield "sketch, 1 probe, steady", cost, on(more, "steady_score", estimator="sketch", probes=1)
         yield "sketch, 5 probes", cost, on(few, estimator="sketch", probes=5)
         yield "gradient", cost, on(more, estimator="gradient")
         if job.scheme.weight is not None:

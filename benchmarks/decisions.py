@@ -59,8 +59,8 @@ def scored_units(model: LoadedModel, samples: tuple[Sample, ...], scheme: str, *
 
 
 def keeping(units: list[Unit], count: int, scheme: str) -> Profile:
-    """The profile that keeps the units with the highest scores."""
-    order = np.argsort([-unit.scores.get(scheme, 0.0) for unit in units])
+    """The profile that keeps the units with the highest scores, as they decide."""
+    order = np.argsort([-unit.decides(scheme) if scheme in unit.scores else 0.0 for unit in units])
     kept = np.zeros(len(units), dtype=bool)
     kept[order[:count]] = True
     return profile_of(units, kept, SCHEMES[scheme], 16, "scores")

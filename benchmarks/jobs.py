@@ -144,8 +144,8 @@ def make_job(
     )
 
 
-def measure(job: SweepJob, engine: Engine = run) -> tuple[dict[str, float], EngineReport]:
-    """Scores of a job, as a run's table has them, and its report."""
+def measure(job: SweepJob, engine: Engine = run, column: str = "score") -> tuple[dict[str, float], EngineReport]:
+    """Scores of a job, as a column of a run's table has them, and its report."""
     with tempfile.TemporaryDirectory() as folder:
         kept = RunFolder(Path(folder))
         report = engine(job, kept, Silent())
@@ -155,7 +155,7 @@ def measure(job: SweepJob, engine: Engine = run) -> tuple[dict[str, float], Engi
         )  # fmt: skip
     table, _ = score_table(scored)
     table = table[table["status"] == "scored"]
-    return dict(zip(table["op"], table["score"].astype(float), strict=True)), report
+    return dict(zip(table["op"], table[column].astype(float), strict=True)), report
 
 
 def with_strategy(job: SweepJob, **changes: Any) -> SweepJob:

@@ -56,9 +56,10 @@ def one_by_one(
         matches.append(right)
         losses.append(sum(answer) / len(answer))
     count = len(samples)
+    typical = float(torch.tensor(at_answers, dtype=torch.float64).clamp(min=1e-9).log().mean().exp())
     return Measurement(
         sum(squared) / count, sum(divergences) / count, sum(at_answers) / count, sum(losses) / count,
-        sum(matches) / count,
+        sum(matches) / count, typical,
     )  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def test_batches_equal_one_forward_a_sample(
         assert found.kl_answer == pytest.approx(expected.kl_answer, rel=1e-4)
         assert found.loss == pytest.approx(expected.loss, rel=1e-4)
         assert found.exact_match == expected.exact_match
-    assert vars(measured[2]) == pytest.approx(vars(Measurement(0.0, 0.0, 0.0, measured[2].loss, 1.0)), abs=1e-12)
+    assert vars(measured[2]) == pytest.approx(vars(Measurement(0.0, 0.0, 0.0, measured[2].loss, 1.0, 1e-9)), abs=1e-12)
     assert measured[0].exact_match < 1.0
     assert measured[3] == measured[0]
     assert len(calls) == steps(small_model, [*profiles, floats, profiles[0]], samples, component)

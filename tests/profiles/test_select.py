@@ -166,3 +166,18 @@ def test_an_impossible_size_is_refused() -> None:
 def test_scores_of_another_model_are_refused() -> None:
     with pytest.raises(ProfileError, match=r"first \['b\.o_proj'\]"):
         units_from(ATTENTION, table([("b.o_proj", "scored", 1.0, None)]))
+
+
+def test_steady_scores_decide_and_scores_are_what_is_predicted() -> None:
+    operators = [operator("a.up_proj"), operator("b.up_proj")]
+    scores = pd.DataFrame(
+        {"op": [op.path for op in operators], "status": "scored", "reason": "", "score": [5.0, 4.0],
+         "steady_score": [1.0, 3.0]}
+    )  # fmt: skip
+    found = select(units_from(operators, scores), Budget("count", 1), TERMS)
+    assert found.high == {"b.up_proj"}
+    assert found.predicted == 5.0
+    without = select(units_from(operators, scores.drop(columns="steady_score")), Budget("count", 1), TERMS)
+    assert without.high == {"a.up_proj"}
+    bounded = select(units_from(operators, scores), Budget("error", 4.5), TERMS)
+    assert bounded.high == {"a.up_proj"}, "an error is bounded in the scores themselves"

@@ -62,6 +62,42 @@ def test_a_score_is_the_mean_over_samples_and_the_largest_is_rank_1() -> None:
         assert table.loc[name, "standard_error"] == pytest.approx(np.std(value, ddof=1) / math.sqrt(3))
 
 
+def kl_table(operators: Sequence[Operator], frame: pd.DataFrame) -> pd.DataFrame:
+    return score_table(Scored(operators, frame, {}, "kl", "u", "s"))[0].set_index("role")
+
+
+def test_steady_scores_are_not_those_of_the_sample_that_loses_most() -> None:
+    """Against the sum written out; they keep the sum of all scores, and there are none for other metrics."""
+    rng = np.random.default_rng(0)
+    operators = [operator(f"o{index}") for index in range(6)]
+    drawn = {op.role: rng.lognormal(size=9) * np.exp(3 * rng.normal(size=9)) for op in operators}
+    drawn["o5"][2] = -1e-9  # a KL of zero, rounded
+    drawn["o0"][7] = 1e4
+    table = kl_table(operators, rows(drawn, metric="kl"))
+    losses = [sum(max(values[s], 0.0) for values in drawn.values()) for s in range(9)]
+    scale = sum(losses) / sum(loss**0.5 for loss in losses)
+    for name, values in drawn.items():
+        expected = sum(max(value, 0.0) * loss**-0.5 for value, loss in zip(values, losses, strict=True)) / 9
+        assert table.loc[name, "steady_score"] == pytest.approx(scale * expected)
+    assert table["steady_score"].sum() == pytest.approx(table["score"].sum())
+    assert table["score"].idxmax() == "o0"
+    assert table.loc["o0", "steady_score"] < table.loc["o0", "score"]
+    assert table_of(operators, rows(drawn))["steady_score"].isna().all()
+    assert kl_table(operators, rows({op.role: [0.0] * 3 for op in operators}, metric="kl"))["steady_score"].isna().all()
+
+
+def test_steady_scores_of_sketched_and_exact_operators_are_in_one_unit() -> None:
+    """Samples are weighed by what the estimator that saw most operators loses on them."""
+    operators = [operator(f"o{index}") for index in range(8)]
+    rng = np.random.default_rng(1)
+    sketched = {op.role: rng.lognormal(size=5) for op in operators}
+    exact = {op.role: 2 * sketched[op.role] for op in operators[:5]}
+    frame = pd.concat([rows(sketched, "sketch", "kl"), rows(exact, "exact", "kl")], ignore_index=True)
+    table = kl_table(operators, frame)
+    alone = kl_table(operators, rows(sketched, "sketch", "kl"))
+    assert table["steady_score"].tolist() == pytest.approx((2 * alone["steady_score"]).tolist())
+
+
 def test_shares_by_where_errors_come_in_are_weighed_by_scores() -> None:
     frame = rows({"a": [4, 2], "b": [1, 1], "c": [5, 5]}, estimator="sketch")
     frame.loc[frame["op"] != f"{LAYER}.c", list(ORIGINS)] = [[3, 1, 0], [1, 1, 2], [0, 2, 2], [0, 0, 0]]

@@ -30,6 +30,7 @@ from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.runs.folder import RunFolder
 
 BATCH_LOGITS = 2**26  # numbers in one batch's logits at most: 256 MiB in float32, and a few copies of it
+SMALLEST_KL = 1e-9  # nats, below which rounding is all there is
 STATE_BYTES = 1 << 30  # of all rows between two segments
 
 
@@ -45,6 +46,8 @@ class Measurement:
         loss: cross-entropy in nats an answer token: mean over the answer of a sample, then over samples.
         exact_match: share of samples whose every answer token (its end of turn included) is the most likely one given
             the image, the question and the right answer up to it: what greedy decoding gets right in full.
+        kl_typical: `kl_answer` as the geometric mean over samples, none below `SMALLEST_KL`: what a few samples that
+            lose much do not decide.
     """
 
     squared_error: float
@@ -52,6 +55,7 @@ class Measurement:
     kl_answer: float
     loss: float
     exact_match: float
+    kl_typical: float
 
 
 @dataclass
@@ -61,6 +65,7 @@ class _Sums:
     kl_answer: float = 0.0
     loss: float = 0.0
     right: int = 0
+    log_kl: float = 0.0
 
     def add(self, other: _Sums) -> None:
         """Add another's sums to these."""
@@ -222,12 +227,14 @@ def _compared(
     divergence = _kl(reference, found)
     asked = functional.pad(labels[:, 1:] != IGNORED, (0, 1))
     losses, hits = _answers(found, labels)
+    at_answer = (divergence * asked).sum(1) / asked.sum(1)
     return _Sums(
         squared=float((found - reference).double().square().sum()),
         kl=float(divergence.mean(1).sum()),
-        kl_answer=float(((divergence * asked).sum(1) / asked.sum(1)).sum()),
+        kl_answer=float(at_answer.sum()),
         loss=float(losses.sum()),
         right=int(hits.sum()),
+        log_kl=float(at_answer.clamp(min=SMALLEST_KL).log().sum()),
     )
 
 
@@ -251,8 +258,14 @@ def _answers(
 
 
 def _mean(sums: _Sums, count: int, chooser: str) -> Measurement:
-    sums_of = (sums.squared, sums.kl, sums.kl_answer, sums.loss, sums.right)
-    result = Measurement(*(value / count for value in sums_of))
+    result = Measurement(
+        squared_error=sums.squared / count,
+        kl=sums.kl / count,
+        kl_answer=sums.kl_answer / count,
+        loss=sums.loss / count,
+        exact_match=sums.right / count,
+        kl_typical=math.exp(sums.log_kl / count),
+    )
     if not all(math.isfinite(value) for value in (result.squared_error, result.kl, result.kl_answer, result.loss)):
         raise ProfileError(f"the model's outputs under the profile of {chooser} are not finite: {result}")
     return result

@@ -73,7 +73,7 @@ def several(
 
     Returns:
         For `error` the profile with the fewest operators in high precision, of equals the one with the fewest bits; for
-        a cost those with the lowest sum of scores.
+        a cost those with the lowest sum of scores, as they decide (`Unit.decides`).
 
     Raises:
         ProfileError: no profile meets the budget.
@@ -118,8 +118,8 @@ def cost_of(profile: Profile, cost: Cost, terms: Terms) -> float:
 def undominated(unit: Unit, prices: Mapping[str, float]) -> list[str]:
     """The unit's choices that no other of it beats in both price and score, cheapest first."""
     kept: list[str] = []
-    for choice in sorted(unit.scores, key=lambda name: (prices[name], unit.scores[name])):
-        if not kept or unit.scores[choice] < unit.scores[kept[-1]]:
+    for choice in sorted(unit.scores, key=lambda name: (prices[name], unit.decides(name))):
+        if not kept or unit.decides(choice) < unit.decides(kept[-1]):
             kept.append(choice)
     return kept
 
@@ -127,7 +127,7 @@ def undominated(unit: Unit, prices: Mapping[str, float]) -> list[str]:
 def assign(
     units: Sequence[Unit], prices: Prices, limit: float, budget: str = "", others: Sequence[Plan] = ()
 ) -> Plan | None:
-    """The choice of every unit with the lowest sum of scores whose prices sum to the limit at most.
+    """The choice of every unit with the lowest sum of deciding scores whose prices sum to the limit at most.
 
     Args:
         budget: the limit in the words of the user.
@@ -144,7 +144,7 @@ def assign(
     largest = max(max(own.values()) for own in prices) or 1.0
     if least > limit + _SLACK * max(largest, abs(limit)):
         raise _too_small(units, budget, least / limit if limit > 0 else math.inf)
-    score = [[unit.scores[choice] for choice in own] for unit, own in zip(units, options, strict=True)]
+    score = [[unit.decides(choice) for choice in own] for unit, own in zip(units, options, strict=True)]
     price = [[own[choice] for choice in choices] for own, choices in zip(prices, options, strict=True)]
     return _solve(units, options, score, price, limit - least, others)
 

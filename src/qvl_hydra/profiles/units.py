@@ -31,12 +31,18 @@ class Unit:
         name: path of the fused operator, or of the only member.
         scores: what each choice that the unit can have costs the output, higher is worse; 0 for `leave`.
         reasons: why it cannot have the others.
+        steady: the same scores as they decide, where a few samples shall not; see `steady_score` of the table.
     """
 
     name: str
     members: tuple[Operator, ...]
     scores: Mapping[str, float]
     reasons: Mapping[str, str] = field(default_factory=dict)
+    steady: Mapping[str, float] = field(default_factory=dict)
+
+    def decides(self, choice: str) -> float:
+        """What a choice counts where plans are compared."""
+        return self.steady.get(choice, self.scores[choice])
 
     @property
     def stays(self) -> bool:
@@ -134,6 +140,7 @@ def _unit(
     name: str, members: tuple[Operator, ...], by_scheme: Mapping[str, Rows], choices: Sequence[str], shared: bool
 ) -> Unit:
     scores: dict[str, float] = {}
+    steady: dict[str, float] = {}
     reasons: dict[str, str] = {}
     for scheme, rows in by_scheme.items():
         if scheme not in choices:
@@ -143,15 +150,18 @@ def _unit(
         if missing:
             reasons[scheme] = "; ".join(_why(path, rows) for path in missing)
             continue
-        values = [float(rows[path]["score"]) for path in asked]
-        score = max(values) if shared else sum(values)
+        together = max if shared else sum
+        score = together(float(rows[path]["score"]) for path in asked)
+        deciding = together(float(rows[path].get("steady_score", math.nan)) for path in asked)
         if math.isfinite(score):
             scores[scheme] = score
+            if math.isfinite(deciding):
+                steady[scheme] = deciding
         else:
             reasons[scheme] = f"its score is {score}"
     if LEAVE in choices or not scores:
         scores[LEAVE] = 0.0
-    return Unit(name, members, scores, reasons)
+    return Unit(name, members, scores, reasons, steady)
 
 
 def _why(path: str, rows: Rows) -> str:

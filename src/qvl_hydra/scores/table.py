@@ -19,7 +19,7 @@ FEWEST_FOR_SCALE = 4  # operators seen by both estimators below which the sketch
 CENSUS_COLUMNS = ("input_max", "weight_max", "output_max", "row_ratio", "nonfinite")
 COLUMNS = (
     "op", "component", "block", "role", "group", "n_params", "status", "reason", "score", "score_low", "score_high",
-    "standard_error", "rank", "metric", "unit", "estimator", "n_samples",
+    "standard_error", "rank", "metric", "unit", "estimator", "n_samples", "steady_score",
 )  # fmt: skip
 
 
@@ -76,6 +76,7 @@ def score_table(scored: Scored) -> tuple[pd.DataFrame, float | None]:
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table["block"] = table["block"].astype("Int64")
     table["rank"] = _ranks(table)
+    table["steady_score"] = _steady(scored, ranking, table, factor)
     if scored.census:
         members = [[scored.census[op.path] for op in own if op.path in scored.census] for _, own in _units(scored)]
         for name in CENSUS_COLUMNS:
@@ -85,6 +86,28 @@ def score_table(scored: Scored) -> tuple[pd.DataFrame, float | None]:
         means = part.groupby("op")["value"].mean()
         table[str(metric)] = table["op"].map(means).astype("float64")
     return table, factor
+
+
+def _steady(scored: Scored, ranking: pd.DataFrame, table: pd.DataFrame, factor: float | None) -> pd.Series:
+    """Scores with samples weighed by the inverse root of what quantizing loses on them, for KL; else none.
+
+    What answers lose differs by orders of magnitude from sample to sample, so that a mean is that of a few samples. The
+    weights leave the sum over all operators as it is.
+    """
+    none = pd.Series(np.nan, index=table.index, dtype="float64")
+    if scored.metric != "kl" or ranking.empty:
+        return none
+    wide = ranking.pivot_table(index=["estimator", "op"], columns="sample", values="value").clip(lower=0)
+    values, estimators = wide.to_numpy(dtype=np.float64), wide.index.get_level_values("estimator")
+    totals = np.nansum(values[estimators == estimators.value_counts().idxmax()], axis=0)
+    if not (totals > 0).any():
+        return none
+    weights = np.divide(1.0, np.sqrt(totals), out=np.zeros_like(totals), where=totals > 0)
+    weights *= totals.sum() / (totals * weights).sum()
+    steady = dict(zip(wide.index, np.nanmean(values * weights, axis=1), strict=True))
+    scale = {SKETCH: factor or 1.0}
+    rows = zip(table["estimator"], table["op"], strict=True)
+    return pd.Series([steady.get(row, np.nan) * scale.get(row[0], 1.0) for row in rows], table.index, dtype="float64")
 
 
 def _add_origins(table: pd.DataFrame, ranking: pd.DataFrame) -> None:

@@ -12,7 +12,9 @@ from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks.prepare import Prepared
 
-MEASURED = ("squared_error", "kl", "kl_answer")  # metrics that a profile's error is measured in
+# Metrics that a profile's error is measured in, and what of a measurement decides: of KL at the answer, whose mean is
+# that of the few samples which lose most, what is typical of samples.
+MEASURED = {"squared_error": "squared_error", "kl": "kl", "kl_answer": "kl_typical"}
 
 
 def best_measured(
@@ -41,12 +43,13 @@ def best_measured(
         found = iter(measure_profiles(model, flat, quantizers, samples, component, screen.step, folder))
     finally:
         screen.finish()
-    errors = [[max(float(getattr(next(found), metric)), 0.0) for _ in own] for own in plans]  # a KL of 0 is -1e-9
+    name = MEASURED[metric]
+    errors = [[max(float(getattr(next(found), name)), 0.0) for _ in own] for own in plans]  # a KL of 0 is -1e-9
     best = [min(range(len(own)), key=own.__getitem__) for own in errors]
     others = sum(index > 0 for index in best)
     less = [1 - own[index] / own[0] for own, index in zip(errors, best, strict=True) if index]
     said = (
-        f"of the {settings.profile.candidates} best plans of each budget the one with the least {metric}, measured on "
+        f"of the {settings.profile.candidates} best plans of each budget the one with the least {name}, measured on "
         f"{len(samples)} scored samples, was taken: another than the sum of scores ranks first for {others} of "
         f"{len(plans)} budgets"
     )
