@@ -98,4 +98,6 @@ def test_the_last_that_was_registered_is_the_champion(settings: TrackingSettings
     assert set(versions) == set(runs)
     assert client.get_model_version_by_alias(NAME, logged_model.ALIAS).run_id == runs[1]
     made = {model.source_run_id: model.artifact_location for model in models(settings)}
+    tags = {model.source_run_id: json.loads(model.tags[logged_model.VERSIONS]) for model in models(settings)}
+    assert tags == {run: [{"name": NAME, "version": int(own.version)}] for run, own in versions.items()}
     assert {run_id: version.source for run_id, version in versions.items()} == made

@@ -6,6 +6,7 @@ that sending again, also after a kill, makes neither twice.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from mlflow.exceptions import MlflowException
 from qvl_hydra.tracking import content
 
 FIGURES = "plan"  # before the names of its metrics
+VERSIONS = "mlflow.modelVersions"  # tag of a LoggedModel by which MLflow's UI finds its versions
 ALIAS = "champion"  # of the version that was registered last
 
 
@@ -84,6 +86,9 @@ def _register(client: MlflowClient, run_id: str, model: LoggedModel, name: str) 
         name, model.artifact_location, run_id, await_creation_for=0, model_id=model.model_id
     )
     client.set_registered_model_alias(name, ALIAS, made.version)
+    if VERSIONS not in client.get_logged_model(model.model_id).tags:  # a server writes it, a local store does not
+        own = [{"name": name, "version": int(made.version)}]
+        client.set_logged_model_tags(model.model_id, {VERSIONS: json.dumps(own)})
 
 
 def dataset_of(found: Mapping[str, Any]) -> tuple[str, str]:
