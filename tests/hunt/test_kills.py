@@ -13,6 +13,7 @@ import yaml
 from mlflow import MlflowClient
 from pandas.testing import assert_frame_equal
 
+from qvl_hydra.tasks.measure_costs import COLUMNS
 from qvl_hydra.tracking.content import leaves
 from tests.program import finish, start
 
@@ -47,7 +48,7 @@ TABLES = (
     "pairs.parquet", "stability.parquet", "regret.parquet",
 )  # fmt: skip
 KEYS = ("seed", "shard", "calibration.seed", "calibration.size")  # that tell the jobs of a case apart
-CLOCKED = ("seconds", "first_quartile", "third_quartile")  # columns that no second run repeats
+UNTIMED = {"costs.parquet": list(COLUMNS)}  # columns of a table that a second run repeats, where the others are timed
 GRAPH = ("n_products", "opset", "largest_difference", "weight_bytes")  # of an export's record
 
 
@@ -63,10 +64,11 @@ def results(folder: Path) -> list[pd.DataFrame]:
             continue
         own = dict(leaves(yaml.safe_load((path.parent / "config.yaml").read_text()), "."))
         key = (job or path.parent.name, *(str(own.get(name)) for name in KEYS))
-        tables = [pd.read_parquet(path.parent / name) for name in TABLES if (path.parent / name).exists()]
+        there = [name for name in TABLES if (path.parent / name).exists()]
+        tables = [pd.read_parquet(path.parent / name, columns=UNTIMED.get(name)) for name in there]
         if told["task"] == "export_onnx":
             tables.append(pd.DataFrame([{name: told[name] for name in GRAPH}]))
-        found[str(key)] = [table.drop(columns=list(CLOCKED), errors="ignore") for table in tables]
+        found[str(key)] = tables
     return [table for key in sorted(found) for table in found[key]]
 
 
