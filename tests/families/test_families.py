@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,11 @@ from qvl_hydra.blockwise.ranges import walk
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.forward import reference_output
-from qvl_hydra.models.load import LoadedModel
+from qvl_hydra.models.load import LoadedModel, outline_model
 from qvl_hydra.operators.discover import find_operators, uncovered
 from qvl_hydra.operators.targets import make_targets
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
+from qvl_hydra.tasks.dry_run import sample_seconds
 from tests.estimators.slow_loop import loop_scores
 from tests.estimators.test_exact import assert_equal_scores, wavefront_scores
 from tests.estimators.test_sketch import frame_and_products, sketch_and_autograd
@@ -54,6 +58,24 @@ def test_outputs_are_those_of_the_hugging_face_model(name: str, checkpoints: dic
         torch.testing.assert_close(
             reference_output(model.module, sample, component), expected, rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_forward_is_foretold_by_its_parts(
+    name: str, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every segment once, with and without an image; also of those whose weights are drawn."""
+    description = load_made_up(checkpoints[name]).description
+    drawn = dataclasses.replace(description, settings=dataclasses.replace(description.settings, weights="random"))
+    component = "full" if description.family.visual else "lm"
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    for item in (description, drawn):
+        model = outline_model(item, torch.device("cpu"), 0)
+        walker = Walker(model, component)
+        for sample in samples_of(checkpoints[name]):
+            passed = [segment for segment in walker.segments if not walker.skips(segment, sample)]
+            assert sample_seconds(model, component, sample) == len(passed)
 
 
 @pytest.mark.parametrize(("name", "component"), CASES)

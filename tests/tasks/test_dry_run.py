@@ -75,6 +75,6 @@ def test_every_segment_of_the_component_is_counted_once(
     ticks = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
     stages = prepared.description.family.load_stages()(prepared.model.module)
-    assert sample_seconds(prepared, component, sample) == len(stages.of(component))
+    assert sample_seconds(prepared.model, component, sample) == len(stages.of(component))
     timings = next(ticks) / 4
     assert timings <= len(stages.of("full")) - 3  # those of a kind are timed once

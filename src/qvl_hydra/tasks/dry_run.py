@@ -18,7 +18,7 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators.bench import shard_of
 from qvl_hydra.estimators.table import estimator_of, work_of
 from qvl_hydra.families.stages import Segment, State
-from qvl_hydra.models.load import outline_model
+from qvl_hydra.models.load import LoadedModel, outline_model
 from qvl_hydra.models.memory import GIB, free_memory_bytes
 from qvl_hydra.runs.folder import PARTS
 from qvl_hydra.runs.resume import fingerprint_of, source_of
@@ -122,7 +122,7 @@ def _time(settings: Settings, prepared: Prepared, scoring: bool) -> str:
     strategy, samples = settings.strategy, _own(settings, prepared)
     row = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
     middle = sorted(samples, key=lambda sample: sample.longest)[len(samples) // 2]
-    seconds = sample_seconds(prepared, settings.component.name, middle)
+    seconds = sample_seconds(prepared.model, settings.component.name, middle)
     found = [f"a plain forward of one sample takes {_clock(seconds)}, by one part of each kind, timed here"]
     if scoring:
         work = work_of(row)
@@ -139,13 +139,13 @@ def _time(settings: Settings, prepared: Prepared, scoring: bool) -> str:
 
 
 @torch.no_grad()
-def sample_seconds(prepared: Prepared, component: str, sample: Sample) -> float:
+def sample_seconds(model: LoadedModel, component: str, sample: Sample) -> float:
     """Seconds of a plain forward of one sample through a component, by one segment of each kind.
 
     Segments whose weights and inputs have the same shapes take the same time, so that one of them is run, twice, and
     the second time counts; a resident model's reading is no part of it.
     """
-    walker = Walker(prepared.model, "full" if sample.pixel_values is not None else "lm")
+    walker = Walker(model, "full" if sample.pixel_values is not None else "lm")
     (context,) = walker.contexts([sample])
     (state,) = walker.starts([context])
     own = {segment.name for segment in walker.stages.of(component)}
@@ -160,12 +160,12 @@ def sample_seconds(prepared: Prepared, component: str, sample: Sample) -> float:
             with walker.weights(segment):
                 read = time.perf_counter() - began
                 segment.run(state, context)
-                synchronize(walker.model.device)
+                synchronize(model.device)
                 began = time.perf_counter()
                 state = segment.run(state, context)
-                synchronize(walker.model.device)
+                synchronize(model.device)
                 seconds = time.perf_counter() - began
-            streamed = prepared.description.settings.placement == "streamed"
+            streamed = model.description.settings.placement == "streamed"
             known[kind] = (seconds + read if streamed else seconds, tuple(state.shape))
         if segment.name in own:
             total += known[kind][0]
