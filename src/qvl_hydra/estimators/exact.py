@@ -22,8 +22,15 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from qvl_hydra.blockwise.walker import Context, Walker
-from qvl_hydra.estimators.metrics import error_counts, error_sums, next_token_labels, output_metrics, token_chunks
-from qvl_hydra.estimators.positions import scored_positions
+from qvl_hydra.estimators.metrics import (
+    SPLIT,
+    error_counts,
+    error_sums,
+    next_token_labels,
+    output_metrics,
+    token_chunks,
+)
+from qvl_hydra.estimators.positions import predicted_kinds, scored_positions
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.kinds import apply_operator, some_copies
@@ -153,6 +160,7 @@ def _by_target(
     wave: Wavefront, values: Float64[Tensor, "row metric"], started: Sequence[Target], fallback: bool
 ) -> dict[str, dict[str, float]]:
     names = output_metrics(wave.walker.component)
+    names += SPLIT if values.shape[1] > len(names) else ()
     # A target that the sample passed over (the vision tower without an image) changes nothing in it.
     scores = {target.name: dict.fromkeys(names, 0.0) for target in wave.targets}
     gains = values[:1] - values[1:] if fallback else values
@@ -231,6 +239,9 @@ def _compare(
     """
     is_text = wave.walker.component != "vision"
     labels = next_token_labels(context.sample.labels).to(rows.device) if is_text else None
+    kinds = None
+    if is_text and wave.positions == "all":
+        kinds = predicted_kinds(context.sample, context.places[0]).to(rows.device)
     if labels is not None:
         counted = scored_positions(context.sample, context.places[0], wave.positions).to(rows.device)
         if not bool(counted.all()):
@@ -240,11 +251,11 @@ def _compare(
     for tokens in token_chunks(rows.shape[1], a_token, OUTPUT_BYTES[rows.device.type]) if is_text else [slice(None)]:
         part = rows[:, tokens]
         reference = _run(wave, segment, context, places, part[:1], 0)[0]
-        here = None if labels is None else labels[tokens]
+        here = [None if all_of is None else all_of[tokens] for all_of in (labels, kinds)]
 
-        def compare(x: State, at: int, reference: Tensor = reference, here: Tensor | None = here) -> Tensor:
-            return error_sums(reference, _run(wave, segment, context, places, x, at + 1), here)
+        def compare(x: State, at: int, reference: Tensor = reference, here: list[Tensor | None] = here) -> Tensor:
+            return error_sums(reference, _run(wave, segment, context, places, x, at + 1), *here)
 
         sums.append(wave.chunk.advance(part[1:], compare))
-    counts = error_counts(rows.shape[1], labels)
+    counts = error_counts(rows.shape[1], labels) + ([] if kinds is None else [1] * kinds.shape[1])
     return torch.stack(sums).sum(0) / torch.tensor(counts, device=rows.device, dtype=torch.float64)

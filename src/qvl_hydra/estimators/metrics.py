@@ -25,6 +25,7 @@ AT_POSITIONS = {
     "answer": {"squared_error": "squared output difference at the answer, a sample", "kl": "nats an answer token"},
 }
 TEXT_METRICS = ("squared_error", "kl", "loss_change")
+SPLIT = ("squared_error_at_image", "squared_error_at_text", "squared_error_at_answer")  # by the token that is predicted
 
 
 def unit_of(metric: str, positions: str) -> str:
@@ -41,6 +42,7 @@ def error_sums(
     reference: Float[Tensor, "token value"],
     outputs: Float[Tensor, "row token value"],
     labels: Int64[Tensor, "token"] | None,
+    kinds: Float64[Tensor, "token kind"] | None = None,
 ) -> Float64[Tensor, "row metric"]:
     """Sums over tokens of each metric; divided by `error_counts` they are the metrics.
 
@@ -49,14 +51,16 @@ def error_sums(
         outputs: of perturbed copies.
         labels: for logits, the id of the next token where it belongs to the answer, else -100; None for features,
             which have a squared error only.
+        kinds: 1 where a position is of a kind, else 0; for logits.
 
     Returns:
-        One row a copy; columns squared error, and for logits KL(reference || perturbed) and change of the loss.
+        One row a copy; columns squared error, and for logits KL(reference || perturbed) and change of the loss, then
+        the squared error at the positions of each kind.
     """
     reference = reference.float()
     p = None if labels is None else reference.softmax(-1)
     parts = row_parts(outputs.flatten(1))
-    return torch.cat([_sums_of_some(reference, p, outputs[rows].float(), labels) for rows in parts])
+    return torch.cat([_sums_of_some(reference, p, outputs[rows].float(), labels, kinds) for rows in parts])
 
 
 def _sums_of_some(
@@ -64,9 +68,11 @@ def _sums_of_some(
     p: Float[Tensor, "token value"] | None,
     outputs: Float[Tensor, "row token value"],
     labels: Int64[Tensor, "token"] | None,
+    kinds: Float64[Tensor, "token kind"] | None,
 ) -> Float64[Tensor, "row metric"]:
     change = outputs - reference
-    squared = change.square().sum((1, 2), dtype=torch.float64)
+    squares = change.square().sum(2, dtype=torch.float64)
+    squared = squares.sum(1)
     if labels is None or p is None:
         return squared[:, None]
     chosen = labels >= 0
@@ -77,7 +83,8 @@ def _sums_of_some(
         kl = functional.kl_div(outputs.log_softmax(-1), reference.log_softmax(-1), reduction="none", log_target=True)
         kl = kl.sum(-1)
     loss = kl[:, chosen] + mean[:, chosen, 0] - of_answer
-    return torch.stack([squared, kl.sum(1, dtype=torch.float64), loss.sum(1, dtype=torch.float64)], dim=1)
+    sums = [squared, kl.sum(1, dtype=torch.float64), loss.sum(1, dtype=torch.float64)]
+    return torch.stack(sums if kinds is None else [*sums, *(squares @ kinds).unbind(1)], dim=1)
 
 
 def _divergence(

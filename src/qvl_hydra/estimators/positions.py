@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 from torch.nn import functional
 
@@ -43,6 +43,12 @@ def token_kinds(sample: Sample, image_tokens: Bool[Tensor, "token"]) -> Int64[Te
     kinds[sample.labels >= 0] = ANSWER
     kinds[image_tokens.cpu()] = IMAGE
     return kinds
+
+
+def predicted_kinds(sample: Sample, image_tokens: Bool[Tensor, "token"]) -> Float64[Tensor, "token 3"]:
+    """1 for the kind of the token that a position predicts, else 0; the last, which predicts none, is text."""
+    kinds = functional.pad(token_kinds(sample, image_tokens)[1:], (0, 1), value=TEXT)
+    return functional.one_hot(kinds, 3).double()
 
 
 def predicted_tokens(sample: Sample) -> Int64[Tensor, "token"]:

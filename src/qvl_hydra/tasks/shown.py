@@ -14,6 +14,7 @@ from qvl_hydra.settings import Settings
 
 SHOWN, SHOWN_FAILED = 10, 3
 FAMILIES_SHOWN = 5
+CHANGES = "changes_at"  # likewise: shares of the squared error by the kind of token that a position predicts
 ENTERS = "enters_at"  # in a record's details: tokens at which the language tower's errors come in
 
 
@@ -61,6 +62,11 @@ def show(settings: Settings, folder: RunFolder, report: EngineReport, record: Ru
         screen.say(
             f"of what the language tower loses, {enters['image']:.0%} comes in at image tokens, {enters['text']:.0%} "
             f"at other tokens of the prompt and {enters['answer']:.0%} at the answer's own"
+        )
+    if changes := record.details.get(CHANGES):
+        screen.say(
+            f"of the squared error of operators measured exactly, {changes['image']:.0%} is where an image token comes "
+            f"next, {changes['text']:.0%} where other text does and {changes['answer']:.0%} at the answer"
         )
     told = sharpening(read_table(folder.path / "sample_scores.parquet"), report.metric, str(record.scheme))
     if told:

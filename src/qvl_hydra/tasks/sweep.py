@@ -31,11 +31,11 @@ from qvl_hydra.runs.folder import REUSED, RunFolder
 from qvl_hydra.runs.record import RunRecord, write_record
 from qvl_hydra.runs.resume import fingerprint_of, take_up
 from qvl_hydra.runs.versions import installed_versions
-from qvl_hydra.scores.table import Scored, origins, score_table
+from qvl_hydra.scores.table import Scored, changes, origins, score_table
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks.prepare import Prepared, may_reuse, not_quantized, prepare
-from qvl_hydra.tasks.shown import ENTERS, show
+from qvl_hydra.tasks.shown import CHANGES, ENTERS, show
 from qvl_hydra.version import __version__
 
 REPORT = "report"  # where a run keeps what its engine said when it had measured everything
@@ -226,6 +226,8 @@ def _run_record(
         details["sketch_factor"] = factor
     if told := origins(table):
         details[ENTERS] = told
+    if told := changes(table):
+        details[CHANGES] = told
     if prepared.model.device.type == "cuda":
         details["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(prepared.model.device)
     n_scored = int(status.get("scored", 0))
