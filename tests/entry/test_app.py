@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,8 @@ def test_a_multirun_is_one_parent_with_its_jobs_below(here: Here, tmp_path: Path
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.params["strategy.confidence_batches"] == str(int(index) + 1)
         assert run.data.params["operators.max_ops"] == "3"
+        own = swept.replace("1,2", str(int(index) + 1))
+        assert set(shlex.split(run.data.tags["command"])[3:]) == {"experiment=lm_mse_v2", *own.split()}
         for key in ("sweep_id", "model", "component", "strategy", "backend"):
             assert run.data.tags[key]
         assert run.data.tags["sweep_id"] == parent.data.tags["sweep_id"]
@@ -255,9 +258,11 @@ def test_a_run_can_go_without_tracking(here: Here, tmp_path: Path) -> None:
 
 
 def test_a_tracker_that_is_away_costs_no_result(here: Here, tmp_path: Path) -> None:
-    status, text = here(f"{SMALL} tracking=server tracking.uri=http://127.0.0.1:9 hydra.run.dir=run")
+    status, text = here(f"{SMALL} tracking=server tracking.uri=http://me:secret@127.0.0.1:9 hydra.run.dir=run")
     assert status == 0, text
     assert "not tracked" in text
+    assert "secret" not in text
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
     assert f"python -m qvl_hydra.tracking.send {tmp_path / 'run'}" in text
     assert "compare runs" not in text
     assert record(tmp_path / "run")["status"] == "complete"

@@ -8,6 +8,7 @@ import os
 import socket
 from pathlib import Path
 
+import mlflow
 import pandas as pd
 import pytest
 import yaml
@@ -52,6 +53,11 @@ def test_run_holds_what_the_files_hold(settings: TrackingSettings, tmp_path: Pat
     assert f"`{top}`" in run.data.tags["mlflow.note.content"]
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.digest == totals["calibration_sha"]
+    shown = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/scores.json")
+    table = pd.DataFrame(shown["data"], columns=shown["columns"])
+    assert table["op"].tolist() == scores["op"].tolist()
+    assert table.loc[scored.index, "score"].tolist() == pytest.approx(scored["score"].tolist())
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "scores.json", "type": "table"}]
     names = {item.path for item in client_of(settings).list_artifacts(run_id)}
     assert {"scores.parquet", "sample_scores.parquet", "run.json", "config.yaml", "figures"} <= names
     assert not names & {"parts", "mlflow.json", "run.lock"}
@@ -220,6 +226,11 @@ def test_only_files_that_a_run_writes_are_sent(settings: TrackingSettings, tmp_p
     (folder / ".git").mkdir()
     (folder / ".git" / "config").write_text("mine")
     run_id = record.send_run(folder, settings)
+    shown = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/scores.json")
+    table = pd.DataFrame(shown["data"], columns=shown["columns"])
+    assert table["op"].tolist() == scores["op"].tolist()
+    assert table.loc[scored.index, "score"].tolist() == pytest.approx(scored["score"].tolist())
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "scores.json", "type": "table"}]
     names = {item.path for item in client_of(settings).list_artifacts(run_id)}
     assert {"scores.parquet", "run.json", "figures"} <= names
     assert not names & {".env", "notes.txt", ".git"}

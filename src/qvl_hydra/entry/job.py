@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import shlex
 import time
 import traceback
 from dataclasses import dataclass
@@ -161,6 +162,7 @@ class _Job:
             "strategy": settings.strategy.name,
             "backend": settings.backend.name,
             "task": settings.task.name,
+            "command": _command(settings),
         }
         return tags if self.sweep is None else {**tags, "sweep_id": sweep_id(self.sweep)}
 
@@ -206,6 +208,13 @@ def _note_failure(settings: Settings, folder: RunFolder, error: Exception) -> No
     """Leave a `run.json` that says how the run ended, unless the task left one with what it had."""
     if not (folder.path / RUN_FILE).exists():
         write_record(folder.path, RunRecord(settings.task.name, "failed", said(error)))
+
+
+def _command(settings: Settings) -> str:
+    """The command that repeats this run alone, without the secrets of the tracker's address."""
+    given, uri = HydraConfig.get().overrides.task, "tracking.uri="
+    own = [f"{uri}{masked(settings.tracking.uri or '')}" if item.startswith(uri) else item for item in given]
+    return shlex.join(["python", "-m", "qvl_hydra", *own])
 
 
 def _run_name(settings: Settings) -> str:

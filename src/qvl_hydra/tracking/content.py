@@ -31,6 +31,10 @@ _HELD_OUT = (
 )  # fmt: skip
 _TAG_KEYS = ("task", "status", "model", "component", "strategy", "backend", "estimator", "scheme")
 PLAN = "profile.json"
+TABLE_COLUMNS = (
+    "op", "component", "block", "role", "status", "reason", "score", "score_low", "score_high", "rank", "metric",
+    "unit", "estimator",
+)  # fmt: skip
 _IDENTITY = frozenset({"calibration_size", "calibration_seed", "calibration_bad", "seed"})  # no results
 _FILES = (
     "config.yaml", "run.json", "end.json", "run.log", "report.html", "description.md", "calibration.json",
@@ -113,6 +117,15 @@ def _score_metrics(scores: pd.DataFrame) -> Iterator[Measured]:
     for row in rows:
         if pd.notna(row["block"]):
             yield Measured(_legal(f"by_block/{row['component']}.{row['role']}"), float(row["score"]), int(row["block"]))
+
+
+def score_table(folder: Path) -> pd.DataFrame | None:
+    """The scores of every operator, for a table that is read over many runs; None where there are none."""
+    path = folder / "scores.parquet"
+    if not path.exists():
+        return None
+    table = read_table(path)
+    return table[[name for name in TABLE_COLUMNS if name in table]]
 
 
 def tags(folder: Path) -> dict[str, str]:

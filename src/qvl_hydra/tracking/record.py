@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
@@ -40,6 +42,7 @@ RECORD = "mlflow.json"
 PARENT_RECORD = "mlflow_parent.json"
 KEY_TAG = "record_key"
 PARENT_TAG = "mlflow.parentRunId"
+TABLE, LOGGED_TABLES = "scores.json", "mlflow.loggedArtifacts"  # what MLflow's UI shows and `load_table` reads
 _ABANDONED = 200  # runs that are looked at when one begins
 _METRIC_BATCH, _PARAM_BATCH = 1000, 100  # MLflow's limits of one request
 logger = logging.getLogger(__name__)
@@ -324,11 +327,23 @@ def _send_content(client: MlflowClient, run_id: str, folder: Path) -> None:
     tags = content.tags(folder)
     if large:
         tags["files_left_out"] = ", ".join(str(path.relative_to(folder)) for path in large)[: content.TAG_LIMIT]
+    table = content.score_table(folder)
+    if table is not None:
+        tags[LOGGED_TABLES] = json.dumps([{"path": TABLE, "type": "table"}])
+        _send_table(client, run_id, table)
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     _send_datasets(client, run_id, folder)
     for path in files:
         inside = path.relative_to(folder).parent.as_posix()
         client.log_artifact(run_id, str(path), None if inside == "." else inside)
+
+
+def _send_table(client: MlflowClient, run_id: str, table: pd.DataFrame) -> None:
+    """What `mlflow.log_table` would make, which appends to what is there: the scores again at every sending."""
+    with tempfile.TemporaryDirectory(prefix="qvl_hydra_") as place:
+        path = Path(place) / TABLE
+        table.to_json(path, orient="split", index=False)
+        client.log_artifact(run_id, str(path))
 
 
 def _send_datasets(client: MlflowClient, run_id: str, folder: Path) -> None:
