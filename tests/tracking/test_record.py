@@ -226,11 +226,6 @@ def test_only_files_that_a_run_writes_are_sent(settings: TrackingSettings, tmp_p
     (folder / ".git").mkdir()
     (folder / ".git" / "config").write_text("mine")
     run_id = record.send_run(folder, settings)
-    shown = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/scores.json")
-    table = pd.DataFrame(shown["data"], columns=shown["columns"])
-    assert table["op"].tolist() == scores["op"].tolist()
-    assert table.loc[scored.index, "score"].tolist() == pytest.approx(scored["score"].tolist())
-    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "scores.json", "type": "table"}]
     names = {item.path for item in client_of(settings).list_artifacts(run_id)}
     assert {"scores.parquet", "run.json", "figures"} <= names
     assert not names & {".env", "notes.txt", ".git"}
