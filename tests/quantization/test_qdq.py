@@ -52,6 +52,7 @@ def test_rounding_is_bit_for_bit_pytorchs(kind: str, symmetric: bool, limits: tu
             assert torch.equal(qdq_static(x, QuantParams(row, zero, *limits)), peer)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # said once a process, by the peer
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_parameters_are_those_of_pytorchs_observer(kind: str, symmetric: bool) -> None:

@@ -29,7 +29,6 @@ FAST = ("strategy.estimator=gradient",)
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep, "write_sweep_report", lambda _: None)  # takes half of so short a run
 
 
 def measured(path: Path, *overrides: str) -> Path:
@@ -184,7 +183,6 @@ def test_a_multirun_of_shards_ends_with_the_merged_run(
     assert all(item.info.status == "FINISHED" for item in runs)
 
 
-@pytest.mark.slow
 def test_ctrl_c_while_shards_are_merged_ends_politely(tmp_path: Path) -> None:
     line = "-m shard=0/2,1/2 hydra.sweep.dir=jobs calibration.size=64 strategy.estimator=auto tracking.enabled=true"
     process = start(line, tmp_path)

@@ -8,12 +8,12 @@ import contextlib
 import importlib.util
 
 if importlib.util.find_spec("torch") is not None:
-    import torch
+    from torch import library
 
-    library = torch.library.Library("torchvision", "DEF")
+    declared = library.Library("torchvision", "DEF")
     for schema in (
         "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
         "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     ):
         with contextlib.suppress(RuntimeError):  # where torchvision fits, it has declared it
-            library.define(schema)
+            declared.define(schema)
