@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from qvl_hydra.backends.table import BACKENDS, Backend
 from qvl_hydra.errors import SettingsError
-from qvl_hydra.estimators.table import estimator_of, of_curvature, of_outputs
+from qvl_hydra.estimators.table import Estimator, estimator_of, of_curvature, of_outputs
 from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.profiles.costs import COSTS, ERROR, LEAVE, MEASURED_SECONDS
 from qvl_hydra.profiles.formats.table import FORMATS as CONSUMERS
@@ -135,6 +135,11 @@ class StrategySettings:
     weighting: Literal["weight_error", "trace"] = "weight_error"  # hawq_v2: `trace` is Neural Compressor's order
     max_probes: int = 64  # hawq_v2, curvature=hessian: at most so many Hutchinson probes; `probes` is the first round
     tolerance: float = 0.05  # the same: stop when the median relative standard error is below
+
+    @property
+    def row(self) -> Estimator:
+        """The row of the table of estimators that measures it."""
+        return estimator_of(self.name, self.estimator, self.direction, self.curvature)
 
     def faults(self) -> list[str]:
         found = []
@@ -522,7 +527,7 @@ class Settings:
         if self.backend.name not in able:
             return [f"shard is for backend={', '.join(able)}, not {self.backend.name}"]
         strategy = self.strategy
-        row = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
+        row = strategy.row
         return [] if row.shards else [f"shard: {row.name} decides by all samples when it stops; take no shards"]
 
     def _backend_faults(self, row: Backend) -> list[str]:
@@ -551,7 +556,7 @@ class Settings:
         if self.operators.fuse and not row.fuses:
             fusing = " and ".join(other.name for other in BACKENDS.values() if other.fuses)
             found.append(f"operators.fuse is done by backend={fusing}, not {name}")
-        estimator = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
+        estimator = strategy.row
         if quant.also and not (row.several and estimator.several):
             who = f"backend={name}" if not row.several else f"{estimator.name}"
             found.append(f"quant.also={quant.also}, but {who} scores one scheme in a run; give each scheme its own run")
@@ -560,7 +565,7 @@ class Settings:
     def _strategy_faults(self) -> list[str]:
         """Faults between the strategy and what it is measured on, by the row of its estimator."""
         strategy, component = self.strategy, self.component.name
-        row = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
+        row = strategy.row
         found = row.faults(strategy.direction, strategy.metric, self.model.placement)
         if strategy.metric in ("kl", "loss_change") and component == "vision":
             found.append(
@@ -574,7 +579,7 @@ class Settings:
         """The same with what is left to the program filled in: features are compared whole, and by squared error."""
         strategy = self.strategy
         if self.component.name == "vision":
-            row = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
+            row = strategy.row
             positions = "all" if row.metrics else strategy.positions
             strategy = dataclasses.replace(strategy, positions=positions)
         if strategy.metric == "auto":

@@ -10,9 +10,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from qvl_hydra.backends.table import BACKENDS, load
+from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
+from qvl_hydra.reference import load
 from qvl_hydra.runs.folder import RunFolder
 
 

@@ -6,10 +6,8 @@ here and a YAML (docs/extending.md).
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from qvl_hydra.estimators.table import BOTH, Estimator, ranking_metric
 
@@ -112,14 +110,3 @@ BACKENDS = {
         ),
     )
 }  # fmt: skip
-
-
-def load(reference: str) -> Callable[..., Any]:
-    """The function that a row names, imported now.
-
-    Raises:
-        MissingExtraError: the package it needs is not installed (raised by the engine's module).
-    """
-    module, _, function = reference.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
-from qvl_hydra.estimators.table import estimator_of, load_estimator
+from qvl_hydra.estimators.table import load_estimator
 from qvl_hydra.models.load import ModelDescription
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.runs.folder import RunFolder
@@ -24,7 +24,7 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     """
     with _device_mode(job):
         strategy = job.strategy
-        row = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
+        row = strategy.row
         return load_estimator(row)(job, folder, progress)
 
 

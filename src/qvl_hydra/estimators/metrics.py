@@ -25,7 +25,6 @@ AT_POSITIONS = {
     "answer": {"squared_error": "squared output difference at the answer, a sample", "kl": "nats an answer token"},
 }
 TEXT_METRICS = ("squared_error", "kl", "loss_change")
-SPLIT = ("squared_error_at_image", "squared_error_at_text", "squared_error_at_answer")  # by the token that is predicted
 
 
 def unit_of(metric: str, positions: str) -> str:

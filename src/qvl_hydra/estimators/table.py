@@ -6,10 +6,11 @@ row here (docs/extending.md).
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from qvl_hydra.reference import load
 
 BOTH = ("requantize", "fallback")
 
@@ -117,18 +118,12 @@ def estimator_of(strategy: str, estimator: str, direction: str, curvature: str) 
 
 def load_estimator(row: Estimator) -> Callable[..., Any]:
     """The function that measures, imported now."""
-    return _load(row.run)
+    return load(row.run)
 
 
 def work_of(row: Estimator) -> Callable[..., float] | None:
     """The function that knows what a job costs, imported now."""
-    return _load(row.work) if row.work else None
-
-
-def _load(reference: str) -> Callable[..., Any]:
-    module, _, function = reference.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
+    return load(row.work) if row.work else None
 
 
 def ranking_metric(row: Estimator, metric: str, weighting: str) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from qvl_hydra.reference import load
+
 # What runtimes such as vLLM and TensorRT-LLM run as one matrix product, and the name they give it.
 FUSED = {
     "q_proj": "qkv_proj",
@@ -74,11 +76,11 @@ class Family:
 
     def load_stages(self) -> Callable[[Any], Any]:
         """The function that makes a model's stages, imported now; see `families.stages`."""
-        return _load(self.stages)
+        return load(self.stages)
 
     def adapted(self, model: Any) -> Any:
         """A model of transformers with everything that can be quantized as a module of its own."""
-        return model if self.adapt is None else _load(self.adapt)(model)
+        return model if self.adapt is None else load(self.adapt)(model)
 
     def renamed(self, path: str, consumer: str) -> str:
         """A module path as a consumer names it."""
@@ -90,10 +92,3 @@ class Family:
         if self.visual and path.startswith(f"{self.visual}."):
             return vision + path.removeprefix(f"{self.visual}.")
         return language + path.removeprefix(f"{self.language}.")
-
-
-def _load(name: str) -> Callable[[Any], Any]:
-    """`module:function`, imported now."""
-    module, _, function = name.partition(":")
-    found: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
-    return found

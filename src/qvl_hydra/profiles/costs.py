@@ -6,10 +6,11 @@ One addition is a function of an operator, its scheme (None: high precision) and
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from qvl_hydra.reference import load
 
 LEAVE = "leave"  # the choice of high precision
 ERROR = "error"  # the budget that is no cost: it bounds the error, and keeps as few operators as possible
@@ -37,9 +38,7 @@ class Cost:
 
     def load(self) -> Callable[..., float]:
         """The price's function, imported now."""
-        module, _, function = self.price.partition(":")
-        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-        return found
+        return load(self.price)
 
 
 _OWN = "qvl_hydra.profiles.prices"

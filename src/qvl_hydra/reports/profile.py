@@ -16,7 +16,7 @@ from qvl_hydra.runs.files import read_json, read_table, read_value
 from qvl_hydra.runs.record import record_of
 
 PLANS = "plans.json"  # every plan measured: figures, and the choice of each operator
-SMALLEST_KL = 1e-8  # nats, drawn for what rounding alone makes
+LEAST_DRAWN = 1e-8  # nats, drawn for what rounding alone makes
 SHOWN = {
     "chooser": "chosen by",
     "n_high": "in high precision",
@@ -73,7 +73,7 @@ def plans_section(folder: Path) -> list[Section]:
         plan["command"] = f"{config} {own} profile.spectrum=[]"
         plan["title"] = f"{kind} {value:.4g}"
     points = [
-        Point(plan["average_bits"], max(plan["kl_answer"], SMALLEST_KL), plan=index,
+        Point(plan["average_bits"], max(plan["kl_answer"], LEAST_DRAWN), plan=index,
               tip=f"{plan['title']}: {number(plan['average_bits'])} bits, KL {number(plan['kl_answer'])}, exact match "
               f"{number(plan['exact_match'])}")
         for index, plan in enumerate(plans)

@@ -19,6 +19,7 @@ from scipy import stats
 
 CROSS = ("weight_cross", "activation_cross")
 ORIGINS = ("from_image", "from_text", "from_answer")  # columns of what comes in at each kind of token
+SPLIT = ("squared_error_at_image", "squared_error_at_text", "squared_error_at_answer")  # by the kind that is predicted
 REACH = 0.95  # one-sided confidence with which noise does not reach further than a ratio may be moved
 SMALLEST_FACTOR = 0.05  # the squared length of a sum is not negative, whatever noise makes of its products
 

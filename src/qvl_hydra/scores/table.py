@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.scores.interval import CONFIDENCE, intervals
-from qvl_hydra.scores.shrink import ORIGINS
+from qvl_hydra.scores.shrink import ORIGINS, SPLIT
 
-AT = "squared_error_at_"  # before the kind of a position, of columns that split the squared error
 SKETCH = "sketch"  # the estimator whose scores are scaled to the exact ones
 MEDIAN_NOISE = 1.2533  # standard error of a median in that of a mean, of normal values
 FEWEST_FOR_SCALE = 4  # operators seen by both estimators below which the sketch is not rescaled
@@ -129,11 +128,10 @@ def origins(table: pd.DataFrame) -> dict[str, float]:
 
 def changes(table: pd.DataFrame) -> dict[str, float]:
     """Of the squared errors of operators that were measured exactly, the shares at positions that predict each kind."""
-    names = [f"{AT}{name.removeprefix('from_')}" for name in ORIGINS]
-    if names[0] not in table:
+    if SPLIT[0] not in table:
         return {}
-    sums = table[names].clip(lower=0).sum()
-    return {name.removeprefix(AT): float(sums[name] / sums.sum()) for name in names} if sums.sum() > 0 else {}
+    sums = table[list(SPLIT)].clip(lower=0).sum()
+    return {name.rpartition("_")[2]: float(sums[name] / sums.sum()) for name in SPLIT} if sums.sum() > 0 else {}
 
 
 def origins_by_role(table: pd.DataFrame) -> pd.DataFrame:

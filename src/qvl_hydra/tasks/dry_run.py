@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from qvl_hydra.backends.table import BACKENDS, load
+from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.blockwise.stopwatch import synchronize
 from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators.bench import shard_of
-from qvl_hydra.estimators.table import estimator_of, work_of
+from qvl_hydra.estimators.table import work_of
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.models.load import LoadedModel, outline_model
 from qvl_hydra.models.memory import GIB, free_memory_bytes
+from qvl_hydra.reference import load
 from qvl_hydra.runs.folder import PARTS
 from qvl_hydra.runs.resume import fingerprint_of, source_of
 from qvl_hydra.screen import Screen
@@ -85,7 +86,7 @@ def _scoring(settings: Settings, prepared: Prepared, own: Path) -> dict[str, str
     strategy, calibration = settings.strategy, prepared.calibration
     scored = _own(settings, prepared)
     schemes = [scheme.name for scheme in prepared.schemes]
-    row = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
+    row = strategy.row
     fingerprint = fingerprint_of(settings, prepared.model.sha, calibration.sha)
     source, finished = source_of(settings, own, fingerprint, may_reuse(settings))
     reused = "nothing: no run of the same settings is here"
@@ -120,7 +121,7 @@ def _memory(settings: Settings, prepared: Prepared) -> str:
 
 def _time(settings: Settings, prepared: Prepared, scoring: bool) -> str:
     strategy, samples = settings.strategy, _own(settings, prepared)
-    row = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
+    row = strategy.row
     middle = sorted(samples, key=lambda sample: sample.longest)[len(samples) // 2]
     seconds = sample_seconds(prepared.model, settings.component.name, middle)
     found = [f"a plain forward of one sample takes {_clock(seconds)}, by one part of each kind, timed here"]

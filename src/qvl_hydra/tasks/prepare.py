@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from qvl_hydra.backends.protocol import pick_device
-from qvl_hydra.backends.table import BACKENDS, load
+from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.calibration.encode import Processor, load_processor
 from qvl_hydra.calibration.sample import CalibrationSet, Sample
 from qvl_hydra.calibration.sources import check_calibration, load_calibration
@@ -32,6 +32,7 @@ from qvl_hydra.operators.discover import Operator, find_operators, select_operat
 from qvl_hydra.profiles.names import router_of
 from qvl_hydra.quantization.formats.table import FORMATS
 from qvl_hydra.quantization.scheme import Scheme, scheme_from_settings
+from qvl_hydra.reference import load
 from qvl_hydra.runs.folder import FINGERPRINT
 from qvl_hydra.settings import QuantSettings, Settings
 

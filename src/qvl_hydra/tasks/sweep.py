@@ -21,7 +21,6 @@ from qvl_hydra.estimators.auto import CONTROLS
 from qvl_hydra.estimators.bench import CENSUS, shard_of
 from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.estimators.metrics import unit_of
-from qvl_hydra.estimators.table import estimator_of
 from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.profiles.families import families
 from qvl_hydra.quantization.formats.table import not_offered
@@ -140,7 +139,7 @@ def _write_calibration(settings: Settings, folder: RunFolder, prepared: Prepared
 
 def _ranking_metric(settings: Settings) -> str:
     strategy, backend = settings.strategy, settings.backend
-    row = estimator_of(strategy.name, strategy.estimator, strategy.direction, strategy.curvature)
+    row = strategy.row
     return BACKENDS[backend.name].ranks_by(row, strategy.metric, strategy.weighting, backend.method)
 
 

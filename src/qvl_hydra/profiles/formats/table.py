@@ -6,10 +6,11 @@ One addition is a function of a profile and every operator of the model that giv
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from qvl_hydra.reference import load
 
 ALL_NUMBERS = ("int", "float8_e4m3", "nvfp4", "mxfp4", "mxfp8")
 
@@ -41,9 +42,7 @@ class Consumer:
 
     def load(self) -> Callable[..., Any]:
         """The function that makes the files, imported now."""
-        module, _, function = self.render.partition(":")
-        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-        return found
+        return load(self.render)
 
 
 _OWN = "qvl_hydra.profiles.formats"
