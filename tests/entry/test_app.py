@@ -173,6 +173,7 @@ def test_a_multirun_is_one_parent_with_its_jobs_below(here: Here, tmp_path: Path
         assert run.data.params["operators.max_ops"] == "3"
         own = swept.replace("1,2", str(int(index) + 1))
         assert set(shlex.split(run.data.tags["command"])[3:]) == {"experiment=lm_mse_v2", *own.split()}
+        assert run.info.run_name == f"strategy.confidence_batches={int(index) + 1}"
         for key in ("sweep_id", "model", "component", "strategy", "backend"):
             assert run.data.tags[key]
         assert run.data.tags["sweep_id"] == parent.data.tags["sweep_id"]

@@ -55,6 +55,7 @@ def test_a_launcher_ends_as_hydras_own(
         below = [item for item in runs if item.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
         assert sorted(item.info.status for item in below) == ["FAILED", "FINISHED", "FINISHED"]
         assert parent.info.status == "FAILED"
+        assert sorted(item.info.run_name for item in below) == [f"operators.blocks={block}" for block in (0, 1, 99)]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -30,11 +31,15 @@ def main() -> None:
         if checked.dry:
             _foretell(checked, screen)
             sys.exit(0)
-        held = None if checked.sweep_folder is None else _begin(checked.sweep_folder)
+        held = None if checked.sweep_folder is None else _begin(checked.sweep_folder, checked.swept)
         if checked.folder is not None:
             if not checked.multirun:
                 _require_writable(checked.folder)
             sys.argv.append(f"hydra.{'sweep' if checked.multirun else 'run'}.dir='{checked.folder}'")
+    except KeyboardInterrupt:
+        screen.finish()
+        screen.say("stopped before anything was begun")
+        sys.exit(STOPPED)
     except QvlHydraError as error:
         screen.say(f"error: {error}")
         show_traceback()
@@ -50,10 +55,10 @@ def main() -> None:
     sys.exit(status)
 
 
-def _begin(sweep_folder: Path) -> IO[str]:
+def _begin(sweep_folder: Path, swept: Sequence[str]) -> IO[str]:
     from qvl_hydra.entry.ends import begin  # takes time to import, which help need not
 
-    return begin(sweep_folder)
+    return begin(sweep_folder, swept)
 
 
 def _foretell(checked: Checked, screen: Screen) -> None:

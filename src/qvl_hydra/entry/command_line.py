@@ -41,12 +41,14 @@ class Checked:
         jobs: how many it has; None where Hydra only says something.
         folder: of its run, or of its multirun; None where Hydra only says something.
         multirun: which of both.
+        swept: keys with a value a job.
         dry: settings of the jobs that only say what they would do.
     """
 
     jobs: int | None = None
     folder: Path | None = None
     multirun: bool = False
+    swept: tuple[str, ...] = ()
     dry: tuple[Settings, ...] = ()
 
     @property
@@ -80,7 +82,8 @@ def check_command_line(arguments: Sequence[str], name: str = CONFIG) -> Checked:
         known = _known_keys(sound, name)
         sound = [item for item in sound if not _key_fault(item, known, faults)]
         count, dry = 0, []
-        for job in _jobs(sound, parsed.multirun, name, faults):
+        own = _own_sweep(sound, name) if parsed.multirun else []
+        for job in _jobs([*own, *sound], faults):
             count += 1
             if count <= MOST_JOBS:
                 settings, own = _judge_job(job, name)
@@ -90,7 +93,9 @@ def check_command_line(arguments: Sequence[str], name: str = CONFIG) -> Checked:
             faults.append("the sweep has no job: one of its lists or ranges is empty")
         if faults:
             raise SettingsError(faults)
-        return Checked(count, _folder(parsed.overrides, name, parsed.multirun), parsed.multirun, tuple(dry))
+        swept = tuple(item.key_or_group for item in [*own, *sound] if item.is_sweep_override())
+        folder = _folder(parsed.overrides, name, parsed.multirun)
+        return Checked(count, folder, parsed.multirun, swept, tuple(dry))
 
 
 def _folder(overrides: Sequence[str], name: str, multirun: bool) -> Path:
@@ -191,11 +196,8 @@ def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{key}.")
 
 
-def _jobs(overrides: Sequence[Override], multirun: bool, name: str, faults: list[str]) -> Iterator[list[str]]:
-    """The overrides of each job, as Hydra's basic sweeper makes them, the experiment's own sweep included."""
-    if not multirun:
-        yield [_line(item) for item in overrides]
-        return
+def _own_sweep(overrides: Sequence[Override], name: str) -> list[Override]:
+    """What an experiment sweeps by itself, as far as the command line does not say otherwise."""
     fixed = [_line(item) for item in overrides if not item.is_sweep_override()]
     try:
         params = compose(name, overrides=fixed, return_hydra_config=True).hydra.sweeper.get("params") or {}
@@ -203,10 +205,14 @@ def _jobs(overrides: Sequence[Override], multirun: bool, name: str, faults: list
         params = {}  # composing the jobs says what is wrong
     given = {item.key_or_group for item in overrides}
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    own = parser.parse_overrides([f"{key}={value}" for key, value in params.items() if key not in given])
+    return list(parser.parse_overrides([f"{key}={value}" for key, value in params.items() if key not in given]))
+
+
+def _jobs(overrides: Sequence[Override], faults: list[str]) -> Iterator[list[str]]:
+    """The overrides of each job, as Hydra's basic sweeper makes them."""
     lists = [
         [_line(item, value) for value in _values(item)] if item.is_sweep_override() else [_line(item)]
-        for item in [*own, *overrides]
+        for item in overrides
     ]
     if (count := math.prod(map(len, lists))) > LARGEST_SWEEP:
         faults.append(f"the sweep has {count} jobs; at most {LARGEST_SWEEP} are run by one command")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -34,8 +35,11 @@ class End:
     folder: str = ""
 
 
-def begin(sweep_folder: Path) -> IO[str]:
+def begin(sweep_folder: Path, swept: Sequence[str]) -> IO[str]:
     """Note that a multirun begins; what an earlier one left of its jobs' ends is gone.
+
+    Args:
+        swept: keys with a value a job.
 
     Returns:
         What holds the folder as long as it is kept.
@@ -45,7 +49,7 @@ def begin(sweep_folder: Path) -> IO[str]:
     """
     held = hold(sweep_folder / SWEEP_LOCK)
     shutil.rmtree(sweep_folder / ENDS, ignore_errors=True)
-    note_sweep(sweep_folder, ended=False)
+    note_sweep(sweep_folder, ended=False, swept=swept)
     return held
 
 

@@ -10,6 +10,7 @@ import errno
 import importlib
 import logging
 import shlex
+import textwrap
 import time
 import traceback
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from qvl_hydra.entry.ends import End, note_end
 from qvl_hydra.entry.process import BROKEN, STOPPED, WRONG_INPUT, be_quiet, said, show_traceback, stop_politely
 from qvl_hydra.errors import QvlHydraError, RunFolderError, TrackingError
 from qvl_hydra.runs.files import read_json, write_atomically, write_json
-from qvl_hydra.runs.folder import END, RESUMED_FROM, RunFolder, refuse_foreign_folder
+from qvl_hydra.runs.folder import END, RESUMED_FROM, RunFolder, refuse_foreign_folder, swept_keys
 from qvl_hydra.runs.record import RUN_FILE, RunRecord, write_record
 from qvl_hydra.runs.resume import refuse_other_settings
 from qvl_hydra.screen import Screen
@@ -43,6 +44,7 @@ TASKS = {
     "export_onnx": "qvl_hydra.tasks.export_onnx",
     "measure_costs": "qvl_hydra.tasks.measure_costs",
 }
+LONGEST_NAME = 120  # characters of a run's name
 log = logging.getLogger(__name__)
 
 
@@ -113,7 +115,7 @@ class _Job:
         (folder.path / END).unlink(missing_ok=True)
         write_atomically(folder.path / "config.yaml", _saved(config, settings).encode())
         if settings.tracking.enabled:
-            open_run(settings.tracking, folder.path, name=_run_name(settings), tags=self._tags(settings),
+            open_run(settings.tracking, folder.path, name=self._name(settings), tags=self._tags(settings),
                      sweep=self._parent())  # fmt: skip
         status: RunStatus = "FAILED"
         tracked = False
@@ -165,6 +167,14 @@ class _Job:
             "command": _command(settings),
         }
         return tags if self.sweep is None else {**tags, "sweep_id": sweep_id(self.sweep)}
+
+    def _name(self, settings: Settings) -> str:
+        """What the run is called: a job of a multirun by what it does not share with the others."""
+        if settings.tracking.run_name:
+            return settings.tracking.run_name
+        swept = [] if self.sweep is None else swept_keys(self.sweep)
+        own = [item for item in HydraConfig.get().overrides.task if item.partition("=")[0].lstrip("+") in swept]
+        return textwrap.shorten(", ".join(own), LONGEST_NAME) or _run_name(settings)
 
     def _parent(self) -> SweepParent | None:
         if self.sweep is None:
@@ -218,8 +228,6 @@ def _command(settings: Settings) -> str:
 
 
 def _run_name(settings: Settings) -> str:
-    if settings.tracking.run_name:
-        return settings.tracking.run_name
     parts = [settings.task.name, settings.model.name, settings.component.name]
     if settings.task.name == "sweep":
         parts += [settings.strategy.name, settings.backend.name, f"n{settings.calibration.size}"]

@@ -281,10 +281,19 @@ def find_resumable(roots: Sequence[Path], fingerprint: str, exclude: Path) -> Pa
     return max(candidates)[1] if candidates else None
 
 
-def note_sweep(sweep_folder: Path, ended: bool) -> None:
-    """Note in a multirun's folder that it began, or that it went through all its jobs."""
+def note_sweep(sweep_folder: Path, ended: bool, swept: Sequence[str] | None = None) -> None:
+    """Note in a multirun's folder that it began, or that it went through all its jobs.
+
+    Args:
+        swept: keys with a value a job; None keeps those that are noted.
+    """
     sweep_folder.mkdir(parents=True, exist_ok=True)
-    write_json(sweep_folder / SWEEP, {"ended": ended})
+    write_json(sweep_folder / SWEEP, {"ended": ended, "swept": swept_keys(sweep_folder) if swept is None else swept})
+
+
+def swept_keys(sweep_folder: Path) -> list[str]:
+    """The keys in which the jobs of a multirun differ, as its command line has them."""
+    return list(_read(sweep_folder / SWEEP).get("swept", []))
 
 
 def _sweep_of(folder: Path) -> Path | None:
