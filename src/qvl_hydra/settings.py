@@ -126,6 +126,7 @@ class StrategySettings:
     positions: Literal["answer", "text", "all"] = "all"  # output positions that are compared
     confidence_batches: int | None = None  # batches of calibration.batch_size samples that are scored; null: all
     probes: int = 1  # sketch: backward passes a sample; samples are worth more
+    split_positions: bool = False  # sketch, auto: squared errors apart where image, text and answer are predicted
     reduction: Literal["shrunk", "split", "sequence", "token"] = "shrunk"  # sketch: how tokens are summed
     top_k: int = 20  # auto: the most sensitive operators, which shall be the right ones; at most half of all
     missed: float = 0.05  # auto: expected number of operators on the wrong side of their border when it stops
@@ -570,6 +571,14 @@ class Settings:
         if strategy.metric in ("kl", "loss_change") and component == "vision":
             found.append(
                 f"strategy.metric={strategy.metric} compares distributions over tokens, which component=vision has not"
+            )
+        if strategy.split_positions and not (
+            row.splits and strategy.metric == "squared_error" and strategy.positions == "all" and component != "vision"
+        ):
+            found.append(
+                "strategy.split_positions=true tells what text, image and answer positions lose of the squared error of "
+                "all: take strategy=mse_v2 with strategy.estimator=sketch or auto, and a component with logits; exact "
+                "scores are split without it"
             )
         if row.weighs_errors and self.quant.weight_bits is None and strategy.weighting == "weight_error":
             found.append(f"strategy={strategy.name} weighs by the weight error, but quant.weight_bits is null")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.jobs import SCHEMES, Silent, make_job
+from benchmarks.jobs import SCHEMES, Silent, make_job, with_strategy
 from qvl_hydra.backends import torch as native
 from qvl_hydra.blockwise.walker import Context, Walker
-from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.calibration.sample import IGNORED, Sample
 from qvl_hydra.estimators.first_order import FirstOrder, OperatorChange, _dot, combine
 from qvl_hydra.estimators.probes import (
     Signs,
@@ -39,6 +41,7 @@ from qvl_hydra.quantization.formats.record import QuantParams
 from qvl_hydra.quantization.qdq import OperatorQuantizer, quantized_operator, weight_change
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 from qvl_hydra.runs.folder import RunFolder
+from qvl_hydra.scores.shrink import SPLIT
 from tests.conftest import DEVICES, load_tiny
 
 TOKENS, WIDTH, OUT = 6, 16, 10
@@ -293,6 +296,29 @@ def test_sketch_ranks_like_exact_on_the_bundled_model(
     sketch, _ = measure(job)
     exact, _ = measure(make_job(tiny_model, tiny_samples, scheme, component, metric=metric, estimator="exact"))
     assert spearmanr([exact[op] for op in exact], [sketch[op] for op in exact]).statistic > 0.95
+
+
+@pytest.mark.parametrize("component", ["lm", "full"])
+def test_a_split_sketch_tells_what_exact_scores_tell_at_each_kind_of_position(
+    tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...], tmp_path: Path, component: str
+) -> None:
+    """Of one sample without an answer, too; the parts of a sample add up to the whole."""
+    one, *others = tiny_samples[:8]
+    samples = (dataclasses.replace(one, labels=torch.full_like(one.labels, IGNORED)), *others)
+    scheme, found = Scheme("w8a8_static", WeightFormat(8), ActivationFormat(8)), {}
+    for estimator in ("sketch", "exact"):
+        job = make_job(tiny_model, samples, scheme, component, estimator=estimator, probes=4, reduction="sequence")
+        folder = RunFolder(tmp_path / estimator)
+        native.run(with_strategy(job, split_positions=True), folder, Silent())
+        found[estimator] = folder.frame().groupby(["sample", "metric", "op"])["value"].mean().unstack("metric")
+    for frame in found.values():
+        assert frame[list(SPLIT)].sum(axis=1).to_numpy() == pytest.approx(frame["squared_error"].to_numpy())
+        assert frame.loc[one.id, SPLIT[2]].eq(0).all()
+    exact, sketch = (found[name].groupby("op")[list(SPLIT)].mean() for name in ("exact", "sketch"))
+    for kind in SPLIT:
+        ratios = (sketch[kind] / exact[kind]).to_numpy()
+        assert spearmanr(exact[kind], sketch[kind][exact.index]).statistic > 0.95
+        assert float(np.exp(np.median(np.log(ratios)))) == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -13,8 +13,8 @@ from scipy.stats import norm
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.runs.folder import COLUMNS as SAMPLE_COLUMNS
 from qvl_hydra.scores.interval import intervals
-from qvl_hydra.scores.shrink import ORIGINS
-from qvl_hydra.scores.table import COLUMNS, Scored, origins, score_table
+from qvl_hydra.scores.shrink import ORIGINS, SPLIT
+from qvl_hydra.scores.table import COLUMNS, Scored, changes, changes_by_role, origins, score_table
 
 LAYER = "model.language_model.layers.0.self_attn"
 
@@ -96,6 +96,27 @@ def test_steady_scores_of_sketched_and_exact_operators_are_in_one_unit() -> None
     table = kl_table(operators, frame)
     alone = kl_table(operators, rows(sketched, "sketch", "kl"))
     assert table["steady_score"].tolist() == pytest.approx((2 * alone["steady_score"]).tolist())
+
+
+def test_where_errors_come_out_is_exact_where_it_was_measured_and_scaled_where_it_was_sketched() -> None:
+    operators = [operator(f"o{index}") for index in range(8)]
+    sketched = {op.role: [float(index + 1)] * 4 for index, op in enumerate(operators)}
+    exact = {op.role: [3.0 * (index + 1)] * 4 for index, op in enumerate(operators[:5])}
+    parts = [
+        rows({op: [share * value for value in values] for op, values in found.items()}, estimator, metric)
+        for estimator, found, shares in (("sketch", sketched, (0.2, 0.7, 0.1)), ("exact", exact, (0.5, 0.25, 0.25)))
+        for metric, share in zip(SPLIT, shares, strict=True)
+    ]
+    frame = pd.concat([rows(sketched, "sketch"), rows(exact), *parts], ignore_index=True)
+    table = table_of(operators, frame)
+    assert table.loc["o4", list(SPLIT)].tolist() == pytest.approx([7.5, 3.75, 3.75])
+    assert table.loc["o5", list(SPLIT)].tolist() == pytest.approx([3 * 6 * 0.2, 3 * 6 * 0.7, 3 * 6 * 0.1])
+    by_exact, by_sketch = 3 * 15, 3 * 21
+    told = changes(table)
+    assert told["answer"] == pytest.approx((by_exact * 0.25 + by_sketch * 0.1) / (by_exact + by_sketch))
+    assert sum(told.values()) == pytest.approx(1)
+    assert changes_by_role(table)["score"].sum() == pytest.approx(by_exact + by_sketch)
+    assert not changes(table_of(operators, rows(sketched, "sketch")))
 
 
 def test_shares_by_where_errors_come_in_are_weighed_by_scores() -> None:

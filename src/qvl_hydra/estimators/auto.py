@@ -52,7 +52,7 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
 def work(job: SweepJob) -> float:
     """Forwards of one sample that a job costs, about."""
     measured = min(len(make_targets(job.operators, job.fuse)), USUAL)
-    return len(job.scored) * (cost(job.strategy.probes) + len(job.schemes) * exact_cost(measured))
+    return len(job.scored) * (cost(sketch_run.sketch_of(job).probes) + len(job.schemes) * exact_cost(measured))
 
 
 def _race(bench: Bench, scheme: Scheme) -> None:

@@ -14,6 +14,7 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators.bench import Bench, measuring
 from qvl_hydra.estimators.first_order import FirstOrder, OperatorChange
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
+from qvl_hydra.estimators.positions import predicted_kinds
 from qvl_hydra.estimators.probes import Signs, fisher_probes, leading_directions, sign_probes
 from qvl_hydra.estimators.reverse_walk import MakeSampleProbes, cost, reverse_walk
 from qvl_hydra.operators.discover import Operator
@@ -22,7 +23,7 @@ from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.qdq import weight_change
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder, SampleScore
-from qvl_hydra.scores.shrink import ORIGINS
+from qvl_hydra.scores.shrink import ORIGINS, SPLIT
 
 
 def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
@@ -38,28 +39,40 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
 
 def work(job: SweepJob) -> float:
     """Forwards of one sample that a job costs, about."""
-    return len(job.scored) * cost(job.strategy.probes)
+    return len(job.scored) * cost(sketch_of(job).probes)
 
 
 def measure(bench: Bench) -> None:
     """Sketch every target on every scored sample; what is on disk already is not measured again."""
-    reverse_walk(bench, Sketch("sketch", bench.job.strategy.probes, len(bench.job.schemes)))
+    reverse_walk(bench, sketch_of(bench.job))
+
+
+def sketch_of(job: SweepJob) -> Sketch:
+    """The sketch that a job asks for."""
+    kinds = len(SPLIT) if job.strategy.split_positions else 1
+    return Sketch("sketch", job.strategy.probes * kinds, len(job.schemes), kinds)
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """The plan of a sketch; see `Plan`."""
+    """The plan of a sketch; see `Plan`.
+
+    Attributes:
+        kinds: parts that each probe is taken apart into, by the kind of token that a position predicts; their values
+            add up to an estimate of the whole with less noise than the whole probe's.
+    """
 
     name: str
     probes: int
     values: int
+    kinds: int = 1
 
     def probe_maker(self, bench: Bench) -> MakeSampleProbes:
         strategy = bench.job.strategy
 
         def signs(sample: Sample, device: torch.device) -> list[Signs]:
-            names = (bench.job.seed, sample.id)
-            return [Signs(device, *names, probe=k, probes=self.probes) for k in range(self.probes)]
+            names, whole = (bench.job.seed, sample.id), self.probes // self.kinds
+            return [Signs(device, *names, probe=k, probes=whole) for k in range(whole)]
 
         if strategy.metric == "kl":
             return lambda sample, mask, output: fisher_probes(output, signs(sample, output.device))
@@ -69,7 +82,16 @@ class Sketch:
             beside = output.shape[-1] - len(directions)  # features that left the vision tower on the way
             return sign_probes(output, functional.pad(directions, (0, 0, 0, beside)), signs(sample, output.device))
 
-        return probes
+        if self.kinds == 1:
+            return probes
+        kinds = {context.sample.id: predicted_kinds(context.sample, context.places[0]) for context in bench.contexts}
+
+        def parts(sample: Sample, mask: Tensor, output: Tensor) -> Iterator[Tensor]:
+            own = kinds[sample.id].to(output.device, output.dtype)
+            for probe in probes(sample, mask, output):
+                yield from (probe * of_kind[:, None] for of_kind in own.T)
+
+        return parts
 
     def reading(self, bench: Bench, operators: Sequence[Operator]) -> FirstOrder:
         return first_order(bench, operators, bench.job.strategy.reduction)
@@ -79,7 +101,13 @@ class Sketch:
     ) -> Iterator[SampleScore]:
         strategy = bench.job.strategy
         scale = 0.5 / int(bench.scored_positions(context)[0].sum()) if strategy.metric == "kl" else 1.0
-        return first_order_scores(bench, context.sample, targets, values, "sketch", strategy.metric, scale)
+        apart = [scheme.unflatten(1, (-1, self.kinds)) for scheme in values]
+        whole = [scheme.sum(2) for scheme in apart]
+        yield from first_order_scores(bench, context.sample, targets, whole, "sketch", strategy.metric, scale)
+        if self.kinds > 1:
+            for kind, metric in enumerate(SPLIT):
+                own = [scheme[:, :, kind] for scheme in apart]
+                yield from first_order_scores(bench, context.sample, targets, own, "sketch", metric, scale)
 
 
 def first_order(bench: Bench, operators: Sequence[Operator], reduction: str) -> FirstOrder:

@@ -20,8 +20,8 @@ from qvl_hydra.reports.figures import bars_figure, chart_figure, heat_figure, wr
 from qvl_hydra.reports.heat import Row, heat_map
 from qvl_hydra.reports.page import Column, Section, facts, notes, number, table, text, write_page
 from qvl_hydra.runs.files import read_table
-from qvl_hydra.scores.shrink import ORIGINS
-from qvl_hydra.scores.table import origins_by_role
+from qvl_hydra.scores.shrink import ORIGINS, SPLIT
+from qvl_hydra.scores.table import changes_by_role, origins_by_role
 
 REPORT = "report.html"
 FIGURES = "figures"
@@ -66,6 +66,7 @@ def write_sweep_report(folder: Path, extra: Sequence[Section] = ()) -> Path:
         Section("Blocks and roles", heat_map(run.table)),
         *_families(folder),
         *_origins(run.table),
+        *_changes(run.table),
         Section("Most sensitive operators", ranked_bars(run.table)),
         Section("How many samples are enough", stability_section(curve, criterion, run)),
         *extra,
@@ -100,22 +101,37 @@ def _families(folder: Path) -> list[Section]:
 
 def _origins(scores: pd.DataFrame) -> list[Section]:
     """Where errors come in: shares of each role's effect by kind of token; nothing where no sketch told them."""
-    sums = origins_by_role(scores)
-    if not len(sums):
-        return []
-    sums.loc["all"] = sums.sum()
-    rows = [
-        [role, float(row["score"]), *(f"{row[name] / row['score']:.0%}" for name in ORIGINS)]
-        for role, row in sums.iterrows()
-    ]
-    names = ("sum of scores", "image tokens", "other prompt tokens", "answer tokens")
-    columns = [Column("role"), *(Column(name, number=True) for name in names)]
+    names = ("image tokens", "other prompt tokens", "answer tokens")
     how = (
         "Language tower. The share of the effect on the output that comes in at each kind of token: rounding there, in "
         "the operator's input, weight product or output, is what the output feels. From the sketch, to first order, "
         "without what errors at different tokens do together."
     )
-    return [Section("Where errors come in", table(columns, rows) + notes([how]))]
+    return _shares("Where errors come in", origins_by_role(scores), ORIGINS, names, how)
+
+
+def _changes(scores: pd.DataFrame) -> list[Section]:
+    """Where errors come out: shares of each role's squared error by what is predicted; nothing where it is not told."""
+    names = ("next is an image token", "next is other text", "next is the answer's")
+    told = int(scores[SPLIT[0]].notna().sum()) if SPLIT[0] in scores else 0
+    how = (
+        f"The squared error of the logits by the kind of token that a position predicts, of the {told} operators for "
+        "which it is told: those that were measured exactly, and with strategy.split_positions=true all."
+    )
+    return _shares("Where errors come out", changes_by_role(scores), SPLIT, names, how)
+
+
+def _shares(title: str, sums: pd.DataFrame, parts: Sequence[str], names: Sequence[str], how: str) -> list[Section]:
+    """A table of roles with the share of each part in their sums."""
+    if not len(sums):
+        return []
+    sums.loc["all"] = sums.sum()
+    rows = [
+        [role, float(row["score"]), *(f"{row[name] / row['score']:.0%}" for name in parts)]
+        for role, row in sums.iterrows()
+    ]
+    columns = [Column("role"), *(Column(name, number=True) for name in ("sum of scores", *names))]
+    return [Section(title, table(columns, rows) + notes([how]))]
 
 
 def _census(scores: pd.DataFrame) -> list[Section]:

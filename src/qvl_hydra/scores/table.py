@@ -83,7 +83,9 @@ def score_table(scored: Scored) -> tuple[pd.DataFrame, float | None]:
             table[name] = [max((float(own[name]) for own in row), default=np.nan) for row in members]
     _add_origins(table, ranking)
     for metric, part in frame[frame["metric"] != scored.metric].groupby("metric"):
-        means = part.groupby("op")["value"].mean()
+        sketched = part["estimator"] == SKETCH
+        means = part[~sketched].groupby("op")["value"].mean()
+        means = means.combine_first(part[sketched].groupby("op")["value"].mean() * (factor or 1.0))
         table[str(metric)] = table["op"].map(means).astype("float64")
     return table, factor
 
@@ -127,11 +129,18 @@ def origins(table: pd.DataFrame) -> dict[str, float]:
 
 
 def changes(table: pd.DataFrame) -> dict[str, float]:
-    """Of the squared errors of operators that were measured exactly, the shares at positions that predict each kind."""
+    """Shares of the squared error at positions that predict each kind of token, of all operators where it is told."""
+    sums = changes_by_role(table).sum()
+    return {name.rpartition("_")[2]: float(sums[name] / sums["score"]) for name in SPLIT} if len(sums) else {}
+
+
+def changes_by_role(table: pd.DataFrame) -> pd.DataFrame:
+    """Squared errors by role, and how much of them is where each kind of token is predicted; the highest first."""
     if SPLIT[0] not in table:
-        return {}
-    sums = table[list(SPLIT)].clip(lower=0).sum()
-    return {name.rpartition("_")[2]: float(sums[name] / sums.sum()) for name in SPLIT} if sums.sum() > 0 else {}
+        return pd.DataFrame()
+    own = table[(table["status"] == "scored") & table[SPLIT[0]].notna()]
+    parts = own[list(SPLIT)].clip(lower=0)
+    return _by_role(own["role"], parts, parts.sum(axis=1))
 
 
 def origins_by_role(table: pd.DataFrame) -> pd.DataFrame:
@@ -139,9 +148,13 @@ def origins_by_role(table: pd.DataFrame) -> pd.DataFrame:
     if ORIGINS[0] not in table:
         return pd.DataFrame()
     own = table[(table["component"] == "lm") & (table["status"] == "scored") & table[ORIGINS[0]].notna()]
-    own = own.assign(score=own["score"].astype(float).clip(lower=0))
-    own = own.assign(**{name: own[name] * own["score"] for name in ORIGINS})
-    sums = own.groupby(own["role"].to_numpy())[["score", *ORIGINS]].sum().sort_values("score", ascending=False)
+    score = own["score"].astype(float).clip(lower=0)
+    return _by_role(own["role"], own[list(ORIGINS)].mul(score, axis=0), score)
+
+
+def _by_role(roles: pd.Series, parts: pd.DataFrame, score: pd.Series) -> pd.DataFrame:
+    """Sums of scores and of their parts by role; empty where nothing is above zero."""
+    sums = parts.assign(score=score).groupby(roles.to_numpy()).sum().sort_values("score", ascending=False)
     sums = sums[sums["score"] > 0]
     return sums if len(sums) else pd.DataFrame()
 

@@ -8,6 +8,7 @@ from qvl_hydra.profiles.families import name_of
 from qvl_hydra.runs.files import read_table
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.runs.record import RunRecord
+from qvl_hydra.scores.shrink import SPLIT
 from qvl_hydra.scores.spread import sharpening
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
@@ -65,8 +66,9 @@ def show(settings: Settings, folder: RunFolder, report: EngineReport, record: Ru
         )
     if changes := record.details.get(CHANGES):
         screen.say(
-            f"of the squared error of operators measured exactly, {changes['image']:.0%} is where an image token comes "
-            f"next, {changes['text']:.0%} where other text does and {changes['answer']:.0%} at the answer"
+            f"of the squared error of {int(table[SPLIT[0]].notna().sum())} operators, {changes['image']:.0%} is where "
+            f"an image token comes next, {changes['text']:.0%} where other text does and {changes['answer']:.0%} at the "
+            "answer"
         )
     told = sharpening(read_table(folder.path / "sample_scores.parquet"), report.metric, str(record.scheme))
     if told:
