@@ -386,6 +386,7 @@ class ProfileSettings:
     values: list[float] = field(default_factory=list)  # with choices: of the cost; empty: from least to most
     spaces: list[SpaceSettings] = field(default_factory=list)  # choices of some operators alone; of several the last
     compare_with: list[str] = field(default_factory=list)  # files or presets of operators that others keep
+    families: int = 5  # largest families of modules that are measured: quantized alone, and left alone; 0: none
     candidates: int = 8  # best plans of a budget, measured on the scored samples; the best measured is taken
     prompt_tokens: int = 64  # of a request: text,
     image_tokens: int = 1024  # image tokens of the language model,
@@ -423,6 +424,8 @@ class ProfileSettings:
             found.append(f"profile.spectrum={self.spectrum}; every share must lie between 0 and 1")
         if (self.budget != ERROR and self.value < 0) or (self.budget == "share" and self.value > 1):
             found.append(f"profile.value={self.value}; must not be negative, nor above 1 for profile.budget=share")
+        if self.families < 0:
+            found.append(f"profile.families={self.families}; must not be negative")
         for key in ("evaluation_size", "high_bits", "candidates"):
             if getattr(self, key) < 1:
                 found.append(f"profile.{key}={getattr(self, key)}; must be 1 or more")
@@ -576,9 +579,9 @@ class Settings:
             row.splits and strategy.metric == "squared_error" and strategy.positions == "all" and component != "vision"
         ):
             found.append(
-                "strategy.split_positions=true tells what text, image and answer positions lose of the squared error of "
-                "all: take strategy=mse_v2 with strategy.estimator=sketch or auto, and a component with logits; exact "
-                "scores are split without it"
+                "strategy.split_positions=true tells what image, text and answer positions have of the squared error "
+                "of all: take strategy=mse_v2 with strategy.estimator=sketch or auto, and a component with logits; "
+                "exact scores are split without it"
             )
         if row.weighs_errors and self.quant.weight_bits is None and strategy.weighting == "weight_error":
             found.append(f"strategy={strategy.name} weighs by the weight error, but quant.weight_bits is null")

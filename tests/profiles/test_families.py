@@ -6,7 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qvl_hydra.profiles.families import THIRDS, families, name_of
+from qvl_hydra.operators.discover import Operator
+from qvl_hydra.profiles.families import THIRDS, families, family_plans, name_of
+from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.quantization.scheme import Scheme
 
 NO_SAMPLES = pd.DataFrame({"op": []})
 
@@ -54,6 +57,28 @@ def test_effects_that_cancel_and_add_up_are_seen() -> None:
     assert found.loc["up", "together"] == pytest.approx(0.0, abs=0.05)
     assert found.loc["down", "together"] == pytest.approx(4.0, rel=0.05)
     assert found.loc["up", "sum_of_scores"] == 2.0
+
+
+def test_plans_of_a_family_quantize_it_alone_and_everything_but_it() -> None:
+    """Operators that were not scored stay in high precision; of a score that a unit shares the whole unit goes."""
+    scores = table()
+    scores.loc[scores["op"] == "layers.0.k_proj", "status"] = "skipped"
+    operators = tuple(
+        Operator(row["op"], "lm", None, row["role"], row["group"], "Linear", 4, 4, 16, "qwen2_5_vl")
+        for row in scores.to_dict("records")
+    )
+    every = {op.path for op in operators}
+    kept = Profile(Scheme("w8", None, None), operators, frozenset(every), 16, "families")
+    largest = families(scores, NO_SAMPLES, "w8").head(2)
+    assert [name_of(row) for row in largest.to_dict("records")] == ["language q_proj late", "language q_proj middle"]
+    late = {"layers.4.q_proj", "layers.5.q_proj"}
+    plans = family_plans(scores, largest, kept)
+    low = [{op.path for op in plan.low} for plan in plans]
+    scored = every - {"layers.0.k_proj"}
+    assert low[:3] == [scored, late, scored - late]
+    assert low[3] == {"layers.2.q_proj", "layers.3.q_proj"}
+    shared = family_plans(table(), families(table(), NO_SAMPLES, "w8", shared=True).head(1), kept, shared=True)
+    assert {op.path for op in shared[1].low} == late | {"layers.4.k_proj", "layers.5.k_proj"}
 
 
 def test_nothing_scored_has_no_families() -> None:

@@ -76,6 +76,17 @@ def test_a_profile_run_leaves_everything_that_was_asked_for(profiled: tuple[Sett
     assert "share=0.2: 3 of 15 operators stay in high precision" in text
 
 
+def test_the_largest_families_are_measured_alone_and_left_alone(profiled: tuple[Settings, Path, str]) -> None:
+    settings, folder, text = profiled
+    table = pd.read_parquet(folder / "families.parquet")
+    names = ["kl_answer_alone", "kl_answer_won", "exact_match_alone", "exact_match_won"]
+    assert table[names].notna().all(axis=1).tolist() == [True] * settings.profile.families + [False] * (len(table) - 5)
+    whole = pd.read_parquet(folder / "profiles.parquet").query("n_high == 0").iloc[0]
+    assert f"loses {whole['kl_answer']:.3g} nats at the answer; of the 5 largest families" in text
+    assert (table["kl_answer_won"].dropna() < whole["kl_answer"]).all()
+    assert "KL won by leaving it" in (folder / "report.html").read_text()
+
+
 def test_a_published_list_is_measured_beside_ours(profiled: tuple[Settings, Path, str]) -> None:
     _, folder, text = profiled
     (row,) = json.loads((folder / "keep_lists.json").read_text())["lists"]

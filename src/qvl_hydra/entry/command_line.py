@@ -82,8 +82,8 @@ def check_command_line(arguments: Sequence[str], name: str = CONFIG) -> Checked:
         known = _known_keys(sound, name)
         sound = [item for item in sound if not _key_fault(item, known, faults)]
         count, dry = 0, []
-        own = _own_sweep(sound, name) if parsed.multirun else []
-        for job in _jobs([*own, *sound], faults):
+        every = [*(_own_sweep(sound, name) if parsed.multirun else []), *sound]
+        for job in _jobs(every, faults):
             count += 1
             if count <= MOST_JOBS:
                 settings, own = _judge_job(job, name)
@@ -93,7 +93,7 @@ def check_command_line(arguments: Sequence[str], name: str = CONFIG) -> Checked:
             faults.append("the sweep has no job: one of its lists or ranges is empty")
         if faults:
             raise SettingsError(faults)
-        swept = tuple(item.key_or_group for item in [*own, *sound] if item.is_sweep_override())
+        swept = tuple(item.key_or_group for item in every if item.is_sweep_override())
         folder = _folder(parsed.overrides, name, parsed.multirun)
         return Checked(count, folder, parsed.multirun, swept, tuple(dry))
 

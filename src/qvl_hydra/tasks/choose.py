@@ -34,6 +34,7 @@ from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import sweep
 from qvl_hydra.tasks.candidates import MEASURED, best_measured
 from qvl_hydra.tasks.decide import Decision, evaluation_samples, fetch, of_profile, shared, terms_of
+from qvl_hydra.tasks.family_costs import measure_families
 from qvl_hydra.tasks.keep_lists import Lists, compare_lists
 from qvl_hydra.tasks.prepare import Prepared, prepare
 
@@ -90,8 +91,9 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     exports = write_formats(chosen, everything, settings.profile.formats, folder.path / "exports")
     notes = [f"not exported: {record['error']}" for record in exports if "error" in record]
     notes += [*plans.notes, *few]
+    lists = Lists(prepared, plans.units, plans.terms, plans.metric, plans.quantizers, samples)
+    notes += measure_families(settings, lists, folder, screen, shared(plans.sweep))
     if settings.profile.compare_with:
-        lists = Lists(prepared, plans.units, plans.terms, plans.metric, plans.quantizers, samples)
         notes += compare_lists(settings, lists, folder, screen)
     summary = _summary(table, plans, budget, len(samples))
     write_record(folder.path, of_profile(plans.sweep, "profile", summary, notes, time.perf_counter() - began))

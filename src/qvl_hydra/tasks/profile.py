@@ -26,7 +26,8 @@ from qvl_hydra.runs.record import write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import choose
-from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples, of_profile
+from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples, of_profile, shared
+from qvl_hydra.tasks.family_costs import measure_families
 from qvl_hydra.tasks.keep_lists import Lists, compare_lists
 
 FIGURE = Path("figures") / "profile_spectrum.png"
@@ -55,10 +56,9 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     exports = write_formats(decision.profile, everything, settings.profile.formats, folder.path / "exports")
     summary = summarise(table, decision) | {"evaluation_samples": len(samples)}
     notes = [*decision.notes, *few, *_export_notes(exports)]
+    lists = Lists(decision.prepared, decision.units, decision.terms, decision.metric, decision.quantizers, samples)
+    notes += measure_families(settings, lists, folder, screen, shared(decision.sweep))
     if settings.profile.compare_with:
-        lists = Lists(
-            decision.prepared, decision.units, decision.terms, decision.metric, decision.quantizers, samples
-        )
         notes += compare_lists(settings, lists, folder, screen)
     said = {"budget": str(decision.budget), **summary}
     write_record(folder.path, of_profile(decision.sweep, "profile", said, notes, time.perf_counter() - began))

@@ -67,8 +67,8 @@ def show(settings: Settings, folder: RunFolder, report: EngineReport, record: Ru
     if changes := record.details.get(CHANGES):
         screen.say(
             f"of the squared error of {int(table[SPLIT[0]].notna().sum())} operators, {changes['image']:.0%} is where "
-            f"an image token comes next, {changes['text']:.0%} where other text does and {changes['answer']:.0%} at the "
-            "answer"
+            f"an image token comes next, {changes['text']:.0%} where other text does and {changes['answer']:.0%} at "
+            "the answer"
         )
     told = sharpening(read_table(folder.path / "sample_scores.parquet"), report.metric, str(record.scheme))
     if told:

@@ -1,0 +1,69 @@
+"""`profile.families`: what the largest families of modules cost, quantized alone and left alone, as measured."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qvl_hydra.profiles.families import family_plans, name_of
+from qvl_hydra.profiles.measure import measure_profiles, steps
+from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.runs.files import read_table, write_parquet
+from qvl_hydra.runs.folder import RunFolder
+from qvl_hydra.screen import Screen
+from qvl_hydra.settings import Settings
+from qvl_hydra.tasks.keep_lists import Lists
+
+FILE = "families.parquet"
+
+
+def measure_families(settings: Settings, lists: Lists, folder: RunFolder, screen: Screen, shared: bool) -> list[str]:
+    """Measure plans of the families whose scores are highest; add what was seen to `families.parquet`, and show.
+
+    The columns: `kl_answer_alone` and `exact_match_alone` with the family quantized and nothing else; `kl_answer_won`
+    and `exact_match_won` by leaving it where everything else is quantized.
+
+    Args:
+        shared: the score of an operator is that of its whole unit.
+
+    Returns:
+        Sentences for the user.
+    """
+    table = read_table(folder.path / FILE)
+    count = min(settings.profile.families, len(table))
+    if not count:
+        return []
+    operators = tuple(op for unit in lists.units for op in unit.members)
+    scheme, high = lists.prepared.schemes[0], frozenset(op.path for op in operators)
+    kept = Profile(scheme, operators, high, settings.profile.high_bits, "families")
+    plans = family_plans(read_table(folder.path / "scores.parquet"), table.head(count), kept, shared)
+    model, component = lists.prepared.model, settings.component.name
+    screen.total(steps(model, plans, lists.samples, component), f"measuring {count} families")
+    try:
+        every, *others = measure_profiles(
+            model, plans, lists.quantizers, lists.samples, component, screen.step, folder
+        )
+    finally:
+        screen.finish()
+    pairs = list(zip(others[::2], others[1::2], strict=True))
+    rest = [np.nan] * (len(table) - count)
+    table["kl_answer_alone"] = [max(alone.kl_answer, 0.0) for alone, _ in pairs] + rest  # a KL of 0 is -1e-9
+    table["kl_answer_won"] = [every.kl_answer - left.kl_answer for _, left in pairs] + rest
+    table["exact_match_alone"] = [alone.exact_match for alone, _ in pairs] + rest
+    table["exact_match_won"] = [left.exact_match - every.exact_match for _, left in pairs] + rest
+    write_parquet(folder.path / FILE, table)
+    measured = table.head(count).to_dict("records")
+    rows = [
+        [name_of(row), str(row["n_ops"]), f"{row['kl_answer_alone']:.3g}", f"{row['kl_answer_won']:.3g}",
+         f"{row['exact_match_alone']:.3f}", f"{row['exact_match_won']:+.3f}"]
+        for row in measured
+    ]  # fmt: skip
+    screen.table(
+        f"families in {scheme.name}, measured: quantized alone, and what leaving each wins where all else is quantized",
+        ["family", "operators", "KL alone", "KL won", "exact match alone", "won"],
+        rows,
+    )
+    best = max(measured, key=lambda row: float(row["kl_answer_won"]))
+    return [
+        f"everything in {scheme.name} loses {every.kl_answer:.3g} nats at the answer; of the {count} largest families "
+        f"leaving {name_of(best)} wins most of it: {best['kl_answer_won']:.3g}"
+    ]
