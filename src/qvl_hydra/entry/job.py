@@ -6,6 +6,7 @@ the disk.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import logging
@@ -34,6 +35,7 @@ from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tracking.record import RunStatus, SweepParent, end_superseded, open_run, send_run, sweep_id
 from qvl_hydra.tracking.store import masked, ui_command
+from qvl_hydra.tracking.system import watched
 
 TASKS = {
     "sweep": "qvl_hydra.tasks.sweep",
@@ -120,7 +122,8 @@ class _Job:
         status: RunStatus = "FAILED"
         tracked = False
         try:
-            self._run_task(settings, folder)
+            with watched(folder.path) if settings.tracking.enabled else contextlib.nullcontext():
+                self._run_task(settings, folder)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"

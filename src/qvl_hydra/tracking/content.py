@@ -16,6 +16,7 @@ from qvl_hydra.profiles.families import THIRDS
 from qvl_hydra.runs.files import read_json, read_table, read_yaml
 from qvl_hydra.runs.record import read_record
 from qvl_hydra.tracking.store import masked
+from qvl_hydra.tracking.system import looks
 
 VALUE_LIMIT = 6000  # characters of a parameter, MLflow's own limit
 TAG_LIMIT = 8000
@@ -41,7 +42,7 @@ _FILES = (
     "scores.parquet", "sample_scores.parquet", "resumed_from.json", "reused.json", "inc_order.json", "profile.json",
     "plans.json", "keep_lists.json", "profiles.parquet", "comparison.json", "comparison.parquet", "pairs.parquet",
     "stability.parquet", "parts.parquet", "regret.parquet", "alignment.parquet", "costs.parquet",
-    "evaluation.json", "families.parquet", "experts.parquet",
+    "evaluation.json", "families.parquet", "experts.parquet", "system.jsonl",
 )  # fmt: skip
 PLAN_FOLDERS = ("exports", "inc", "compressed_tensors")  # what others read of a profile or checkpoint
 _FOLDERS = ("figures", "onnx", *PLAN_FOLDERS, *BACKENDS)
@@ -49,11 +50,16 @@ _FOLDERS = ("figures", "onnx", *PLAN_FOLDERS, *BACKENDS)
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric value; `step` is the block of a `by_block` curve, what stays float of a profile's curve, else 0."""
+    """One metric value; `step` is the block of a `by_block` curve, what stays float of a profile's curve, else 0.
+
+    Attributes:
+        time: when it was seen, in milliseconds; None: at the end of the run.
+    """
 
     key: str
     value: float
     step: int = 0
+    time: int | None = None
 
 
 def _plain(folder: Path) -> dict[str, Any]:
@@ -91,6 +97,12 @@ def metrics(folder: Path) -> list[Measured]:
     found += list(_family_metrics(read_table(path))) if path.exists() else []
     path = folder / "profiles.parquet"
     found += list(_profile_metrics(read_table(path))) if path.exists() else []
+    found += [
+        Measured(_legal(f"system/{key}"), float(value), step, int(look["time"]))
+        for step, look in enumerate(looks(folder))
+        for key, value in look.items()
+        if key != "time"
+    ]
     return [metric for metric in found if math.isfinite(metric.value)]
 
 

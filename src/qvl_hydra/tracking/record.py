@@ -320,7 +320,10 @@ def _send_content(client: MlflowClient, run_id: str, folder: Path) -> None:
     for part in _batches(params, _PARAM_BATCH):
         client.log_batch(run_id, params=part)
     stamp = _end_time(folder)  # the same at every sending: equal rows are one row
-    metrics = [Metric(metric.key, metric.value, stamp, metric.step) for metric in content.metrics(folder)]
+    metrics = [
+        Metric(metric.key, metric.value, stamp if metric.time is None else metric.time, metric.step)
+        for metric in content.metrics(folder)
+    ]
     for batch in _batches(metrics, _METRIC_BATCH):
         client.log_batch(run_id, metrics=batch)
     files, large = content.artifacts(folder)
