@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,9 +33,8 @@ class Screen:
 
     def __init__(self, name: str = "", console: Console | None = None) -> None:
         self.console = console or _Console(highlight=False)
-        elsewhere = multiprocessing.parent_process() is not None
-        self._before = f"{name}: " if name and elsewhere else ""
-        self._draws = self.console.is_terminal and not elsewhere
+        self._before = f"{name}: " if name else ""
+        self._draws = self.console.is_terminal and not name
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._gone = False

@@ -19,6 +19,7 @@ JOBS = f"-m {SMALL} operators.blocks=0,1,99 backend.threads=1 strategy.estimator
 LAUNCHERS = [
     "joblib",
     pytest.param("submitit_local", marks=[pytest.mark.slow, pytest.mark.submitit]),
+    pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.ray]),
 ]
 
 

@@ -16,13 +16,23 @@ import hydra
 
 from qvl_hydra.entry.command_line import Checked, check_command_line
 from qvl_hydra.entry.compose import config_folder, take_saved_settings, with_choices
-from qvl_hydra.entry.process import BROKEN, STOPPED, WRONG_INPUT, be_quiet, said, show_traceback, stop_politely
+from qvl_hydra.entry.process import (
+    BROKEN,
+    STOPPED,
+    WRONG_INPUT,
+    be_quiet,
+    is_command,
+    said,
+    show_traceback,
+    stop_politely,
+)
 from qvl_hydra.errors import QvlHydraError
 from qvl_hydra.screen import Screen
 
 
 def main() -> None:
     """Run the command line, and exit."""
+    is_command()
     be_quiet()
     screen = Screen()
     try:

@@ -25,7 +25,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from qvl_hydra.entry.compose import settings_from_config, with_choices
 from qvl_hydra.entry.ends import End, note_end
-from qvl_hydra.entry.process import BROKEN, STOPPED, WRONG_INPUT, be_quiet, said, show_traceback, stop_politely
+from qvl_hydra.entry.process import (
+    BROKEN,
+    STOPPED,
+    WRONG_INPUT,
+    be_quiet,
+    elsewhere,
+    said,
+    show_traceback,
+    stop_politely,
+)
 from qvl_hydra.errors import QvlHydraError, RunFolderError, TrackingError
 from qvl_hydra.runs.files import read_json, write_atomically, write_json
 from qvl_hydra.runs.folder import END, RESUMED_FROM, RunFolder, refuse_foreign_folder, swept_keys
@@ -67,7 +76,7 @@ def run_job(config: DictConfig) -> int:
     sweep, number = None, 0
     if runtime.mode == RunMode.MULTIRUN:
         sweep, number = Path(runtime.sweep.dir).absolute(), int(runtime.job.num)
-    return _Job(path, sweep, number, Screen(f"job {number}" if sweep else "")).run(config)
+    return _Job(path, sweep, number, Screen(f"job {number}" if sweep and elsewhere() else "")).run(config)
 
 
 @dataclass(frozen=True)

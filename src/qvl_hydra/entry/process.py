@@ -15,13 +15,25 @@ import warnings
 
 from qvl_hydra.errors import QvlHydraError
 
+_COMMANDS: set[int] = set()  # this process, where it is the command's own
 STOPPED, WRONG_INPUT, BROKEN = 130, 2, 1  # exit statuses
+
+
+def is_command() -> None:
+    """Note that this process is the one that the user has started."""
+    _COMMANDS.add(os.getpid())
+
+
+def elsewhere() -> bool:
+    """Whether this is another process: a launcher's worker, whichever way it was made."""
+    return os.getpid() not in _COMMANDS
 
 
 def be_quiet() -> None:
     """A full disk is told once, and not again for each line that run.log lacks."""
     logging.raiseExceptions = False
-    warnings.filterwarnings("ignore", message=".*is validated against ConfigStore schema")  # launchers have YAMLs here
+    # Launchers have YAMLs here.
+    warnings.filterwarnings("ignore", message=r"\s*.*is validated against ConfigStore schema")
 
 
 def stop_politely() -> None:
