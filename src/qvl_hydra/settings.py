@@ -82,6 +82,7 @@ class OperatorSettings:
     max_ops: int | None = None  # the cap
     select: Literal["even", "first", "random"] = "even"  # how the cap chooses
     fuse: bool = False  # score what runtimes fuse (q/k/v, gate/up) as one
+    experts: Literal["fused", "single"] = "fused"  # single: the experts of a mixture each by itself, too
 
     def faults(self) -> list[str]:
         found = []
@@ -575,14 +576,15 @@ class Settings:
             found.append(
                 f"strategy.metric={strategy.metric} compares distributions over tokens, which component=vision has not"
             )
-        if strategy.split_positions and not (
-            row.splits and strategy.metric == "squared_error" and strategy.positions == "all" and component != "vision"
-        ):
+        of_all = strategy.metric == "squared_error" and strategy.positions == "all" and component != "vision"
+        if strategy.split_positions and not (row.sketches and of_all):
             found.append(
                 "strategy.split_positions=true tells what image, text and answer positions have of the squared error "
                 "of all: take strategy=mse_v2 with strategy.estimator=sketch or auto, and a component with logits; "
                 "exact scores are split without it"
             )
+        if self.operators.experts == "single" and not row.sketches:
+            found.append(f"operators.experts=single needs strategy.estimator=sketch or auto, not {row.name}")
         if row.weighs_errors and self.quant.weight_bits is None and strategy.weighting == "weight_error":
             found.append(f"strategy={strategy.name} weighs by the weight error, but quant.weight_bits is null")
         return found

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
 from torch.nn import functional
 
 from benchmarks.jobs import SCHEMES, Silent, make_job
@@ -20,6 +21,7 @@ from qvl_hydra.blockwise.census import OperatorCensus, warnings
 from qvl_hydra.blockwise.ranges import walk
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.errors import ProfileError
+from qvl_hydra.estimators.sketch_run import of_expert
 from qvl_hydra.families.experts import ExpertProduct
 from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.models.forward import reference_output
@@ -34,9 +36,12 @@ from qvl_hydra.profiles.prices import Terms, used
 from qvl_hydra.profiles.profile import Profile, weight_values
 from qvl_hydra.profiles.units import units_from_scores
 from qvl_hydra.quantization.apply import make_quantizer, quantized
+from qvl_hydra.quantization.qdq import weight_change
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 from qvl_hydra.runs.folder import RunFolder
+from qvl_hydra.scores.table import Scored, score_table
 from qvl_hydra.settings import ProfileSettings
+from qvl_hydra.tasks.sweep import _write_experts
 from tests.estimators.test_exact import wavefront_scores
 from tests.estimators.test_gauss_newton import exact_trace
 from tests.families.shapes import load_made_up, made_up_checkpoint, samples_of
@@ -225,6 +230,49 @@ def test_experts_of_every_token_are_counted(model: LoadedModel, checkpoint: Path
     for product in ("gate_up_proj", "down_proj"):
         assert ranges.census.found[f"{EXPERTS.format(2)}.{product}"].tokens == expected
     assert sum(expected) == 2 * sum(len(sample.input_ids) for sample in samples)
+
+
+def test_single_experts_are_scored_as_if_each_alone_were_rounded(
+    model: LoadedModel, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Against the whole model with one expert's weight rounded at a time; experts without a token score zero."""
+    sample, scheme = samples_of(checkpoint)[0], SCHEMES["w8a16"]
+    assert scheme.weight is not None
+    job = make_job(model, (sample,), scheme, "lm", estimator="sketch", probes=256, reduction="sequence")
+    job = dataclasses.replace(
+        job, operators=tuple(op for op in job.operators if op.experts > 1), single_experts=True,
+        strategy=dataclasses.replace(job.strategy, metric="squared_error", positions="all"),
+    )  # fmt: skip
+    native.run(job, RunFolder(tmp_path), Silent())
+    frame = RunFolder(tmp_path).frame()
+    table, _ = score_table(Scored(job.operators, frame, {}, "squared_error", "u", scheme.name))
+    assert table["op"].tolist() == [op.path for op in job.operators]
+    found = frame[frame["metric"] == of_expert("squared_error")].groupby("op")["value"].mean()
+    reference = reference_output(model.module, sample, "lm")
+    expected: dict[str, float] = {}
+    for op in job.operators:
+        weight = model.module.get_submodule(op.path).weight
+        change, rows = weight_change(weight, scheme.weight), op.out_features
+        for expert in range(op.experts):
+            own = slice(expert * rows, (expert + 1) * rows)
+            before = weight[own].clone()
+            with torch.no_grad():
+                weight[own] += change[own]
+                output = reference_output(model.module, sample, "lm")
+                weight[own] = before
+            expected[f"{op.path}.{expert}"] = float((output.double() - reference.double()).square().sum())
+    assert set(found.index) == set(expected)
+    assert sum(value == 0 for value in expected.values()) == (found == 0).sum()
+    names = [name for name, value in expected.items() if value > 0]
+    assert len(names) > 10
+    ratios = [found[name] / expected[name] for name in names]
+    assert sorted(ratios)[len(ratios) // 2] == pytest.approx(1, abs=0.1)
+    assert sum(abs(ratio - 1) < 0.35 for ratio in ratios) >= len(ratios) - 1  # a change can reroute a token
+    assert spearmanr(found[names], [expected[name] for name in names]).statistic > 0.95
+    _write_experts(RunFolder(tmp_path), frame, "squared_error", scheme.name)
+    written = pd.read_parquet(tmp_path / "experts.parquet")
+    by_name = {f"{row['op']}.{row['expert']}": row["score"] for row in written.to_dict("records")}
+    assert by_name == pytest.approx(found.to_dict())
 
 
 def test_experts_that_saw_no_token_are_told() -> None:

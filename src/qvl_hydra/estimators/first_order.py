@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qvl_hydra.models.memory import row_parts
-from qvl_hydra.operators.kinds import as_tokens, product, slots
+from qvl_hydra.operators.kinds import as_tokens, mixture, product, slots
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.formats.record import QuantParams
 from qvl_hydra.quantization.qdq import qdq_activation
@@ -44,7 +44,8 @@ class OperatorError:
         input: rounding error of the input, (token, in).
         output: rounding error of the output, (token, out).
         slots: how many of these one token of the sample is; their products add up.
-        weight_products, activation_products: one (token,) tensor a probe.
+        chosen: of a mixture, the expert of each slot.
+        weight_products, activation_products: one (token * slots,) tensor a probe.
         taken: probes so far.
     """
 
@@ -52,6 +53,7 @@ class OperatorError:
     input: Tensor | None
     output: Tensor | None
     slots: int = 1
+    chosen: Tensor | None = None
     weight_products: list[Tensor] = field(default_factory=list)
     activation_products: list[Tensor] = field(default_factory=list)
     taken: int = 0
@@ -60,15 +62,19 @@ class OperatorError:
         """Take the products with a probe's gradient at the operator's output and input."""
         self.taken += 1
         if self.weight is not None:
-            self.weight_products.append(self._by_token(_dot(g, self.weight)))
+            self.weight_products.append(_dot(g, self.weight))
         pairs = ((to_input, self.input), (g, self.output))
         activation = [_dot(gradient, change) for gradient, change in pairs if change is not None]
         if activation:
             found = activation[0] if len(activation) == 1 else activation[0] + activation[1]
-            self.activation_products.append(self._by_token(found))
+            self.activation_products.append(found)
 
-    def _by_token(self, products: Float[Tensor, "value"]) -> Float[Tensor, "token"]:
-        return products if self.slots == 1 else products.view(-1, self.slots).sum(-1)
+    def by_token(self, products: Sequence[Tensor], expert: int | None) -> list[Float[Tensor, "token"]]:
+        """The products of each probe, summed over the slots of a token, or over those of one expert."""
+        if expert is not None:
+            assert self.chosen is not None, "no mixture"
+            products = [product * (self.chosen == expert) for product in products]
+        return [product if self.slots == 1 else product.view(-1, self.slots).sum(-1) for product in products]
 
 
 def _dot(first: Float[Tensor, "token value"], second: Float[Tensor, "token value"]) -> Float[Tensor, "token"]:
@@ -114,7 +120,8 @@ def operator_error(module: nn.Module, x: Float[Tensor, "token *in"], change: Ope
         shift = 0.0 if bias is None else bias.float()
         after = qdq_activation(y + shift, scheme.output, change.output)
         by_output = (after - shift - y).to(dtype)
-    return OperatorError(by_weight, by_input, by_output, slots(module))
+    own = mixture(module)
+    return OperatorError(by_weight, by_input, by_output, slots(module), None if own is None else own.chosen)
 
 
 def combine(
@@ -183,18 +190,24 @@ class FirstOrder:
         schemes = max((len(errors) for target in members for errors in target), default=0)
         found = []
         for index in range(schemes):
-            by_target = [self._values([errors[index] for errors in target], samples_of, kinds) for target in members]
+            by_target = [
+                self._values([errors[index] for errors in own], samples_of, kinds, target.expert)
+                for target, own in zip(targets, members, strict=True)
+            ]
             found.append([torch.stack(rows) for rows in zip(*by_target, strict=True)])
         return found
 
     def _values(
-        self, errors: Sequence[OperatorError], samples_of: SamplesOf, kinds: Kinds | None
+        self, errors: Sequence[OperatorError], samples_of: SamplesOf, kinds: Kinds | None, expert: int | None
     ) -> list[Float[Tensor, "probe part"]]:
         """Of one target in one scheme, a sample each."""
         if not any(e.weight_products or e.activation_products for e in errors):  # a scheme that is not offered
             empty = torch.zeros(errors[0].taken, PARTS[self.reduction] + len(ORIGINS))
             return [empty] * len(samples_of(0))
-        parts = (_summed([e.weight_products for e in errors]), _summed([e.activation_products for e in errors]))
+        parts = (
+            _summed([e.by_token(e.weight_products, expert) for e in errors]),
+            _summed([e.by_token(e.activation_products, expert) for e in errors]),
+        )
         tokens = next(part.shape[-1] for part in parts if part is not None)
         squares = _total(*parts).square()
         found = []

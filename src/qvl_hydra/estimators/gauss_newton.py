@@ -130,6 +130,9 @@ class GaussNewton:
     probes: int
     values: int
 
+    def targets(self, bench: Bench) -> list[Target]:
+        return bench.targets
+
     def probe_maker(self, bench: Bench) -> MakeSampleProbes:
         def probes(sample: Sample, mask: Tensor, output: Tensor) -> Iterator[Tensor]:
             names = (bench.job.seed, sample.id)

@@ -54,6 +54,9 @@ class Gradient:
     probes: int
     values: int
 
+    def targets(self, bench: Bench) -> list[Target]:
+        return bench.targets
+
     def probe_maker(self, bench: Bench) -> MakeSampleProbes:
         def gradient(sample: Sample, mask: Tensor, output: Tensor) -> list[Tensor]:
             return [loss_gradient(output, predicted_tokens(sample)[mask].to(output.device))]

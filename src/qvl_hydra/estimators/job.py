@@ -36,6 +36,7 @@ class SweepJob:
         scored: the samples that scores are measured on: the first `confidence_batches` batches.
         batch_size: samples a batch.
         schemes: the scheme to score, then further ones that share its passes.
+        single_experts: the experts of a mixture are scored each by itself, too.
         shard: which part of the scored samples is measured in this run, and of how many.
         workdir: folder for the engine's own artifacts, made by the first; everything in it goes to the tracker.
     """
@@ -53,6 +54,7 @@ class SweepJob:
     seed: int
     workdir: Path
     shard: tuple[int, int] = (0, 1)
+    single_experts: bool = False
 
     @property
     def scheme(self) -> Scheme:

@@ -88,7 +88,8 @@ class ReverseSegment:
     @property
     def paths(self) -> list[str]:
         """Operators that are read, in data order."""
-        return [op.path for target in self.targets for op in target.operators if self.segment.holds(op.path)]
+        every = (op.path for target in self.targets for op in target.operators)
+        return [path for path in dict.fromkeys(every) if self.segment.holds(path)]
 
 
 def step_back(

@@ -52,6 +52,9 @@ class Plan(Protocol):
     def values(self) -> int:
         """How many schemes, or other columns, its reading gives values for."""
 
+    def targets(self, bench: Bench) -> list[Target]:
+        """What gets a score."""
+
     def probe_maker(self, bench: Bench) -> MakeSampleProbes:
         """What makes a sample's probes from its output at the scored positions; the last segment is in memory."""
 
@@ -128,8 +131,8 @@ def _measure_segment(
         Scores; and the gradients at the segment's input.
     """
     segment = bench.walker.segments[index]
-    targets = [target for target in bench.targets if any(segment.holds(op.path) for op in target.operators)]
-    operators = [op for target in targets for op in target.operators]
+    targets = [target for target in plan.targets(bench) if any(segment.holds(op.path) for op in target.operators)]
+    operators = list(dict.fromkeys(op for target in targets for op in target.operators))
     scores: list[SampleScore] = []
     after: dict[int, list[State]] = {}
     with bench.walker.weights(segment):

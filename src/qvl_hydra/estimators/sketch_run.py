@@ -18,7 +18,7 @@ from qvl_hydra.estimators.positions import predicted_kinds
 from qvl_hydra.estimators.probes import Signs, fisher_probes, leading_directions, sign_probes
 from qvl_hydra.estimators.reverse_walk import MakeSampleProbes, cost, reverse_walk
 from qvl_hydra.operators.discover import Operator
-from qvl_hydra.operators.targets import Target
+from qvl_hydra.operators.targets import Target, single_experts
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.qdq import weight_change
 from qvl_hydra.quantization.scheme import Scheme
@@ -66,6 +66,9 @@ class Sketch:
     probes: int
     values: int
     kinds: int = 1
+
+    def targets(self, bench: Bench) -> list[Target]:
+        return [*bench.targets, *(single_experts(bench.targets) if bench.job.single_experts else ())]
 
     def probe_maker(self, bench: Bench) -> MakeSampleProbes:
         strategy = bench.job.strategy
@@ -156,6 +159,11 @@ def first_order_scores(
                 cross, origins = more[: -len(ORIGINS)], more[-len(ORIGINS) :]
                 by_weight, by_activation = cross or (None, None)
                 yield SampleScore(
-                    target.name, sample.id, k, value, metric, estimator, scheme.name, by_weight, by_activation, own,
-                    *origins,
+                    target.name, sample.id, k, value, metric if target.expert is None else of_expert(metric), estimator,
+                    scheme.name, by_weight, by_activation, own, *origins,
                 )  # fmt: skip
+
+
+def of_expert(metric: str) -> str:
+    """What the scores of single experts are called, which are no operators of their own."""
+    return f"{metric}_of_expert"

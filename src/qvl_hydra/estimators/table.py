@@ -28,7 +28,8 @@ class Estimator:
         approximate: its scores are estimates, which are scaled to the exact ones where a run has both.
         weighs_errors: it multiplies with the weight's error, unless `strategy.weighting` is `trace`.
         several: it scores several schemes in one run.
-        splits: `strategy.split_positions` makes it tell squared errors apart by the kind of token that is predicted.
+        sketches: it has a gradient at every token, which tells squared errors apart by the kind of token that is
+            predicted (`strategy.split_positions`) and scores single experts (`operators.experts`).
         shards: its samples can be measured in several runs and merged.
         why_resident: what it needs all weights in memory for; empty: it works streamed, too.
         work: `module:function`, from a `SweepJob` to the forwards of one sample that it costs, about; empty: it stops
@@ -43,7 +44,7 @@ class Estimator:
     approximate: bool = False
     weighs_errors: bool = False
     several: bool = True
-    splits: bool = False
+    sketches: bool = False
     shards: bool = True
     why_resident: str = ""
     work: str = ""
@@ -69,7 +70,7 @@ ESTIMATORS = {
     for row in (
         Estimator(
             "auto", f"{_OWN}.auto:run", ("requantize",), ("squared_error", "kl"), approximate=True,
-            splits=True, work=f"{_OWN}.auto:work",
+            sketches=True, work=f"{_OWN}.auto:work",
         ),
         Estimator(
             "exact", f"{_OWN}.exact_run:run", metrics=("squared_error", "kl", "loss_change"),
@@ -77,7 +78,7 @@ ESTIMATORS = {
         ),
         Estimator(
             "sketch", f"{_OWN}.sketch_run:run", ("requantize",), ("squared_error", "kl"), approximate=True,
-            splits=True, work=f"{_OWN}.sketch_run:work",
+            sketches=True, work=f"{_OWN}.sketch_run:work",
         ),
         Estimator(
             "gradient", f"{_OWN}.gradient:run", ("requantize",), metric="loss_gradient", approximate=True,

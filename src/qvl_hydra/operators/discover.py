@@ -125,6 +125,8 @@ def select_operators(operators: Sequence[Operator], settings: OperatorSettings, 
             missing = sorted(blocks - present)
             problems.append(f"operators.blocks={settings.blocks}: no block {missing}; blocks are 0-{max(present)}")
         kept = [op for op in kept if op.block in blocks]
+    if settings.experts == "single" and not any(op.experts > 1 for op in kept):
+        problems.append("operators.experts=single: none of the operators has experts")
     if problems:
         raise OperatorError("; ".join(problems))
     if not kept:

@@ -14,10 +14,12 @@ class Target:
 
     Attributes:
         name: the operator's path, or the group's for several.
+        expert: the only one of a mixture's experts that is put into the scheme; None: all.
     """
 
     name: str
     operators: tuple[Operator, ...]
+    expert: int | None = None
 
 
 def make_targets(operators: Sequence[Operator], fuse: bool) -> list[Target]:
@@ -26,3 +28,14 @@ def make_targets(operators: Sequence[Operator], fuse: bool) -> list[Target]:
     for op in operators:
         groups.setdefault(op.group if fuse else op.path, []).append(op)
     return [Target(name, tuple(members)) for name, members in groups.items()]
+
+
+def single_experts(targets: Sequence[Target]) -> list[Target]:
+    """Each expert of each mixture among the targets by itself, named by its place behind the operator's path."""
+    return [
+        Target(f"{op.path}.{expert}", (op,), expert)
+        for target in targets
+        for op in target.operators
+        if op.experts > 1
+        for expert in range(op.experts)
+    ]

@@ -28,6 +28,7 @@ FIGURES = "figures"
 DRAWS = 500  # resampled score vectors behind the probabilities and the stability curve
 MIB = 1024**2
 CENSUS_ROWS = 10
+EXPERTS_SHOWN = 15
 FAMILIES_SHOWN = {
     "n_ops": "operators",
     "sum_of_scores": "sum of scores",
@@ -79,6 +80,7 @@ def write_sweep_report(folder: Path, extra: Sequence[Section] = ()) -> Path:
         Section("Most sensitive operators", ranked_bars(run.table)),
         Section("How many samples are enough", stability_section(curve, criterion, run)),
         *extra,
+        *_single_experts(folder),
         *_census(run.table),
         Section("Operators", _operators(run, criterion.top_k)),
         Section(
@@ -109,6 +111,27 @@ def _families(folder: Path) -> list[Section]:
             "quantized alone, and what leaving it wins where everything else is quantized."
         )
     return [Section("Families", table(columns, rows, identity="families") + notes(how))]
+
+
+def _single_experts(folder: Path) -> list[Section]:
+    """The experts that lose most by themselves, where each was scored."""
+    path = folder / "experts.parquet"
+    told = read_table(path) if path.exists() else pd.DataFrame()
+    if "score" not in told:
+        return []
+    shares = told["score"] / told.groupby("op")["score"].transform("sum")
+    shown = told.assign(share=shares).nlargest(EXPERTS_SHOWN, "score")
+    rows = [
+        [row["op"], row["expert"], row["tokens"], row["score"], f"{row['share']:.0%}"]
+        for row in shown.to_dict("records")
+    ]
+    names = ("expert", "calibration tokens", "score", "of all experts' scores")
+    columns = [Column("operator", code=True), *(Column(name, number=True) for name in names)]
+    how = (
+        f"The {len(rows)} single experts that lose most when nothing else is quantized, by the sketch. Runtimes give "
+        "all experts of a block one scheme, so that they are not decided on one by one."
+    )
+    return [Section("Single experts", table(columns, rows) + notes([how]))]
 
 
 def _present(value: float) -> float | None:

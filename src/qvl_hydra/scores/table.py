@@ -60,6 +60,7 @@ def score_table(scored: Scored) -> tuple[pd.DataFrame, float | None]:
         The table (columns `COLUMNS`, then a column of means for each further metric), and the factor of the sketch.
     """
     frame = scored.frame[scored.frame["scheme"] == scored.scheme]
+    frame = frame[frame["op"].isin([name for name, _ in _units(scored)])]  # without single experts
     ranking = frame[frame["metric"] == scored.metric]
     values = {
         (str(estimator), str(op)): _by_sample(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections import defaultdict
@@ -21,6 +22,7 @@ from qvl_hydra.estimators.auto import CONTROLS
 from qvl_hydra.estimators.bench import CENSUS, shard_of
 from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.estimators.metrics import unit_of
+from qvl_hydra.estimators.sketch_run import of_expert
 from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.profiles.families import families
 from qvl_hydra.quantization.formats.table import not_offered
@@ -118,6 +120,7 @@ def job_of(settings: Settings, prepared: Prepared, workdir: Path) -> SweepJob:
         seed=settings.seed,
         workdir=workdir,
         shard=settings.part,
+        single_experts=settings.operators.experts == "single",
     )
 
 
@@ -179,15 +182,21 @@ def _refresher(settings: Settings, folder: RunFolder, prepared: Prepared) -> Cal
     return refresh
 
 
-def _write_experts(folder: RunFolder) -> None:
-    """Of a mixture, how many calibration tokens each expert was given."""
+def _write_experts(folder: RunFolder, frame: pd.DataFrame, metric: str, scheme: str) -> None:
+    """Of a mixture, how many calibration tokens each expert was given, and its score where that was asked for."""
     rows = [
         {"op": path, "expert": expert, "tokens": tokens}
         for path, seen in folder.recall(CENSUS, {}).items()
         for expert, tokens in enumerate(seen.get("tokens", ()))
     ]
-    if rows:
-        write_parquet(folder.path / "experts.parquet", pd.DataFrame(rows))
+    if not rows:
+        return
+    table = pd.DataFrame(rows)
+    own = frame[(frame["metric"] == of_expert(metric)) & (frame["scheme"] == scheme)]
+    if len(own):
+        scores = own.groupby("op")["value"].mean().to_dict()
+        table["score"] = [scores.get(f"{row['op']}.{row['expert']}", math.nan) for row in rows]
+    write_parquet(folder.path / "experts.parquet", table)
 
 
 def _write_results(
@@ -200,7 +209,7 @@ def _write_results(
         write_parquet(folder.path / name, table)
     frame = folder.frame()
     write_parquet(folder.path / "sample_scores.parquet", frame)
-    _write_experts(folder)
+    _write_experts(folder, frame, report.metric if report else settings.strategy.metric, main)
     grouped = families(tables[main][0], frame, main, BACKENDS[settings.backend.name].shares)
     write_parquet(folder.path / "families.parquet", grouped)
     record = _run_record(settings, prepared, report, tables[main], main, note)
