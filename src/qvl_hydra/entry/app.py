@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 import hydra
 
@@ -27,6 +26,7 @@ from qvl_hydra.entry.process import (
     stop_politely,
 )
 from qvl_hydra.errors import QvlHydraError
+from qvl_hydra.runs.lock import Lock
 from qvl_hydra.screen import Screen
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     sys.exit(status)
 
 
-def _begin(sweep_folder: Path, swept: Sequence[str]) -> IO[str]:
+def _begin(sweep_folder: Path, swept: Sequence[str]) -> Lock:
     from qvl_hydra.entry.ends import begin  # takes time to import, which help need not
 
     return begin(sweep_folder, swept)

@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from qvl_hydra.entry.compose import with_choices
 from qvl_hydra.entry.process import STOPPED, WRONG_INPUT
 from qvl_hydra.errors import QvlHydraError, RunFolderError, TrackingError
 from qvl_hydra.runs.files import read_json, read_yaml, write_json
 from qvl_hydra.runs.folder import SWEEP_LOCK, hold, note_sweep
+from qvl_hydra.runs.lock import Lock
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings, judge_settings
 from qvl_hydra.tracking.record import RunStatus, finish_parent
@@ -35,7 +36,7 @@ class End:
     folder: str = ""
 
 
-def begin(sweep_folder: Path, swept: Sequence[str]) -> IO[str]:
+def begin(sweep_folder: Path, swept: Sequence[str]) -> Lock:
     """Note that a multirun begins; what an earlier one left of its jobs' ends is gone.
 
     Args:

@@ -7,15 +7,14 @@ names of the parts, their lock and their adoption by a later run keep one promis
 
 from __future__ import annotations
 
-import fcntl
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 
 from qvl_hydra.errors import RunFolderError
 from qvl_hydra.runs.files import damaged, read_json, read_value, write_json, written_whole
+from qvl_hydra.runs.lock import Lock, LockedError, is_held
 from qvl_hydra.scores.shrink import CROSS, ORIGINS, shrunk
 
 PARTS = "parts"
@@ -180,13 +180,13 @@ class RunFolder:
         Raises:
             RunFolderError: another run holds it.
         """
-        with (self.path / LOCK).open("a+") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise RunFolderError(
-                    f"another run is writing in {self.path}; wait for it, or give this one its own hydra.run.dir"
-                ) from error
+        try:
+            lock = Lock(self.path / LOCK)
+        except LockedError as error:
+            raise RunFolderError(
+                f"another run is writing in {self.path} ({error}); wait for it, or give this one its own hydra.run.dir"
+            ) from error
+        with closing(lock):
             yield
 
 
@@ -322,30 +322,16 @@ def _is_locked(folder: Path) -> bool:
     return is_held(folder / LOCK)
 
 
-def is_held(lock: Path) -> bool:
-    """Whether a process holds a lock file."""
-    try:
-        with lock.open("r+") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-
-
-def hold(lock: Path) -> IO[str]:
+def hold(lock: Path) -> Lock:
     """Hold a lock file until the process ends, or what is given back is let go.
 
     Raises:
         RunFolderError: another process holds it.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
-    stream = lock.open("a+")
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        return Lock(lock)
+    except LockedError as error:
         raise RunFolderError(
-            f"another command is at work in {lock.parent}; wait for it, or take another folder"
+            f"another command is at work in {lock.parent} ({error}); wait for it, or take another folder"
         ) from error
-    return stream

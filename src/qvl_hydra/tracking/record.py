@@ -30,7 +30,8 @@ from mlflow.exceptions import MlflowException
 
 from qvl_hydra.errors import TrackingError
 from qvl_hydra.runs.files import read_json, write_json
-from qvl_hydra.runs.folder import LOCK, SWEEP_LOCK, is_held
+from qvl_hydra.runs.folder import LOCK, SWEEP_LOCK
+from qvl_hydra.runs.lock import is_held
 from qvl_hydra.settings import TrackingSettings
 from qvl_hydra.tracking import content
 from qvl_hydra.tracking.logged_model import dataset_of, send_model

@@ -6,7 +6,6 @@ Everything is absolute, so that the store can be opened from any folder. Only an
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import math
 import os
@@ -15,11 +14,12 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from qvl_hydra.errors import QvlHydraError, TrackingError
+from qvl_hydra.runs.lock import Lock, LockedError
 from qvl_hydra.settings import TrackingSettings
 
 logging.getLogger("alembic").setLevel(logging.WARNING)  # a new store tells every migration otherwise
@@ -170,14 +170,19 @@ def told(uri: str) -> Iterator[None]:
 
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Hold a lock file; it falls with the process. On a read-only place there is nothing to protect, and no lock."""
+    """Hold a lock file; it falls with the process. On a read-only place there is nothing to protect, and no lock.
+
+    Raises:
+        TrackingError: a process of another machine has held it for long.
+    """
     try:
-        stream = path.open("a+")
+        lock = Lock(path, wait=True)
     except OSError:
         yield
         return
-    with stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    except LockedError as error:
+        raise TrackingError(str(error)) from error
+    with closing(lock):
         yield
 
 
