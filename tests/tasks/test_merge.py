@@ -93,6 +93,23 @@ def test_merged_shards_are_the_whole_run(
     assert len(json.loads((found / "shards.json").read_text())["shards"]) == 3
 
 
+DEEP = ("model.weights=random", "+model.overrides={text_config.num_hidden_layers: 36}", "operators.max_ops=24")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["exact", "sketch", "auto", "gauss_newton"])
+def test_four_shards_of_36_blocks_are_the_whole_run(estimator: str, tmp_path: Path) -> None:
+    strategy = ("strategy=hawq_v2",) if estimator == "gauss_newton" else (f"strategy.estimator={estimator}",)
+    overrides = (*DEEP, *strategy, "calibration.size=8")
+    whole = measured(tmp_path / "whole", *overrides)
+    found = merged(tmp_path / "merged", shards_of(tmp_path, 4, *overrides))
+    one, other = (pd.read_parquet(path / "scores.parquet") for path in (found, whole))
+    if estimator == "exact":
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
+    else:
+        pd.testing.assert_frame_equal(one, other, rtol=2e-3)
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return shards_of(tmp_path_factory.mktemp("quick"), 3, *FAST)
