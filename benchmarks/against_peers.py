@@ -1,19 +1,22 @@
 """Plans among several formats beside those of ModelOpt's search and of the formulas of others, at equal bits.
 
-    python -m benchmarks.against_peers [--models ...] [--seeds 5] [--folder <checkpoint>]
+    python -m benchmarks.against_peers [--models ...] [--seeds 5] [--folder <checkpoint>] [--peers modelopt autoscheme]
 
 Language tower and head, the same 32 calibration samples for all, three lists of choices. ModelOpt (extra `modelopt`)
 scores and searches by itself (`auto_quantize`, gradient, given the component alone, since it turns image-text scoring
 away); the bits of its plan, counted as ours are, are the budget of the others. Its NVFP4 needs a GPU: without one, that
-list is without it. The formulas (`benchmarks.peers`) are ModelOpt's (squared gradient x change) and that of AutoRound's
-AutoScheme (L1 of the same), both in our solver. Every plan is measured by QDQ on 128 held-out samples. Each way runs in
-a process of its own: seconds of scoring and search, and the process's largest memory.
+list is without it. AutoRound's AutoScheme (extra `autoround`) scores and searches by itself, too, on the text of the
+same samples: for a language tower it takes no images. The bits of its plans are a second budget of ours. The formulas
+(`benchmarks.peers`) are ModelOpt's (squared gradient x change) and that of AutoScheme (L1 of the same), both in our
+solver. Every plan is measured by QDQ on 128 held-out samples. Each way runs in a process of its own: seconds of scoring
+and search, and the process's largest memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import multiprocessing
 import queue
 import resource
@@ -53,8 +56,14 @@ MODELS = ("tiny_qwen2_5_vl", "tiny_qwen2_vl", "tiny_qwen3_vl")
 CHOICES = (("w4a16", "w8a8_int"), ("w4a16", "fp8_dynamic"), ("nvfp4", "fp8_dynamic"))
 ON_GPU = "nvfp4"  # what ModelOpt computes on a GPU alone
 TARGETS = (4.75, 5.5, 6.5, 7.5, 9.0)  # ModelOpt's effective bits
-PEERS = {"modelopt": "modelopt", "elementwise": "ModelOpt's formula", "L1": "AutoRound's formula"}
+PEERS = {
+    "modelopt": "modelopt", "autoscheme": "AutoScheme", "elementwise": "ModelOpt's formula",
+    "L1": "AutoRound's formula",
+}  # fmt: skip
+SEARCHES = ("modelopt", "autoscheme")  # of others, which find plans by themselves
+BESIDE = {"autoscheme": "ours, AutoScheme's bits"}  # what a way is compared with, where it is not `ours`
 SAMPLES, HELD_OUT, CANDIDATES = 32, 128, 8
+TEXT_TOKENS = 256  # of AutoScheme's sequences, its default
 Plan = dict[str, str]  # choice of each operator
 
 
@@ -180,6 +189,53 @@ def modelopt(name: str, seed: int, names: tuple[str, ...], targets: list[float])
     return found
 
 
+def autoscheme(name: str, seed: int, names: tuple[str, ...], targets: list[float]) -> list[Plan]:
+    """AutoScheme's own scores and search; its sequences are the samples' texts, each filled up with those after it."""
+    from auto_round.auto_scheme.gen_auto_scheme import AutoScheme, GenScheme
+    from auto_round.schemes import FP8_STATIC, INT8, NVFP4, W4A16
+
+    dynamic = {"act_group_size": -1, "act_dynamic": True}  # a scale a token
+    options = {"w4a16": W4A16, "w8a8_int": INT8, "nvfp4": NVFP4,
+               "fp8_dynamic": dataclasses.replace(FP8_STATIC, **dynamic)}  # fmt: skip
+    model = model_of(name)
+    samples = samples_of(model, seed, "calibration", SAMPLES)
+    tokenizer: Any = load_processor(model.description.folder).tokenizer
+    image = model.config.image_token_id
+    texts = [tokenizer.decode([int(i) for i in sample.input_ids if int(i) != image]) for sample in samples]
+    wanted = [op.path for op in make_job(model, samples, schemes_of(names)[names[0]]).operators]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "texts.jsonl"
+        rows = [_filled(texts[place:] + texts[:place], tokenizer) for place in range(len(texts))]
+        path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        asked = AutoScheme(
+            avg_bits=list(targets), options=[*(options[scheme] for scheme in names), "BF16"], nsamples=len(rows),
+            seqlen=TEXT_TOKENS, low_gpu_mem_usage=False, low_cpu_mem_usage=False,
+        )  # fmt: skip
+        made = GenScheme(
+            asked, model.module, wanted, {}, dataset=str(path), tokenizer=tokenizer, device_map="cpu",
+            enable_torch_compile=False,
+        )  # fmt: skip
+        found = made.get_layer_config()
+    kinds = {(options[scheme].data_type, options[scheme].bits, options[scheme].act_bits): scheme for scheme in names}
+    return [
+        {
+            path: kinds.get((own.get("data_type"), own.get("bits"), own.get("act_bits")), LEAVE)
+            for path, own in found[target].items()
+        }
+        for target in targets
+    ]
+
+
+def _filled(texts: list[str], tokenizer: Any) -> str:
+    """As many of the texts as make one sequence."""
+    row = ""
+    for text in texts * TEXT_TOKENS:
+        row += f"{text}\n"
+        if len(tokenizer(row)["input_ids"]) > TEXT_TOKENS:
+            return row
+    return row
+
+
 def plan_of(profile: Profile) -> Plan:
     return {
         op.path: LEAVE if op.path in profile.high else profile.scheme_of(op).name for op in profile.operators
@@ -216,11 +272,15 @@ def in_a_process(way: Callable[..., list[Plan]], *arguments: Any) -> tuple[list[
             return found
 
 
-def compare(name: str, seed: int, names: tuple[str, ...]) -> list[dict[str, Any]]:
+def compare(name: str, seed: int, names: tuple[str, ...], peers: tuple[str, ...]) -> list[dict[str, Any]]:
     """Rows of one model, seed and list of choices: one a budget and way."""
     model, plans = model_of(name), {}
     bits = list(TARGETS)
-    if ON_GPU not in names or torch.cuda.is_available():
+    if "autoscheme" in peers:
+        plans["autoscheme"] = in_a_process(autoscheme, name, seed, names, bits)
+        own = [profile_of(model, plan, names).average_bits for plan in plans["autoscheme"][0]]
+        plans[BESIDE["autoscheme"]] = in_a_process(ours, name, seed, names, own)
+    if "modelopt" in peers and (ON_GPU not in names or torch.cuda.is_available()):
         plans["modelopt"] = in_a_process(modelopt, name, seed, names, bits)
         bits = [profile_of(model, plan, names).average_bits for plan in plans["modelopt"][0]]
     plans["ours"] = in_a_process(ours, name, seed, names, bits)
@@ -253,11 +313,12 @@ def summary(rows: list[dict[str, Any]]) -> Table:
         for names in dict.fromkeys(tuple(row["choices"]) for row in rows):
             own = [row for row in rows if row["model"] == model and tuple(row["choices"]) == names]
             by_way = {way: {tuple(r[k] for k in key): r for r in own if r["way"] == way} for way in
-                      ("ours", "ours, one format", *PEERS)}  # fmt: skip
+                      ("ours", "ours, one format", *PEERS, *BESIDE.values())}  # fmt: skip
             for way in ("ours, one format", *PEERS):
                 if not by_way[way]:
                     continue
-                pairs = [(row, by_way["ours"][case]) for case, row in by_way[way].items()]
+                mine_by_case = by_way[BESIDE.get(way, "ours")]
+                pairs = [(row, mine_by_case[case]) for case, row in by_way[way].items()]
                 below = np.mean([mine["kl_answer"] <= theirs["kl_answer"] + 1e-9 for theirs, mine in pairs])
                 ratio = [np.log(max(m["kl_answer"], 1e-7) / max(t["kl_answer"], 1e-7)) for t, m in pairs]
                 said = [
@@ -278,12 +339,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folder", help="a checkpoint folder instead of the bundled models")
+    parser.add_argument("--peers", nargs="*", default=list(SEARCHES), choices=SEARCHES)
     asked = parser.parse_args()
     console, rows = Console(width=130), []
     for name in [asked.folder] if asked.folder else asked.models:
         for names in CHOICES:
             for seed in range(asked.seeds):
-                rows += compare(name, seed, names)
+                rows += compare(name, seed, names, tuple(asked.peers))
             path = save_results("against_peers", rows)
             console.print(summary(rows))
     console.print(f"written: {path}")

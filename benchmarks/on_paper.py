@@ -1,18 +1,19 @@
 """What the default sweep of published shapes takes on GPUs, on paper: seconds, bytes read, and money.
 
     python -m benchmarks.on_paper results/full_size_*.json [--device h100_sxm] [--gpus 1 8 64] [--samples 128]
-                                  [--text 256] [--image 768] [--read 5] [--price 3]
+                                  [--text 256] [--image 768] [--peak 0.6] [--read 5] [--price 3]
 
 A model of the time, fitted to what `benchmarks.full_size` has measured on this machine and left in its results:
 
-    seconds = weights / read rate * times read  +  operations / (peak * efficiency) * forward-equivalents
+    seconds = weights / read rate * times read  +  operations / (peak * reached * efficiency) * forward-equivalents
 
 Forward-equivalents are the median of the results. The efficiency is what a forward of theirs reached of what a large
-product of bfloat16 reaches on the same cores, timed here, and is taken to hold for the GPU's published peak, too: its
-weakest assumption. The operations of a shape are counted from its operators, two for each weight and token, experts by
-how many a token goes to; attention's own products, a few per cent at these lengths, are left out. A model that does not
-fit into four fifths of a GPU's memory is streamed: read once for ranges and twice for each group of samples whose
-states fit beside it. Shards divide the samples; every shard loads the model and observes ranges on all of them.
+product of bfloat16 reaches on the same cores, timed here. What a large product reaches of a GPU's published peak
+(`--peak`), the read rate and the price are assumptions. The operations of a shape are counted from its operators, two
+for each weight and token, experts by how many a token goes to; attention's own products, a few per cent at these
+lengths, are left out. A model that does not fit into four fifths of a GPU's memory is streamed: read once for ranges and
+twice for each group of samples whose states fit beside it. Shards divide the samples; every shard loads the model and
+observes ranges on all of them.
 """
 
 from __future__ import annotations
@@ -136,9 +137,8 @@ def cost(shape: Shape, known: Fit, device: dict[str, Any], gpus: int, arguments:
         groups = math.ceil(own * states / (memory / 2))
         reads = 1 + 2 * groups
     read_s = shape.weight_bytes * reads / (arguments.read * 1e9)
-    forward_s = shape.operations(arguments.text, arguments.image) / (
-        device["tera_ops"]["bf16"] * 1e12 * known.efficiency
-    )
+    rate = device["tera_ops"]["bf16"] * 1e12 * arguments.peak * known.efficiency
+    forward_s = shape.operations(arguments.text, arguments.image) / rate
     computed_s = forward_s * (arguments.samples + (known.forward_equivalents - 1) * own)
     seconds = read_s + computed_s
     return {
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--text", type=int, default=256, help="text tokens of a sample")
     parser.add_argument("--image", type=int, default=768, help="image tokens of a sample, four patches each")
+    parser.add_argument("--peak", type=float, default=0.6, help="of the published peak that a large product reaches")
     parser.add_argument("--read", type=float, default=5.0, help="GB a second that a GPU's process reads weights at")
     parser.add_argument("--price", type=float, default=3.0, help="of a GPU hour")
     arguments = parser.parse_args()
@@ -177,7 +178,8 @@ def main() -> None:
     Console().print(
         f"{known.forward_equivalents:.2f} forward-equivalents, {known.efficiency:.0%} of the rate of a large product, "
         f"from {len(results)} results; {arguments.samples} samples of {arguments.text} text and {arguments.image} "
-        f"image tokens, {arguments.device}, {arguments.read} GB/s, {arguments.price} an hour",
+        f"image tokens, {arguments.device}, {arguments.peak:.0%} of its peak, {arguments.read} GB/s, "
+        f"{arguments.price} an hour",
         table, f"written: {written}", sep="\n",
     )  # fmt: skip
 
