@@ -11,9 +11,9 @@ Forward-equivalents are the median of the results. The efficiency is what a forw
 product of bfloat16 reaches on the same cores, timed here. What a large product reaches of a GPU's published peak
 (`--peak`), the read rate and the price are assumptions. The operations of a shape are counted from its operators, two
 for each weight and token, experts by how many a token goes to; attention's own products, a few per cent at these
-lengths, are left out. A model that does not fit into four fifths of a GPU's memory is streamed: read once for ranges and
-twice for each group of samples whose states fit beside it. Shards divide the samples; every shard loads the model and
-observes ranges on all of them.
+lengths, are left out. A model that does not fit into four fifths of a GPU's memory is streamed: read once for ranges
+and twice for each group of samples whose states fit beside it. Shards divide the samples; every shard loads the model
+and observes ranges on all of them.
 """
 
 from __future__ import annotations
