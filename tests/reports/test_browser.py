@@ -112,7 +112,7 @@ def hover(window: Any, element: Any) -> str:
 
 
 @pytest.mark.parametrize("report", ["sweep", "comparison"])
-def test_reports_fit_a_phone(tmp_path: Path, report: str) -> None:
+def test_reports_fit_a_phone_and_a_printed_page(tmp_path: Path, report: str) -> None:
     if report == "sweep":
         path = write_sweep_report(write_run(tmp_path, component="full", blocks=6))
     else:
@@ -122,6 +122,11 @@ def test_reports_fit_a_phone(tmp_path: Path, report: str) -> None:
         size = "return [document.documentElement.scrollWidth, innerWidth]"
         width, room = window.execute_script(size)
         assert (width, room) == (390, 390), "the page itself must not scroll sideways"
+    with chromium(794, 1123) as window:  # A4
+        window.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+        window.get(path.as_uri())
+        widths = "return [...document.querySelectorAll('table')].map(table => table.scrollWidth)"
+        assert max(window.execute_script(widths)) <= 794, "no column may be cut off"
 
 
 def test_comparison_report_holds_the_pairs(tmp_path: Path) -> None:
