@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
-from qvl_hydra.runs import versions
+from qvl_hydra.runs import resume, versions
+from qvl_hydra.runs.folder import RunFolder, SampleScore
 from qvl_hydra.runs.resume import source_of
 from qvl_hydra.tasks import sweep
 from qvl_hydra.tasks.prepare import may_reuse
@@ -70,6 +72,37 @@ def test_a_second_budget_measures_no_score(measured: Path, here: Here, monkeypat
     assert here(f"-m {PROFILE} profile.value=0.5,0.6").count("scores are those of") == 2
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    ["strategy.estimator=sketch", "strategy.estimator=exact", "strategy=hawq_v2", "strategy.estimator=auto"],
+)
+def test_twice_the_samples_measure_the_new_half_only(
+    strategy: str, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are those of a run that measured all by itself; ranges that are static come from all samples."""
+    line = f"component=lm {strategy} operators.max_ops=6 quant=w8a8_int tracking.enabled=false"
+    here(f"{line} calibration.size=3 hydra.run.dir=outputs/few")
+    here(f"{line} calibration.size=6 cache=off hydra.run.dir=outputs/whole")
+    shutil.rmtree(tmp_path / "outputs" / "whole" / "parts")
+    measured: list[str] = []
+    write = RunFolder.write
+
+    def noted(folder: RunFolder, unit: str, scores: list[SampleScore]) -> None:
+        measured.extend(score.sample for score in scores if not unit.startswith("exact0"))
+        write(folder, unit, scores)
+
+    monkeypatch.setattr(RunFolder, "write", noted)
+    few = tmp_path / "outputs" / "few"
+    assert f"scores of 3 of the samples, which {few} has measured" in here(f"{line} calibration.size=6 dry_run=true")
+    assert f"scores of 3 samples are those of {few}" in here(f"{line} calibration.size=6 hydra.run.dir=outputs/grown")
+    samples = json.loads((tmp_path / "outputs" / "whole" / "calibration.json").read_text())["scored"]
+    assert set(measured) == set(samples[3:])
+    grown, whole = (pd.read_parquet(tmp_path / "outputs" / name / "scores.parquet") for name in ("grown", "whole"))
+    assert_frame_equal(grown, whole, rtol=2e-3)
+    assert "scores of 3 samples" not in here(f"{line} calibration.size=6 calibration.seed=1")
+    assert "scores of 3 samples" not in here(f"{line.replace('w8a8_int', 'w8a8_static')} calibration.size=6")
+
+
 def test_what_cannot_be_read_is_passed_over(measured: Path, here: Here) -> None:
     next((measured / "parts").glob("*.parquet")).write_bytes(b"no parquet")
     assert "scores are those of" not in here(f"{LINE} hydra.run.dir=outputs/second")
@@ -83,9 +116,9 @@ def test_other_code_and_backends_with_files_of_their_own_measure_again(
     assert source_of(settings, own, kept["fingerprint"], may_reuse(settings)) == (measured, True)
     other = composed(*LINE.replace("sketch", "exact").split(), "backend=onnxrt")
     assert source_of(other, own, kept["fingerprint"], may_reuse(other)) == (None, False)
-    assert kept["fingerprint"] == sweep.fingerprint_of(settings, *hashes(measured))
+    assert kept["fingerprint"] == resume.fingerprint_of(settings, *hashes(measured))
     monkeypatch.setattr("qvl_hydra.runs.resume.code_sha", lambda: "edited")
-    assert kept["fingerprint"] != sweep.fingerprint_of(settings, *hashes(measured))
+    assert kept["fingerprint"] != resume.fingerprint_of(settings, *hashes(measured))
     assert len(versions.code_sha()) == 16
 
 

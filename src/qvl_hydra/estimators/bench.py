@@ -173,12 +173,13 @@ def groups(
 ) -> list[tuple[int, int]]:
     """The groups of `group_size`, by their first and last place but one among all scored samples.
 
-    A merged run has those of its shards.
+    A merged run has those of its shards, and one that goes on from fewer samples those of that run, too.
     """
-    kept = folder.recall(GROUPS)
-    if kept is None:
+    kept = folder.recall(GROUPS, [])
+    begun, end = kept[-1][1] if kept else first, first + len(starts)
+    if begun < end:
         size = group_size(job, folder, walker, starts)
-        kept = [(first + at, first + min(at + size, len(starts))) for at in range(0, len(starts), size)]
+        kept += [(at, min(at + size, end)) for at in range(begun, end, size)]
         folder.remember(GROUPS, kept)
     return [(int(start), int(end)) for start, end in kept]
 

@@ -99,7 +99,8 @@ def _measure_group(bench: Bench, plan: Plan, first: int, members: slice) -> None
     bench.progress.step(step * (len(segments) - len(left)))
     if not left:
         return
-    states, bench.states = bench.states, None  # each segment's state is let go once it was used
+    states = None if bench.states is None else bench.states[members]
+    bench.states = None  # each segment's state is let go once it was used
     if states is None:
         _, states = walk(bench.walker, contexts, bench.starts[members], (), (), lambda: None, keep=slice(len(contexts)))
     gradients = _load(bench, plan, first, left[-1], len(contexts))

@@ -28,6 +28,8 @@ from qvl_hydra.scores.shrink import CROSS, ORIGINS, shrunk
 PARTS = "parts"
 FINGERPRINT = "fingerprint.json"
 LOCK = "run.lock"
+# Of parts: ranges and census, a plain forward, the engine's report, and of a race the operators and their exact scores.
+OF_ALL_SAMPLES = ("ranges", "census", "forward_s", "report", "controls", *(f"exact{digit}" for digit in range(10)))
 SWEEP_LOCK = "sweep.lock"
 END = "end.json"  # how the command in this folder ended: there only when it did
 MADE_BEFORE = ("run.log", ".hydra")  # by Hydra, before a job begins
@@ -229,8 +231,32 @@ def reuse(source: Path, target: RunFolder) -> None:
     write_json(target.path / REUSED, {"folder": str(source.absolute())})
 
 
-def _copy_parts(source: Path, target: RunFolder) -> None:
+def extend(source: Path, target: RunFolder, samples: int) -> None:
+    """Take over the scores of a finished run of the first samples, and note whose they are, and of how many.
+
+    What was seen of all samples of that run, and not of one at a time, is measured again: ranges and census, a plain
+    forward, and the operators that its race chose.
+    """
+    _copy_parts(source, target, lambda name: not name.startswith(OF_ALL_SAMPLES))
+    write_json(target.path / REUSED, {"folder": str(source.absolute()), "samples": samples})
+
+
+def finished_runs(roots: Sequence[Path], exclude: Path) -> Iterator[tuple[Path, str]]:
+    """Finished run folders that no process holds, the latest first, each with its fingerprint."""
+    found = []
+    for root in roots:
+        for path in root.rglob(FINGERPRINT) if root.is_dir() else ():
+            folder = path.parent
+            if folder.resolve() != exclude.resolve() and _is_complete(folder) and not _is_locked(folder):
+                found.append((path.stat().st_mtime, folder, str(_read(path).get("fingerprint"))))
+    for _, folder, fingerprint in sorted(found, reverse=True):
+        yield folder, fingerprint
+
+
+def _copy_parts(source: Path, target: RunFolder, wanted: Callable[[str], bool] = lambda name: True) -> None:
     for path in (source / PARTS).iterdir():
+        if not wanted(path.name):
+            continue
         if path.is_dir():
             shutil.copytree(path, target.parts / path.name, dirs_exist_ok=True)
         elif path.suffix != ".tmp":
@@ -244,13 +270,17 @@ def find_finished(roots: Sequence[Path], fingerprint: str, exclude: Path) -> Pat
         roots, fingerprint, exclude: see `find_resumable`; other jobs of a multirun are candidates here.
     """
     for _, folder in sorted(_of_fingerprint(roots, fingerprint), reverse=True):
-        if folder.resolve() != exclude.resolve() and _is_complete(folder):
-            try:
-                RunFolder(folder).frame()
-            except RunFolderError:
-                continue
+        if folder.resolve() != exclude.resolve() and _is_complete(folder) and has_scores(folder):
             return folder
     return None
+
+
+def has_scores(folder: Path) -> bool:
+    """Whether a run folder has parts, and all can be read."""
+    try:
+        return not RunFolder(folder).frame().empty
+    except RunFolderError:
+        return False
 
 
 def _of_fingerprint(roots: Sequence[Path], fingerprint: str) -> Iterator[tuple[float, Path]]:

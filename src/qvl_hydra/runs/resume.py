@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,17 @@ import torch
 
 from qvl_hydra.errors import RunFolderError
 from qvl_hydra.runs.files import read_json, read_yaml, write_json
-from qvl_hydra.runs.folder import FINGERPRINT, RunFolder, adopt, find_finished, find_resumable, reuse
+from qvl_hydra.runs.folder import (
+    FINGERPRINT,
+    RunFolder,
+    adopt,
+    extend,
+    find_finished,
+    find_resumable,
+    finished_runs,
+    has_scores,
+    reuse,
+)
 from qvl_hydra.runs.versions import code_sha
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings, judge_settings
@@ -52,7 +64,47 @@ def refuse_other_settings(settings: Settings, folder: RunFolder) -> None:
         raise RunFolderError(f"{folder.path} holds results already; give resume=never its own hydra.run.dir")
 
 
-def take_up(settings: Settings, folder: RunFolder, fingerprint: str, screen: Screen, finished: bool) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """A run that looks for what was measured before.
+
+    Attributes:
+        count: of its calibration samples.
+        sha_of: hash of the first so many of them.
+        grows: the score of a sample does not depend on the others, so that those of a smaller run will do.
+    """
+
+    settings: Settings
+    model_sha: str
+    count: int
+    sha_of: Callable[[int], str]
+    grows: bool = False
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.settings, self.model_sha, self.sha_of(self.count))
+
+
+def smaller_run(asked: Asked, own: Path) -> tuple[Path, int] | None:
+    """The finished run of most of the first samples, with nothing else that decides different; and of how many."""
+    if not asked.grows or asked.settings.resume != "auto":
+        return None
+    known: dict[int, str] = {}
+    best: tuple[Path, int] | None = None
+    for folder, fingerprint in finished_runs([Path.cwd() / root for root in ROOTS], own):
+        size = read_json(folder / "calibration.json").get("size", 0)
+        if not 0 < size < asked.count or (best is not None and size <= best[1]):
+            continue
+        if size not in known:
+            calibration = replace(asked.settings.calibration, size=size)
+            settings = replace(asked.settings, calibration=calibration)
+            known[size] = fingerprint_of(settings, asked.model_sha, asked.sha_of(size))
+        if known[size] == fingerprint and has_scores(folder):
+            best = folder, size
+    return best
+
+
+def take_up(asked: Asked, folder: RunFolder, screen: Screen, finished: bool) -> None:
     """Find what an earlier run measured under the same settings, and note whose folder this is.
 
     Args:
@@ -61,7 +113,7 @@ def take_up(settings: Settings, folder: RunFolder, fingerprint: str, screen: Scr
     Raises:
         RunFolderError: the folder, or the one that `resume` names, holds another run's results.
     """
-    path = folder.path / FINGERPRINT
+    path, settings, fingerprint = folder.path / FINGERPRINT, asked.settings, asked.fingerprint
     if path.exists():
         if _kept(folder.path) != fingerprint:
             raise RunFolderError(
@@ -75,6 +127,8 @@ def take_up(settings: Settings, folder: RunFolder, fingerprint: str, screen: Scr
         elif source is not None:
             adopt(source, folder)
             screen.say(f"going on where {source} stopped")
+        elif (smaller := smaller_run(asked, folder.path)) is not None:
+            extend(smaller[0], folder, smaller[1])
     write_json(path, {"fingerprint": fingerprint, "qvl_hydra": __version__})
 
 

@@ -22,11 +22,11 @@ from qvl_hydra.models.load import LoadedModel, outline_model
 from qvl_hydra.models.memory import GIB, free_memory_bytes
 from qvl_hydra.reference import load
 from qvl_hydra.runs.folder import PARTS
-from qvl_hydra.runs.resume import fingerprint_of, source_of
+from qvl_hydra.runs.resume import smaller_run, source_of
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks.prepare import Prepared, may_reuse, not_quantized, prepare
-from qvl_hydra.tasks.sweep import job_of
+from qvl_hydra.tasks.sweep import asked_of, job_of
 
 ROW_BYTES = 150  # of a score on disk: in its part, in the tables and with the tracker
 SHOWN_ROLES = 8
@@ -87,9 +87,11 @@ def _scoring(settings: Settings, prepared: Prepared, own: Path) -> dict[str, str
     scored = _own(settings, prepared)
     schemes = [scheme.name for scheme in prepared.schemes]
     row = strategy.row
-    fingerprint = fingerprint_of(settings, prepared.model.sha, calibration.sha)
-    source, finished = source_of(settings, own, fingerprint, may_reuse(settings))
+    asked = asked_of(settings, prepared)
+    source, finished = source_of(settings, own, asked.fingerprint, may_reuse(settings))
     reused = "nothing: no run of the same settings is here"
+    if source is None and (smaller := smaller_run(asked, own)) is not None:
+        reused = f"scores of {smaller[1]} of the samples, which {smaller[0]} has measured"
     if source is not None:
         parts = len(list((source / PARTS).glob("*.parquet")))
         how = "a finished run of the same settings, so that nothing is measured" if finished else "which did not finish"

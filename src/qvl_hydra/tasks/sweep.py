@@ -17,6 +17,7 @@ import torch
 
 from qvl_hydra.backends.protocol import load_engine
 from qvl_hydra.backends.table import BACKENDS
+from qvl_hydra.calibration.sample import samples_sha
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators.auto import CONTROLS
 from qvl_hydra.estimators.bench import CENSUS, shard_of
@@ -30,7 +31,7 @@ from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.files import read_json, write_json, write_parquet
 from qvl_hydra.runs.folder import REUSED, RunFolder
 from qvl_hydra.runs.record import RunRecord, write_record
-from qvl_hydra.runs.resume import fingerprint_of, take_up
+from qvl_hydra.runs.resume import Asked, take_up
 from qvl_hydra.runs.versions import installed_versions
 from qvl_hydra.scores.table import Scored, changes, origins, score_table
 from qvl_hydra.screen import Screen
@@ -67,11 +68,11 @@ def run(
     """
     began = time.perf_counter()
     prepared = prepare(settings, further_schemes)
-    fingerprint = fingerprint_of(settings, prepared.model.sha, prepared.calibration.sha)
-    take_up(settings, folder, fingerprint, screen, may_reuse(settings))
+    asked = asked_of(settings, prepared)
+    take_up(asked, folder, screen, may_reuse(settings))
     _write_calibration(settings, folder, prepared)
     job = job_of(settings, prepared, folder.path / settings.backend.name)
-    note: dict[str, Any] = {"fingerprint": fingerprint, "began": began}
+    note: dict[str, Any] = {"fingerprint": asked.fingerprint, "began": began}
     folder.after_write = _refresher(settings, folder, prepared)
     report: EngineReport | None = None
     if only_there:
@@ -88,6 +89,17 @@ def run(
         raise EngineError(NOTHING_SCORED)
 
 
+def asked_of(settings: Settings, prepared: Prepared) -> Asked:
+    """What the run looks for among those before it; with static ranges, which are of all samples, nothing smaller."""
+    forms = [form for scheme in prepared.schemes for form in (scheme.input, scheme.output) if form is not None]
+    grows = may_reuse(settings) and settings.strategy.row.shards and settings.shard is None
+    samples = prepared.calibration.samples
+    return Asked(
+        settings, prepared.model.sha, len(samples), lambda count: samples_sha(samples[:count]),
+        grows and all(form.dynamic for form in forms),
+    )  # fmt: skip
+
+
 def _report(settings: Settings, folder: RunFolder, job: SweepJob, screen: Screen) -> EngineReport:
     """What the engine says, now or when it measured the scores that are in the folder."""
     told = folder.recall(REPORT) if BACKENDS[settings.backend.name].shards else None  # of others files would be missing
@@ -96,10 +108,11 @@ def _report(settings: Settings, folder: RunFolder, job: SweepJob, screen: Screen
         folder.remember(REPORT, asdict(report))
     else:
         report = EngineReport(**told)
-    source = read_json(folder.path / REUSED).get("folder")
-    if source is not None:
+    reused = read_json(folder.path / REUSED)
+    if reused:
+        of = f"scores of {reused['samples']} samples" if "samples" in reused else "scores"
         report.notes.append(
-            f"scores are those of {source}, measured under the same settings; cache=off measures them again"
+            f"{of} are those of {reused['folder']}, measured under the same settings; cache=off measures them again"
         )
     return report
 
