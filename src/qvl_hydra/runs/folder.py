@@ -241,8 +241,8 @@ def extend(source: Path, target: RunFolder, samples: int) -> None:
     write_json(target.path / REUSED, {"folder": str(source.absolute()), "samples": samples})
 
 
-def finished_runs(roots: Sequence[Path], exclude: Path) -> Iterator[tuple[Path, str]]:
-    """Finished run folders that no process holds, the latest first, each with its fingerprint."""
+def finished_runs(roots: Sequence[Path], exclude: Path) -> Iterator[tuple[Path, str, int]]:
+    """Finished run folders that no process holds, the latest first, each with its fingerprint and number of samples."""
     found = []
     for root in roots:
         for path in root.rglob(FINGERPRINT) if root.is_dir() else ():
@@ -250,7 +250,8 @@ def finished_runs(roots: Sequence[Path], exclude: Path) -> Iterator[tuple[Path, 
             if folder.resolve() != exclude.resolve() and _is_complete(folder) and not _is_locked(folder):
                 found.append((path.stat().st_mtime, folder, str(_read(path).get("fingerprint"))))
     for _, folder, fingerprint in sorted(found, reverse=True):
-        yield folder, fingerprint
+        size = _read(folder / "calibration.json").get("size")
+        yield folder, fingerprint, size if isinstance(size, int) else 0
 
 
 def _copy_parts(source: Path, target: RunFolder, wanted: Callable[[str], bool] = lambda name: True) -> None:

@@ -91,8 +91,7 @@ def smaller_run(asked: Asked, own: Path) -> tuple[Path, int] | None:
         return None
     known: dict[int, str] = {}
     best: tuple[Path, int] | None = None
-    for folder, fingerprint in finished_runs([Path.cwd() / root for root in ROOTS], own):
-        size = read_json(folder / "calibration.json").get("size", 0)
+    for folder, fingerprint, size in finished_runs([Path.cwd() / root for root in ROOTS], own):
         if not 0 < size < asked.count or (best is not None and size <= best[1]):
             continue
         if size not in known:
