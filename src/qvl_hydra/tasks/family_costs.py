@@ -28,7 +28,10 @@ def measure_families(settings: Settings, lists: Lists, folder: RunFolder, screen
     Returns:
         Sentences for the user.
     """
-    table = read_table(folder.path / FILE)
+    path = folder.path / FILE
+    if not settings.profile.families or not path.exists():  # scores of a run from before there were families
+        return []
+    table = read_table(path)
     count = min(settings.profile.families, len(table))
     if not count:
         return []
@@ -50,7 +53,7 @@ def measure_families(settings: Settings, lists: Lists, folder: RunFolder, screen
     table["kl_answer_won"] = [every.kl_answer - left.kl_answer for _, left in pairs] + rest
     table["exact_match_alone"] = [alone.exact_match for alone, _ in pairs] + rest
     table["exact_match_won"] = [left.exact_match - every.exact_match for _, left in pairs] + rest
-    write_parquet(folder.path / FILE, table)
+    write_parquet(path, table)
     measured = table.head(count).to_dict("records")
     rows = [
         [name_of(row), str(row["n_ops"]), f"{row['kl_answer_alone']:.3g}", f"{row['kl_answer_won']:.3g}",
