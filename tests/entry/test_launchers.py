@@ -60,12 +60,21 @@ def test_a_launcher_ends_as_hydras_own(
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_told_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    line = "-m hydra/launcher=joblib hydra.launcher.n_jobs=2 hydra.sweep.dir=jobs strategy.estimator=exact"
-    line += " calibration.size=200,201"
+@pytest.mark.parametrize(
+    ("launcher", "worker"),
+    [
+        ("joblib hydra.launcher.n_jobs=2", "popen_loky_posix"),
+        pytest.param("submitit_local", "submitit.core._submit", marks=pytest.mark.submitit),
+        pytest.param("ray", "ray::", marks=pytest.mark.ray),
+    ],
+    ids=["joblib", "submitit", "ray"],
+)
+def test_a_killed_worker_is_told_and_the_same_command_goes_on(launcher: str, worker: str, tmp_path: Path) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition(' ')[0].partition('_')[0]}_launcher")
+    line = f"-m hydra/launcher={launcher} hydra.sweep.dir=jobs strategy.estimator=exact calibration.size=200,201"
     process = start(line, tmp_path)
     wait_for(lambda: len(list(tmp_path.glob("jobs/*/parts/exact*.parquet"))) > 20, process)
-    found = subprocess.run(["pgrep", "-n", "-f", "popen_loky_posix"], capture_output=True, text=True)
+    found = subprocess.run(["pgrep", "-n", "-f", worker], capture_output=True, text=True)
     os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
     text, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 2, text
