@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich import box
@@ -79,6 +80,15 @@ class Screen:
         if self._bar is not None:
             self._try(self._bar.stop)
             self._bar, self._task = None, None
+
+    @contextmanager
+    def working(self, steps: float, label: str) -> Iterator[None]:
+        """The bar for the time of some work, however it ends."""
+        self.total(steps, label)
+        try:
+            yield
+        finally:
+            self.finish()
 
     def say(self, text: str) -> None:
         """Print a line, above the bar while there is one."""

@@ -20,7 +20,7 @@ from qvl_hydra.entry.process import (
     STOPPED,
     WRONG_INPUT,
     be_quiet,
-    is_command,
+    note_command,
     said,
     show_traceback,
     stop_politely,
@@ -32,7 +32,7 @@ from qvl_hydra.screen import Screen
 
 def main() -> None:
     """Run the command line, and exit."""
-    is_command()
+    note_command()
     be_quiet()
     screen = Screen()
     try:

@@ -19,7 +19,7 @@ _COMMANDS: set[int] = set()  # this process, where it is the command's own
 STOPPED, WRONG_INPUT, BROKEN = 130, 2, 1  # exit statuses
 
 
-def is_command() -> None:
+def note_command() -> None:
     """Note that this process is the one that the user has started."""
     _COMMANDS.add(os.getpid())
 

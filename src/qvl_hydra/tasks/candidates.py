@@ -38,11 +38,8 @@ def best_measured(
     model, samples, component = prepared.model, prepared.scored, settings.component.name
     flat = [plan for own in plans for plan in own]
     different = len({plan.key for plan in flat})
-    screen.total(steps(model, flat, samples, component), f"measuring {different} candidates")
-    try:
+    with screen.working(steps(model, flat, samples, component), f"measuring {different} candidates"):
         found = iter(measure_profiles(model, flat, quantizers, samples, component, screen.step, folder))
-    finally:
-        screen.finish()
     name = MEASURED[metric]
     errors = [[max(float(getattr(next(found), name)), 0.0) for _ in own] for own in plans]  # a KL of 0 is -1e-9
     best = [min(range(len(own)), key=own.__getitem__) for own in errors]

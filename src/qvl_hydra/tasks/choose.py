@@ -208,13 +208,10 @@ def _measure(
     found = [*ends, *(Candidate(Budget(cost.name, v), p) for v, p in zip(plans.values, plans.profiles, strict=True))]
     model, component = prepared.model, settings.component.name
     profiles = [item.profile for item in found]
-    screen.total(steps(model, profiles, samples, component), f"measuring {len(profiles)} plans")
-    try:
+    with screen.working(steps(model, profiles, samples, component), f"measuring {len(profiles)} plans"):
         table = measure_curve(
             model, found, plans.quantizers, samples, component, plans.metric, screen.step, folder=folder
         )
-    finally:
-        screen.finish()
     for name in plans.terms.schemes:
         table[f"n_{name}"] = [sum(p.scheme_of(op).name == name for op in p.low) for p in profiles]
     table["cost"] = [cost_of(p, cost, terms) / size for p in profiles]

@@ -90,12 +90,12 @@ def _scoring(settings: Settings, prepared: Prepared, own: Path) -> dict[str, str
     asked = asked_of(settings, prepared)
     source, finished = source_of(settings, own, asked.fingerprint, may_reuse(settings))
     reused = "nothing: no run of the same settings is here"
-    if source is None and (smaller := smaller_run(asked, own)) is not None:
-        reused = f"scores of {smaller[1]} of the samples, which {smaller[0]} has measured"
     if source is not None:
         parts = len(list((source / PARTS).glob("*.parquet")))
         how = "a finished run of the same settings, so that nothing is measured" if finished else "which did not finish"
         reused = f"{parts} parts of {source}, {how}"
+    elif (smaller := smaller_run(asked, own)) is not None:
+        reused = f"scores of {smaller[1]} of the samples, which {smaller[0]} has measured"
     tokens = sorted(sample.longest for sample in scored)
     bad = f", {len(calibration.bad)} bad ones left out" if calibration.bad else ""
     rows = len(prepared.operators) * len(scored) * len(schemes) * max(strategy.probes, 1)

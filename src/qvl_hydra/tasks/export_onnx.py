@@ -39,9 +39,8 @@ def run(settings: Settings, folder: RunFolder, screen: Screen) -> None:
     component = settings.component.name
     target = Path(settings.export.folder) if settings.export.folder else folder.path / "onnx"
     samples = _samples(settings, prepared)
-    screen.total(1, f"exporting {component}")
-    exported = export_component(prepared.model, component, samples, target / component, settings.export, device)
-    screen.finish()
+    with screen.working(1, f"exporting {component}"):
+        exported = export_component(prepared.model, component, samples, target / component, settings.export, device)
     _write(settings, folder, prepared, exported, time.perf_counter() - began)
     _show(settings, exported, screen)
 

@@ -40,13 +40,10 @@ def measure_families(settings: Settings, lists: Lists, folder: RunFolder, screen
     kept = Profile(scheme, operators, high, settings.profile.high_bits, "families")
     plans = family_plans(read_table(folder.path / "scores.parquet"), table.head(count), kept, shared)
     model, component = lists.prepared.model, settings.component.name
-    screen.total(steps(model, plans, lists.samples, component), f"measuring {count} families")
-    try:
+    with screen.working(steps(model, plans, lists.samples, component), f"measuring {count} families"):
         every, *others = measure_profiles(
             model, plans, lists.quantizers, lists.samples, component, screen.step, folder
         )
-    finally:
-        screen.finish()
     pairs = list(zip(others[::2], others[1::2], strict=True))
     rest = [np.nan] * (len(table) - count)
     table["kl_answer_alone"] = [max(alone.kl_answer, 0.0) for alone, _ in pairs] + rest  # a KL of 0 is -1e-9

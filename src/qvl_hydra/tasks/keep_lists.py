@@ -65,13 +65,10 @@ def compare_lists(settings: Settings, lists: Lists, folder: RunFolder, screen: S
         found = [dataclasses.replace(own, ours=ours) for own, ours in zip(found, best, strict=True)]
     profiles = [profile for own in found for profile in (own.theirs, own.ours)]
     model, component = lists.prepared.model, settings.component.name
-    screen.total(steps(model, profiles, lists.samples, component), f"measuring {len(found)} lists and ours")
-    try:
+    with screen.working(steps(model, profiles, lists.samples, component), f"measuring {len(found)} lists and ours"):
         measured = measure_profiles(
             model, profiles, lists.quantizers, lists.samples, component, screen.step, folder
         )
-    finally:
-        screen.finish()
     rows = [_row(own, *pair) for own, pair in zip(found, zip(measured[::2], measured[1::2], strict=True), strict=True)]
     write_json(folder.path / FILE, {"scheme": scheme, "samples": len(lists.samples), "lists": rows})
     screen.table(

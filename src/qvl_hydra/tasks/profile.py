@@ -78,8 +78,7 @@ def _measure(
     )
     component = settings.component.name
     profiles = [item.profile for item in found]
-    screen.total(steps(model, profiles, samples, component), f"measuring {len(profiles)} profiles")
-    try:
+    with screen.working(steps(model, profiles, samples, component), f"measuring {len(profiles)} profiles"):
         table = measure_curve(
             model,
             found,
@@ -91,8 +90,6 @@ def _measure(
             decision.interactions,
             folder,
         )
-    finally:
-        screen.finish()
     write_json(folder.path / PLANS, described(found, table))
     return table
 
