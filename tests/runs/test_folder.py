@@ -17,7 +17,17 @@ import pytest
 from qvl_hydra.errors import RunFolderError
 from qvl_hydra.runs import folder as store
 from qvl_hydra.runs.files import write_atomically, write_json
-from qvl_hydra.runs.folder import COLUMNS, END, FINGERPRINT, RunFolder, SampleScore, adopt, find_resumable, note_sweep
+from qvl_hydra.runs.folder import (
+    COLUMNS,
+    END,
+    FINGERPRINT,
+    RunFolder,
+    SampleScore,
+    adopt,
+    earlier_runs,
+    find_resumable,
+    note_sweep,
+)
 
 
 def score(op: str = "lm_head", sample: str = "s0", value: float = 1.5, probe: int | None = None) -> SampleScore:
@@ -135,20 +145,20 @@ def killed_run(path: Path, fingerprint: str = "f", status: str | None = None, pa
 
 def test_the_latest_unfinished_run_of_the_same_settings_is_found(tmp_path: Path) -> None:
     root, asking = tmp_path / "outputs", tmp_path / "outputs" / "now"
-    assert find_resumable([root, tmp_path / "nowhere"], "f", asking) is None
+    assert find_resumable(earlier_runs([root, tmp_path / "nowhere"]), "f", asking) is None
     killed_run(root / "complete", status="complete")
     killed_run(root / "other", fingerprint="g")
     killed_run(root / "nothing done", parts=0)
     killed_run(asking)
     (killed_run(root / "unreadable").path / FINGERPRINT).write_text("{")
-    assert find_resumable([root], "f", asking) is None
+    assert find_resumable(earlier_runs([root]), "f", asking) is None
     for age, (name, status) in enumerate([("day/new", "partial"), ("day/old", None), ("day/oldest", "failed")]):
         folder = killed_run(root / name, status=status)
         then = time.time() - 100 * age
         os.utime(folder.path / FINGERPRINT, (then, then))
-    assert find_resumable([root], "f", asking) == root / "day" / "new"
+    assert find_resumable(earlier_runs([root]), "f", asking) == root / "day" / "new"
     with holder(root / "day" / "new"):
-        assert find_resumable([root], "f", asking) == root / "day" / "old"
+        assert find_resumable(earlier_runs([root]), "f", asking) == root / "day" / "old"
 
 
 def test_a_run_is_taken_over_once(tmp_path: Path) -> None:
@@ -163,7 +173,7 @@ def test_a_run_is_taken_over_once(tmp_path: Path) -> None:
     assert not any(path.suffix == ".tmp" for path in target.parts.iterdir())
     pd.testing.assert_frame_equal(target.frame(), source.frame())
     assert json.loads((target.path / store.RESUMED_FROM).read_text()) == {"folder": str(source.path)}
-    assert find_resumable([tmp_path / "outputs"], "f", target.path) is None
+    assert find_resumable(earlier_runs([tmp_path / "outputs"]), "f", target.path) is None
 
 
 def test_finished_jobs_of_a_stopped_multirun_are_found(tmp_path: Path) -> None:
@@ -172,9 +182,10 @@ def test_finished_jobs_of_a_stopped_multirun_are_found(tmp_path: Path) -> None:
     killed_run(first / "0", status="complete")
     note_sweep(first, ended=False)
     note_sweep(second, ended=False)
-    assert find_resumable([root], "f", second / "0") == first / "0"
-    assert find_resumable([root], "f", first / "1") is None  # a job of the same multirun is measured for itself
+    assert find_resumable(earlier_runs([root]), "f", second / "0") == first / "0"
+    # A job of the same multirun is measured for itself.
+    assert find_resumable(earlier_runs([root]), "f", first / "1") is None
     adopt(first / "0", RunFolder(second / "0"))
     assert (first / "0" / FINGERPRINT).exists()  # a finished run stays what it is
     note_sweep(first, ended=True)
-    assert find_resumable([root], "f", second / "0") is None
+    assert find_resumable(earlier_runs([root]), "f", second / "0") is None

@@ -32,6 +32,7 @@ from qvl_hydra.runs.folder import RunFolder
 
 GROUPS = "groups"  # which samples walked back together
 FORWARD = "forward_s"  # seconds of a plain forward, where shards have measured them
+RANGES = "ranges"  # static ranges of all schemes, by operator
 CENSUS = "census"  # where a run keeps how large everything gets, by operator
 CPU_CHUNK_TOKENS = 4096  # more tokens at a time than this no longer make CPU products faster, and cost memory
 STREAMED_STATE_BYTES = 1 << 30  # states between segments that a streamed run keeps in memory
@@ -226,7 +227,7 @@ def _observe(
 
     The walk keeps the states of the samples `keep`, so that the sketch need not walk again.
     """
-    known = folder.recall("ranges")
+    known = folder.recall(RANGES)
     states: list[list[State]] | None = None
     if known is None:
         step = len(contexts) / len(walker.segments)
@@ -238,7 +239,7 @@ def _observe(
             name: {path: [None if p is None else vars(p) for p in pair] for path, pair in params.items()}
             for name, params in ranges.params.items()
         }
-        folder.remember("ranges", known)
+        folder.remember(RANGES, known)
         folder.remember(CENSUS, {path: vars(own) for path, own in ranges.census.found.items()})
     found = {
         name: {path: (_params(pair[0]), _params(pair[1])) for path, pair in params.items()}

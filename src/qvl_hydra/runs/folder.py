@@ -28,8 +28,6 @@ from qvl_hydra.scores.shrink import CROSS, ORIGINS, shrunk
 PARTS = "parts"
 FINGERPRINT = "fingerprint.json"
 LOCK = "run.lock"
-# Of parts: ranges and census, a plain forward, the engine's report, and of a race the operators and their exact scores.
-OF_ALL_SAMPLES = ("ranges", "census", "forward_s", "report", "controls", *(f"exact{digit}" for digit in range(10)))
 SWEEP_LOCK = "sweep.lock"
 END = "end.json"  # how the command in this folder ended: there only when it did
 MADE_BEFORE = ("run.log", ".hydra")  # by Hydra, before a job begins
@@ -231,27 +229,14 @@ def reuse(source: Path, target: RunFolder) -> None:
     write_json(target.path / REUSED, {"folder": str(source.absolute())})
 
 
-def extend(source: Path, target: RunFolder, samples: int) -> None:
+def extend(source: Path, target: RunFolder, samples: int, of_all: tuple[str, ...]) -> None:
     """Take over the scores of a finished run of the first samples, and note whose they are, and of how many.
 
-    What was seen of all samples of that run, and not of one at a time, is measured again: ranges and census, a plain
-    forward, and the operators that its race chose.
+    Args:
+        of_all: how the names begin of what was seen of all samples of that run, and must be measured again.
     """
-    _copy_parts(source, target, lambda name: not name.startswith(OF_ALL_SAMPLES))
+    _copy_parts(source, target, lambda name: not name.startswith(of_all))
     write_json(target.path / REUSED, {"folder": str(source.absolute()), "samples": samples})
-
-
-def finished_runs(roots: Sequence[Path], exclude: Path) -> Iterator[tuple[Path, str, int]]:
-    """Finished run folders that no process holds, the latest first, each with its fingerprint and number of samples."""
-    found = []
-    for root in roots:
-        for path in root.rglob(FINGERPRINT) if root.is_dir() else ():
-            folder = path.parent
-            if folder.resolve() != exclude.resolve() and _is_complete(folder) and not _is_locked(folder):
-                found.append((path.stat().st_mtime, folder, str(_read(path).get("fingerprint"))))
-    for _, folder, fingerprint in sorted(found, reverse=True):
-        size = _read(folder / "calibration.json").get("size")
-        yield folder, fingerprint, size if isinstance(size, int) else 0
 
 
 def _copy_parts(source: Path, target: RunFolder, wanted: Callable[[str], bool] = lambda name: True) -> None:
@@ -264,52 +249,80 @@ def _copy_parts(source: Path, target: RunFolder, wanted: Callable[[str], bool] =
             shutil.copy2(path, target.parts / path.name)
 
 
-def find_finished(roots: Sequence[Path], fingerprint: str, exclude: Path) -> Path | None:
+def earlier_runs(roots: Sequence[Path]) -> list[tuple[float, Path, str]]:
+    """Run folders below the roots (`outputs`, `multirun`), each with its age and fingerprint; the latest first."""
+    found = [
+        (path.stat().st_mtime, path.parent, str(_read(path).get("fingerprint")))
+        for root in roots
+        if root.is_dir()
+        for path in root.rglob(FINGERPRINT)
+    ]
+    return sorted(found, reverse=True)
+
+
+def find_finished(earlier: Sequence[tuple[float, Path, str]], fingerprint: str, exclude: Path) -> Path | None:
     """The latest finished run folder of the same fingerprint whose parts can be read.
 
     Args:
-        roots, fingerprint, exclude: see `find_resumable`; other jobs of a multirun are candidates here.
+        earlier, fingerprint, exclude: see `find_resumable`; other jobs of a multirun are candidates here.
     """
-    for _, folder in sorted(_of_fingerprint(roots, fingerprint), reverse=True):
-        if folder.resolve() != exclude.resolve() and _is_complete(folder) and has_scores(folder):
-            return folder
-    return None
+    return next((folder for folder in _free(earlier, fingerprint, exclude) if is_finished(folder)), None)
 
 
-def has_scores(folder: Path) -> bool:
-    """Whether a run folder has parts, and all can be read."""
+def is_finished(folder: Path) -> bool:
+    """Whether a run went to its end, and left parts that can all be read."""
     try:
-        return not RunFolder(folder).frame().empty
+        return _is_complete(folder) and not RunFolder(folder).frame().empty
     except RunFolderError:
         return False
 
 
-def _of_fingerprint(roots: Sequence[Path], fingerprint: str) -> Iterator[tuple[float, Path]]:
-    """Run folders with parts of this fingerprint that no process holds, each with its age."""
-    for root in roots:
-        for path in root.rglob(FINGERPRINT) if root.is_dir() else ():
-            folder = path.parent
-            same = _read(path).get("fingerprint") == fingerprint
-            if same and any((folder / PARTS).glob("*.parquet")) and not _is_locked(folder):
-                yield path.stat().st_mtime, folder
+def find_smaller(
+    earlier: Sequence[tuple[float, Path, str]], fingerprint_of: Callable[[int], str], count: int, exclude: Path
+) -> tuple[Path, int] | None:
+    """The finished run of most samples below so many, and of how many.
+
+    Args:
+        earlier, exclude: see `find_resumable`.
+        fingerprint_of: what a run of so many samples must have.
+    """
+    sizes = {folder: samples_of(folder) for _, folder, _ in earlier}
+    for size in sorted({size for size in sizes.values() if 0 < size < count}, reverse=True):
+        own = [run for run in earlier if sizes[run[1]] == size]
+        if (found := find_finished(own, fingerprint_of(size), exclude)) is not None:
+            return found, size
+    return None
 
 
-def find_resumable(roots: Sequence[Path], fingerprint: str, exclude: Path) -> Path | None:
+def samples_of(folder: Path) -> int:
+    """Calibration samples of a run; 0 where it does not say."""
+    size = _read(folder / "calibration.json").get("size")
+    return size if isinstance(size, int) else 0
+
+
+def find_resumable(earlier: Sequence[tuple[float, Path, str]], fingerprint: str, exclude: Path) -> Path | None:
     """The latest unfinished run folder of the same fingerprint that no process holds.
 
     A finished job of a multirun that was stopped counts too: the same multirun started again takes its scores.
 
     Args:
-        roots: folders to search (`outputs`, `multirun`).
+        earlier: as `earlier_runs` has them.
         fingerprint: hash of all settings that decide the result.
         exclude: the folder of the run that asks; jobs of its own multirun are no candidates either.
     """
-    candidates: list[tuple[float, Path]] = []
-    for changed, folder in _of_fingerprint(roots, fingerprint):
-        own = folder.resolve() == exclude.resolve() or _sweep_of(folder) == _sweep_of(exclude) is not None
-        if not own and not (_is_complete(folder) and not _in_stopped_sweep(folder)):
-            candidates.append((changed, folder))
-    return max(candidates)[1] if candidates else None
+    for folder in _free(earlier, fingerprint, exclude):
+        beside = _sweep_of(folder) == _sweep_of(exclude) is not None
+        if not beside and not (_is_complete(folder) and not _in_stopped_sweep(folder)):
+            return folder
+    return None
+
+
+def _free(earlier: Sequence[tuple[float, Path, str]], fingerprint: str, exclude: Path) -> Iterator[Path]:
+    """Run folders with parts of this fingerprint that no process holds."""
+    for _, folder, own in earlier:
+        asked_for = own == fingerprint and folder.resolve() != exclude.resolve()
+        if asked_for and any((folder / PARTS).glob("*.parquet")) and not _is_locked(folder):
+            yield folder
 
 
 def note_sweep(sweep_folder: Path, ended: bool, swept: Sequence[str] | None = None) -> None:

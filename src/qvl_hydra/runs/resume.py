@@ -18,11 +18,11 @@ from qvl_hydra.runs.folder import (
     FINGERPRINT,
     RunFolder,
     adopt,
+    earlier_runs,
     extend,
     find_finished,
     find_resumable,
-    finished_runs,
-    has_scores,
+    find_smaller,
     reuse,
 )
 from qvl_hydra.runs.versions import code_sha
@@ -72,6 +72,7 @@ class Asked:
         count: of its calibration samples.
         sha_of: hash of the first so many of them.
         grows: the score of a sample does not depend on the others, so that those of a smaller run will do.
+        of_all: see `extend`.
     """
 
     settings: Settings
@@ -79,6 +80,7 @@ class Asked:
     count: int
     sha_of: Callable[[int], str]
     grows: bool = False
+    of_all: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -89,18 +91,16 @@ def smaller_run(asked: Asked, own: Path) -> tuple[Path, int] | None:
     """The finished run of most of the first samples, with nothing else that decides different; and of how many."""
     if not asked.grows or asked.settings.resume != "auto":
         return None
-    known: dict[int, str] = {}
-    best: tuple[Path, int] | None = None
-    for folder, fingerprint, size in finished_runs([Path.cwd() / root for root in ROOTS], own):
-        if not 0 < size < asked.count or (best is not None and size <= best[1]):
-            continue
-        if size not in known:
-            calibration = replace(asked.settings.calibration, size=size)
-            settings = replace(asked.settings, calibration=calibration)
-            known[size] = fingerprint_of(settings, asked.model_sha, asked.sha_of(size))
-        if known[size] == fingerprint and has_scores(folder):
-            best = folder, size
-    return best
+
+    def fingerprint(size: int) -> str:
+        calibration = replace(asked.settings.calibration, size=size)
+        return fingerprint_of(replace(asked.settings, calibration=calibration), asked.model_sha, asked.sha_of(size))
+
+    return find_smaller(_earlier(), fingerprint, asked.count, own)
+
+
+def _earlier() -> list[tuple[float, Path, str]]:
+    return earlier_runs([Path.cwd() / root for root in ROOTS])
 
 
 def take_up(asked: Asked, folder: RunFolder, screen: Screen, finished: bool) -> None:
@@ -127,7 +127,7 @@ def take_up(asked: Asked, folder: RunFolder, screen: Screen, finished: bool) -> 
             adopt(source, folder)
             screen.say(f"going on where {source} stopped")
         elif (smaller := smaller_run(asked, folder.path)) is not None:
-            extend(smaller[0], folder, smaller[1])
+            extend(smaller[0], folder, smaller[1], asked.of_all)
     write_json(path, {"fingerprint": fingerprint, "qvl_hydra": __version__})
 
 
@@ -146,11 +146,11 @@ def source_of(settings: Settings, own: Path, fingerprint: str, finished: bool) -
     if settings.resume == "never":
         return None, False
     if settings.resume == "auto":
-        roots = [Path.cwd() / root for root in ROOTS]
-        unfinished = find_resumable(roots, fingerprint, own)
+        earlier = _earlier()
+        unfinished = find_resumable(earlier, fingerprint, own)
         if unfinished is not None or not finished:
             return unfinished, False
-        return find_finished(roots, fingerprint, own), True
+        return find_finished(earlier, fingerprint, own), True
     given = Path(settings.resume).expanduser()
     if not (given / FINGERPRINT).exists():
         raise RunFolderError(f"resume={given}: no unfinished run there; allowed: auto, never, or a run's folder")

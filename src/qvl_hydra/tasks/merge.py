@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from qvl_hydra.errors import RunFolderError
-from qvl_hydra.estimators.bench import CENSUS, FORWARD, GROUPS
+from qvl_hydra.estimators.bench import CENSUS, FORWARD, GROUPS, RANGES
 from qvl_hydra.runs.files import read_yaml, write_atomically, write_json
 from qvl_hydra.runs.folder import END, SECONDS, RunFolder
 from qvl_hydra.runs.record import RunRecord, read_record
@@ -30,7 +30,7 @@ from qvl_hydra.tracking.content import leaves
 from qvl_hydra.tracking.record import tracked_beside
 
 FOLDER = "merged"  # of a multirun's merged run, in the sweep folder
-SAME = ("ranges", CENSUS, "row_chunk", "sketch_group")  # what every shard found alike
+SAME = (RANGES, CENSUS, "row_chunk", "sketch_group")  # what every shard found alike
 Schemes = Callable[[Settings], tuple[Settings, list[QuantSettings]]]  # the settings, and those of further schemes
 DECIDING_VERSIONS = ("torch", "qvl_hydra")
 

@@ -20,7 +20,7 @@ from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.calibration.sample import samples_sha
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators.auto import CONTROLS
-from qvl_hydra.estimators.bench import CENSUS, shard_of
+from qvl_hydra.estimators.bench import CENSUS, FORWARD, RANGES, shard_of
 from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.estimators.sketch_run import of_expert
@@ -41,6 +41,8 @@ from qvl_hydra.tasks.shown import CHANGES, ENTERS, show
 from qvl_hydra.version import __version__
 
 REPORT = "report"  # where a run keeps what its engine said when it had measured everything
+# Of parts, what is of all samples: ranges, census, a plain forward, what was said, and a race's operators and turns.
+OF_ALL_SAMPLES = (RANGES, CENSUS, FORWARD, REPORT, CONTROLS, *(f"exact{digit}" for digit in range(10)))
 REFRESH_S = 10.0  # how old scores.parquet may get while the run goes on
 STOPPED = "stopped before the end: what is here was measured until then"
 NOTHING_SCORED = "no operator could be scored; are the model's weights whole, and do the samples reach its operators?"
@@ -96,7 +98,7 @@ def asked_of(settings: Settings, prepared: Prepared) -> Asked:
     samples = prepared.calibration.samples
     return Asked(
         settings, prepared.model.sha, len(samples), lambda count: samples_sha(samples[:count]),
-        grows and all(form.dynamic for form in forms),
+        grows and all(form.dynamic for form in forms), OF_ALL_SAMPLES,
     )  # fmt: skip
 
 
