@@ -87,3 +87,4 @@ def show(settings: Settings, folder: RunFolder, report: EngineReport, record: Ru
         screen.say(f"failed: {len(failed) - SHOWN_FAILED} more; {folder.path / 'report.html'} names them all")
     if record.calibration_bad:
         screen.say(f"{record.calibration_bad} bad calibration samples were left out; calibration.json names them")
+    screen.say(f"report: {folder.path / 'report.html'}")
