@@ -1,4 +1,4 @@
-"""How often intervals of 95 % hold: scores from few samples against the mean of 256, on both bundled models.
+"""How often intervals of 95 % hold: scores from few samples against the mean of 256, on the bundled models.
 
 python -m benchmarks.coverage
 """
@@ -18,7 +18,7 @@ from qvl_hydra.backends.torch import run
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.scores.interval import intervals
 
-SAMPLES, DRAWS, COUNTS = 256, 60, (2, 4, 8, 16, 32)
+SAMPLES, DRAWS, COUNTS = 256, 300, (2, 4, 8, 16, 32)
 KINDS = (
     ("exact", "squared_error", "all"), ("exact", "kl", "all"), ("exact", "kl", "answer"),
     ("sketch", "squared_error", "all"), ("sketch", "kl", "answer"), ("gradient", "kl", "answer"),
@@ -28,7 +28,7 @@ KINDS = (
 def main() -> None:
     rows: list[dict[str, Any]] = []
     table = Table("model", "scheme", "estimator", "metric", "positions", *(f"{count} samples" for count in COUNTS))
-    for name in ("tiny_qwen2_5_vl", "tiny_qwen2_vl"):
+    for name in ("tiny_qwen2_5_vl", "tiny_qwen2_vl", "tiny_qwen3_vl"):
         model = bundled_model(name)
         samples = bundled_samples(model, SAMPLES)
         for scheme in ("w8a8_static", "w4a16"):

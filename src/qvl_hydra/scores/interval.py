@@ -1,15 +1,16 @@
 """Intervals of mean scores from few samples, which are far from normal: one sample can be a hundred times another.
 
-Two intervals are taken together, each by a factor about the mean, since scores are positive and their errors
-multiply:
+Both bounds are factors about the mean, since scores are positive and their errors multiply:
 
 - `mean x exp(-+ t e)` with `e` the relative standard error and `t` Student's quantile. Few samples of a skewed
   distribution seldom hold its tail, and then both the mean and its error come out too small; so `e` is at least the
   root mean square of the errors of all operators.
-- Cox's interval for the mean of a log-normal distribution (Zhou and Gao 1997, Confidence intervals for the log-normal
-  mean): `exp(l + v/2 -+ t sqrt(v/n + v^2 / 2(n-1)))` with `l` and `v` mean and variance of the logarithms, `v` half an
-  operator's own and half that of all, since a variance from few samples is noisy. It knows of the tail that was not
-  drawn.
+- No mean of what was drawn knows of the tail that was not, so the upper bound is at least that of Cox for the mean of a
+  log-normal distribution (Zhou and Gao 1997, Confidence intervals for the log-normal mean), with the logarithms'
+  variance taken from what is above their median alone, since real ones lean upwards:
+  `exp(l + v/2 + t sqrt(v/n + 5/4 v^2/(n-1)))` with `l` the mean of the logarithms and `v` twice the mean square of what
+  is above their median, whose own variance is `5 v^2/n` where they are normal. `v` is half an operator's own and half
+  that of all, since a variance from few samples is noisy.
 
 Scores that can be negative (what an operator gains, a change of the loss) keep Student's interval.
 """
@@ -52,26 +53,30 @@ def intervals(
         relative = np.where(mean > 0, error / mean, np.nan)
         usual = np.sqrt(np.nanmean(relative**2)) if np.isfinite(relative).any() else np.nan
         factor = np.exp(quantile * np.fmax(relative, usual))
-        low, high = _log_normal(values, mean, count, quantile)
-        low, high = np.fmin(mean / factor, low), np.fmax(mean * factor, high)
+        low, high = mean / factor, np.fmax(mean * factor, _upper_log_normal(values, mean, count, quantile))
     constant = (mean == 0) & (count > 1)
     unknown = count < 2
     low, high = np.where(constant, 0.0, low), np.where(constant, 0.0, high)
     return np.where(unknown, np.nan, low), np.where(unknown, np.nan, high), error
 
 
-def _log_normal(
+def _upper_log_normal(
     values: Sequence[Float[Array, "_sample"]],
     mean: Float[Array, " op"],
     count: Int64[Array, " op"],
     quantile: Float[Array, " op"],
-) -> tuple[Float[Array, " op"], Float[Array, " op"]]:
+) -> Float[Array, " op"]:
     floors = [FLOOR * max(own_mean, 0.0) for own_mean in np.nan_to_num(mean)]
     logs = [np.log(np.maximum(own, floor)) for own, floor in zip(values, floors, strict=True)]
     centre = np.array([own.mean() if len(own) else np.nan for own in logs])
-    variance = np.array([own.var(ddof=1) if len(own) > 1 else np.nan for own in logs])
-    if not np.isfinite(variance).any():
-        return mean * np.nan, mean * np.nan
-    variance = 0.5 * variance + 0.5 * np.nanmean(variance)
-    reach = quantile * np.sqrt(variance / count + variance**2 / (2 * np.maximum(count - 1, 1)))
-    return np.exp(centre + variance / 2 - reach), np.exp(centre + variance / 2 + reach)
+    spread = np.array([_spread_above(own) if len(own) > 1 else np.nan for own in logs])
+    if not np.isfinite(spread).any():
+        return mean * np.nan
+    spread = 0.5 * spread + 0.5 * np.nanmean(spread)
+    reach = quantile * np.sqrt(spread / count + 1.25 * spread**2 / np.maximum(count - 1, 1))
+    return np.exp(centre + spread / 2 + reach)
+
+
+def _spread_above(logs: Float[Array, " sample"]) -> float:
+    """The variance as what is above the median shows it: that of a symmetric distribution, more of one that leans up."""
+    return float(2 * (np.maximum(logs - np.median(logs), 0.0) ** 2).sum() / (len(logs) - 1))
