@@ -12,7 +12,7 @@ from scipy.stats import norm
 
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.runs.folder import COLUMNS as SAMPLE_COLUMNS
-from qvl_hydra.scores.interval import intervals
+from qvl_hydra.scores.interval import interval_text, intervals
 from qvl_hydra.scores.shrink import ORIGINS, SPLIT
 from qvl_hydra.scores.table import COLUMNS, Scored, changes, changes_by_role, origins, score_table
 
@@ -276,12 +276,19 @@ def test_no_values_and_zeros_are_no_trouble() -> None:
     assert low[3] < 1.5 < high[3]
 
 
+def test_an_upper_bound_that_bounds_nothing_is_not_told() -> None:
+    assert interval_text(1.0, 0.5, 999.0) == "0.5 to 999"
+    assert interval_text(1.0, 0.5, 1001.0) == "above 0.5"
+    assert interval_text(-1.0, -2.0, 5.0, digits=4) == "-2 to 5"
+    assert interval_text(1.0, math.nan, math.nan) == ""
+
+
 DISTRIBUTIONS = {
     "normal": lambda rng, shape: 5 + rng.normal(size=shape),
     "chi-square": lambda rng, shape: rng.chisquare(1, shape),  # a sketch's products: squares of about normal values
     "log-normal 1": lambda rng, shape: rng.lognormal(0, 1, shape),
     "log-normal 2": lambda rng, shape: rng.lognormal(0, 2, shape),  # one sample in a hundred is most of the sum
-    "leaning": lambda rng, shape: np.exp(rng.gumbel(0, 0.6, shape)),  # logarithms lean upwards, and their tail is Pareto's
+    "leaning": lambda rng, shape: np.exp(rng.gumbel(0, 0.6, shape)),  # logarithms lean upwards
 }
 MEANS = {
     "normal": 5.0,

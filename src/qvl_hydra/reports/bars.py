@@ -11,6 +11,7 @@ from qvl_hydra.reports.heat import Row, operator_tip
 from qvl_hydra.reports.page import number, text
 
 FIRST = 25  # bars shown at once; the rest is one click away
+REACH = 4.0  # times the largest score, where intervals may end: those of few samples would press the bars together
 LOG_RATIO = 50.0  # largest over median score from which a linear bar shows nothing but the first few
 
 
@@ -19,7 +20,7 @@ def bar_scale(scored: pd.DataFrame) -> tuple[Callable[[float], float], bool]:
     scores = scored["score"].astype(float)
     top, bottom = float(scores.max()), float(scores.min())
     highs = scored["score_high"].dropna().astype(float)
-    end = max(top, float(highs.max())) if len(highs) else top
+    end = max(top, min(float(highs.max()), REACH * top)) if len(highs) else top
     if bottom > 0 and top / float(scores.median()) > LOG_RATIO:
         low, high = math.log(bottom / 1.5), math.log(end)
         return lambda value: (math.log(value) - low) / (high - low) if value > 0 else 0.0, True

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qvl_hydra.reports.bars import bar_scale
+from qvl_hydra.reports.bars import REACH, bar_scale
 from qvl_hydra.reports.chart import Limits, Series
 from qvl_hydra.reports.heat import MARKS, TOWERS, shades
 
@@ -67,6 +67,7 @@ def bars_figure(scores: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(8, 1.2 + 0.22 * len(shown)), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     values, low, high = (shown[key].to_numpy(float) for key in ("score", "score_low", "score_high"))
+    high = np.fmin(high, REACH * values.max(initial=0.0))
     axes.barh(shown["op"], values, color="#2b6cb0")
     reach = np.nan_to_num(np.clip([values - low, high - values], 0, None))
     axes.errorbar(values, shown["op"], xerr=reach, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)

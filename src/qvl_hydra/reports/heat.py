@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from qvl_hydra.reports.page import number, text
+from qvl_hydra.scores.interval import interval_text
 
 MARKS = {"failed": "\u00d7", "skipped": "\u2013"}
 Row = Mapping[Any, Any]  # a row of `scores.parquet` as a mapping
@@ -79,7 +80,7 @@ def operator_tip(row: Row) -> str:
     """What hovering over an operator tells."""
     if row["status"] != "scored":
         return f"{row['op']}\n{row['status']}: {row['reason']}"
-    interval = ""
-    if number(row.get("score_low")) and number(row.get("score_high")):
-        interval = f"\n95 % interval {number(row['score_low'], 4)} to {number(row['score_high'], 4)}"
+    low, high = (float(row.get(key, math.nan)) for key in ("score_low", "score_high"))
+    known = interval_text(float(row["score"]), low, high, digits=4)
+    interval = f"\n95 % interval {known}" if known else ""
     return f"{row['op']}\nrank {row['rank']}, score {number(row['score'], 5)} {row.get('unit') or ''}{interval}"

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int64
 from scipy.stats import t
 
 CONFIDENCE = 0.95
+UNBOUNDED = 1000.0  # times a score: so few samples do not bound its mean from above
 FLOOR = 1e-8  # of a sample's value, relative to the mean: a zero has no logarithm
 Array = np.ndarray
 
@@ -60,6 +61,15 @@ def intervals(
     return np.where(unknown, np.nan, low), np.where(unknown, np.nan, high), error
 
 
+def interval_text(score: float, low: float, high: float, digits: int = 3) -> str:
+    """An interval in words; an upper bound that is no bound to anyone is not told. Empty where there is none."""
+    if np.isnan(low) or np.isnan(high):
+        return ""
+    if score > 0 and high > UNBOUNDED * score:
+        return f"above {low:.{digits}g}"
+    return f"{low:.{digits}g} to {high:.{digits}g}"
+
+
 def _upper_log_normal(
     values: Sequence[Float[Array, "_sample"]],
     mean: Float[Array, " op"],
@@ -78,5 +88,5 @@ def _upper_log_normal(
 
 
 def _spread_above(logs: Float[Array, " sample"]) -> float:
-    """The variance as what is above the median shows it: that of a symmetric distribution, more of one that leans up."""
+    """The variance as what is above the median shows it: more than it is where a distribution leans upwards."""
     return float(2 * (np.maximum(logs - np.median(logs), 0.0) ** 2).sum() / (len(logs) - 1))

@@ -8,6 +8,7 @@ from qvl_hydra.profiles.families import name_of
 from qvl_hydra.runs.files import read_table
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.runs.record import RunRecord
+from qvl_hydra.scores.interval import interval_text
 from qvl_hydra.scores.shrink import SPLIT
 from qvl_hydra.scores.spread import sharpening
 from qvl_hydra.screen import Screen
@@ -41,7 +42,7 @@ def show(settings: Settings, folder: RunFolder, report: EngineReport, record: Ru
         [
             f"{row['rank']:2d} {row['op'].removeprefix('model.').removeprefix('language_model.')}",
             f"{row['score']:.4g}",
-            f"{row['score_low']:.3g} to {row['score_high']:.3g}",
+            interval_text(row["score"], row["score_low"], row["score_high"]),
             row["estimator"],
         ]
         for row in top.to_dict("records")

@@ -15,6 +15,7 @@ from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.profiles.families import THIRDS
 from qvl_hydra.runs.files import read_json, read_table, read_yaml
 from qvl_hydra.runs.record import read_record
+from qvl_hydra.scores.interval import interval_text
 from qvl_hydra.tracking.store import masked
 from qvl_hydra.tracking.system import looks
 
@@ -176,7 +177,7 @@ def _top_table(scores: pd.DataFrame) -> list[str]:
     ranked = scores[scores["status"] == "scored"].sort_values("rank").head(TOP_ROWS)
     lines = ["| rank | operator | score | interval |", "|---|---|---|---|"]
     for row in ranked.to_dict("records"):
-        interval = f"{row['score_low']:.4g} to {row['score_high']:.4g}" if pd.notna(row["score_low"]) else ""
+        interval = interval_text(row["score"], row["score_low"], row["score_high"], digits=4)
         lines.append(f"| {row['rank']} | `{row['op']}` | {row['score']:.4g} {row['unit'] or ''} | {interval} |")
     return lines
 
