@@ -32,7 +32,6 @@ SWEEP_LOCK = "sweep.lock"
 END = "end.json"  # how the command in this folder ended: there only when it did
 MADE_BEFORE = ("run.log", ".hydra")  # by Hydra, before a job begins
 RESUMED_FROM = "resumed_from.json"
-REUSED = "reused.json"  # whose scores a run has that measured none itself
 SWEEP = "sweep.json"
 SECONDS = "seconds"
 
@@ -217,29 +216,14 @@ def adopt(source: Path, target: RunFolder) -> None:
 
     The other folder keeps its files but is no longer offered for resumption.
     """
-    _copy_parts(source, target)
+    copy_parts(source, target)
     write_json(target.path / RESUMED_FROM, {"folder": str(source.absolute())})
     if not _is_complete(source):
         (source / FINGERPRINT).rename(source / "resumed.json")
 
 
-def reuse(source: Path, target: RunFolder) -> None:
-    """Take over the parts of a finished run, which keeps them, and note whose they are."""
-    _copy_parts(source, target)
-    write_json(target.path / REUSED, {"folder": str(source.absolute())})
-
-
-def extend(source: Path, target: RunFolder, samples: int, of_all: tuple[str, ...]) -> None:
-    """Take over the scores of a finished run of the first samples, and note whose they are, and of how many.
-
-    Args:
-        of_all: how the names begin of what was seen of all samples of that run, and must be measured again.
-    """
-    _copy_parts(source, target, lambda name: not name.startswith(of_all))
-    write_json(target.path / REUSED, {"folder": str(source.absolute()), "samples": samples})
-
-
-def _copy_parts(source: Path, target: RunFolder, wanted: Callable[[str], bool] = lambda name: True) -> None:
+def copy_parts(source: Path, target: RunFolder, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Copy what a run folder has measured and remembers, as far as its name is wanted."""
     for path in (source / PARTS).iterdir():
         if not wanted(path.name):
             continue
@@ -252,7 +236,7 @@ def _copy_parts(source: Path, target: RunFolder, wanted: Callable[[str], bool] =
 def earlier_runs(roots: Sequence[Path]) -> list[tuple[float, Path, str]]:
     """Run folders below the roots (`outputs`, `multirun`), each with its age and fingerprint; the latest first."""
     found = [
-        (path.stat().st_mtime, path.parent, str(_read(path).get("fingerprint")))
+        (path.stat().st_mtime, path.parent, str(read_or_empty(path).get("fingerprint")))
         for root in roots
         if root.is_dir()
         for path in root.rglob(FINGERPRINT)
@@ -266,7 +250,7 @@ def find_finished(earlier: Sequence[tuple[float, Path, str]], fingerprint: str, 
     Args:
         earlier, fingerprint, exclude: see `find_resumable`; other jobs of a multirun are candidates here.
     """
-    return next((folder for folder in _free(earlier, fingerprint, exclude) if is_finished(folder)), None)
+    return next((folder for folder in free_runs(earlier, fingerprint, exclude) if is_finished(folder)), None)
 
 
 def is_finished(folder: Path) -> bool:
@@ -275,29 +259,6 @@ def is_finished(folder: Path) -> bool:
         return _is_complete(folder) and not RunFolder(folder).frame().empty
     except RunFolderError:
         return False
-
-
-def find_smaller(
-    earlier: Sequence[tuple[float, Path, str]], fingerprint_of: Callable[[int], str], count: int, exclude: Path
-) -> tuple[Path, int] | None:
-    """The finished run of most samples below so many, and of how many.
-
-    Args:
-        earlier, exclude: see `find_resumable`.
-        fingerprint_of: what a run of so many samples must have.
-    """
-    sizes = {folder: samples_of(folder) for _, folder, _ in earlier}
-    for size in sorted({size for size in sizes.values() if 0 < size < count}, reverse=True):
-        own = [run for run in earlier if sizes[run[1]] == size]
-        if (found := find_finished(own, fingerprint_of(size), exclude)) is not None:
-            return found, size
-    return None
-
-
-def samples_of(folder: Path) -> int:
-    """Calibration samples of a run; 0 where it does not say."""
-    size = _read(folder / "calibration.json").get("size")
-    return size if isinstance(size, int) else 0
 
 
 def find_resumable(earlier: Sequence[tuple[float, Path, str]], fingerprint: str, exclude: Path) -> Path | None:
@@ -310,14 +271,14 @@ def find_resumable(earlier: Sequence[tuple[float, Path, str]], fingerprint: str,
         fingerprint: hash of all settings that decide the result.
         exclude: the folder of the run that asks; jobs of its own multirun are no candidates either.
     """
-    for folder in _free(earlier, fingerprint, exclude):
+    for folder in free_runs(earlier, fingerprint, exclude):
         beside = _sweep_of(folder) == _sweep_of(exclude) is not None
         if not beside and not (_is_complete(folder) and not _in_stopped_sweep(folder)):
             return folder
     return None
 
 
-def _free(earlier: Sequence[tuple[float, Path, str]], fingerprint: str, exclude: Path) -> Iterator[Path]:
+def free_runs(earlier: Sequence[tuple[float, Path, str]], fingerprint: str, exclude: Path) -> Iterator[Path]:
     """Run folders with parts of this fingerprint that no process holds."""
     for _, folder, own in earlier:
         asked_for = own == fingerprint and folder.resolve() != exclude.resolve()
@@ -337,7 +298,7 @@ def note_sweep(sweep_folder: Path, ended: bool, swept: Sequence[str] | None = No
 
 def swept_keys(sweep_folder: Path) -> list[str]:
     """The keys in which the jobs of a multirun differ, as its command line has them."""
-    return list(_read(sweep_folder / SWEEP).get("swept", []))
+    return list(read_or_empty(sweep_folder / SWEEP).get("swept", []))
 
 
 def _sweep_of(folder: Path) -> Path | None:
@@ -346,15 +307,18 @@ def _sweep_of(folder: Path) -> Path | None:
 
 def _in_stopped_sweep(folder: Path) -> bool:
     sweep = _sweep_of(folder)
-    return sweep is not None and not _read(sweep / SWEEP).get("ended", True)
+    return sweep is not None and not read_or_empty(sweep / SWEEP).get("ended", True)
 
 
 def _is_complete(folder: Path) -> bool:
     """Whether the command that made the folder went to its end; a result alone can be that of a part of it."""
-    return _read(folder / "run.json").get("status") == "complete" and _read(folder / END).get("end") == "FINISHED"
+    return (
+        read_or_empty(folder / "run.json").get("status") == "complete"
+        and read_or_empty(folder / END).get("end") == "FINISHED"
+    )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_or_empty(path: Path) -> dict[str, Any]:
     """A JSON file's content; empty when it is not there, or not readable: such a folder is no candidate."""
     try:
         return read_json(path)

@@ -19,12 +19,10 @@ from qvl_hydra.runs.folder import (
     RunFolder,
     adopt,
     earlier_runs,
-    extend,
     find_finished,
     find_resumable,
-    find_smaller,
-    reuse,
 )
+from qvl_hydra.runs.reuse import extend, find_smaller, reuse
 from qvl_hydra.runs.versions import code_sha
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings, judge_settings

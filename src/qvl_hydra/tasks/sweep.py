@@ -29,9 +29,10 @@ from qvl_hydra.profiles.families import families
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.files import read_json, write_json, write_parquet
-from qvl_hydra.runs.folder import REUSED, RunFolder
+from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.runs.record import RunRecord, write_record
 from qvl_hydra.runs.resume import Asked, take_up
+from qvl_hydra.runs.reuse import REUSED
 from qvl_hydra.runs.versions import installed_versions
 from qvl_hydra.scores.table import Scored, changes, origins, score_table
 from qvl_hydra.screen import Screen
