@@ -124,9 +124,12 @@ def test_the_race_goes_on_where_the_sketch_is_wrong() -> None:
 
 
 def test_low_agreement_is_told(job: SweepJob, tmp_path: Path) -> None:
-    strict = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, agreement_warn=1.0, controls=20))
-    _, report, _ = scores(strict, tmp_path)
-    assert any(note.startswith("warning: sketch and exact") for note in report.notes)
+    _, report, _ = scores(job, tmp_path)
+    (note,) = auto.doubts(report.details, warn=1.1)
+    assert note.startswith("warning: sketch and exact")
+    assert f"{report.details['agreement']:.2f} on the {report.details['control_operators']} operators" in note
+    assert auto.doubts(report.details, warn=-1.0) == []
+    assert auto.doubts({}, warn=1.0) == []
 
 
 def test_each_scheme_has_its_own_race(job: SweepJob, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from qvl_hydra.runs import resume, versions
+from qvl_hydra.runs.files import read_table
 from qvl_hydra.runs.folder import RunFolder, SampleScore
 from qvl_hydra.runs.resume import source_of
-from qvl_hydra.tasks import sweep
+from qvl_hydra.tasks import measured as taken
 from qvl_hydra.tasks.prepare import may_reuse
 from tests.program import composed, run_here
 
@@ -41,7 +42,7 @@ def measured(here: Here, tmp_path: Path) -> Path:
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "load_engine", lambda name: pytest.fail("measured again"))
+    monkeypatch.setattr(taken, "load_engine", lambda name: pytest.fail("measured again"))
 
 
 def test_the_same_command_measures_nothing(
@@ -74,7 +75,7 @@ def test_a_second_budget_measures_no_score(measured: Path, here: Here, monkeypat
 
 @pytest.mark.parametrize(
     "strategy",
-    ["strategy.estimator=sketch", "strategy.estimator=exact", "strategy=hawq_v2", "strategy.estimator=auto"],
+    ["strategy.estimator=exact", "strategy=hawq_v2", "strategy.estimator=auto"],
 )
 def test_twice_the_samples_measure_the_new_half_only(
     strategy: str, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -103,6 +104,75 @@ def test_twice_the_samples_measure_the_new_half_only(
     assert "scores of 3 samples" not in here(f"{line.replace('w8a8_int', 'w8a8_static')} calibration.size=6")
 
 
+def interrupted(folder: RunFolder, unit: str, scores: list[SampleScore]) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def schemes_written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The schemes in which anything is measured."""
+    found: list[str] = []
+    write = RunFolder.write
+
+    def noted(folder: RunFolder, unit: str, scores: list[SampleScore]) -> None:
+        found.extend(score.scheme for score in scores)
+        write(folder, unit, scores)
+
+    monkeypatch.setattr(RunFolder, "write", noted)
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["strategy.estimator=auto", "strategy=hawq_v2"])  # the first is sketch and exact
+def test_a_further_scheme_measures_itself_only(
+    strategy: str,
+    here: Here,
+    tmp_path: Path,
+    schemes_written: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Scores are those of a run that measured both, static ranges included, also where that run is killed."""
+    line = f"component=lm {strategy} calibration.size=3 operators.max_ops=10 quant=w8a8_static tracking.enabled=false"
+    both = f"{line} quant.also=[fp8]"
+    here(f"{line} hydra.run.dir=outputs/one")
+    here(f"{both} cache=off hydra.run.dir=outputs/whole")
+    shutil.rmtree(tmp_path / "outputs" / "whole" / "parts")
+    schemes_written.clear()
+    one = tmp_path / "outputs" / "one"
+    assert f"scores in w8a8_static, which {one} has measured" in here(f"{both} dry_run=true")
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "write", interrupted)
+        assert run_here(f"{both} hydra.run.dir=outputs/killed", tmp_path, monkeypatch, capsys)[0] == 130
+    assert f"scores in w8a8_static are those of {one}" in here(f"{both} hydra.run.dir=outputs/grown")
+    assert set(schemes_written) == {"fp8"}
+    for name in ("scores.parquet", "scores_fp8.parquet"):
+        grown, whole = (read_table(tmp_path / "outputs" / folder / name) for folder in ("grown", "whole"))
+        assert_frame_equal(grown, whole, rtol=1e-5)
+    told, apart = (json.loads((tmp_path / "outputs" / name / "run.json").read_text()) for name in ("grown", "whole"))
+    for key in ("engine", "estimator", "metric", "scheme", "n_scored"):
+        assert told.get(key) == apart.get(key)
+    schemes_written.clear()
+    other = line.replace("w8a8_static", "fp8")
+    assert "scores in fp8 are those of" in here(f"{other} hydra.run.dir=outputs/back")
+    assert not schemes_written
+    back = read_table(tmp_path / "outputs" / "back" / "scores.parquet")
+    assert_frame_equal(back, read_table(tmp_path / "outputs" / "grown" / "scores_fp8.parquet"))
+    if "auto" in strategy:
+        details = json.loads((tmp_path / "outputs" / "back" / "run.json").read_text())["details"]
+        assert details["exact_operators"] == (back["estimator"] == "exact").sum()
+
+
+def test_other_choices_of_a_profile_measure_what_is_new(here: Here, schemes_written: list[str]) -> None:
+    line = f"{PROFILE} profile.budget=average_bits profile.value=6"
+    here(f"{line} profile.choices=[w4a16,w8a8_int,leave]")
+    schemes_written.clear()
+    assert "scores in w4a16 are those of" in here(f"{line} profile.choices=[w4a16,fp8_dynamic,leave]")
+    assert set(schemes_written) == {"fp8_dynamic"}
+    schemes_written.clear()
+    assert "scores in fp8_dynamic, w4a16 are those of" in here(f"{line} profile.choices=[w4a16,fp8_dynamic,mxfp8]")
+    assert set(schemes_written) == {"mxfp8"}
+
+
 def test_what_cannot_be_read_is_passed_over(measured: Path, here: Here) -> None:
     next((measured / "parts").glob("*.parquet")).write_bytes(b"no parquet")
     assert "scores are those of" not in here(f"{LINE} hydra.run.dir=outputs/second")
@@ -116,9 +186,9 @@ def test_other_code_and_backends_with_files_of_their_own_measure_again(
     assert source_of(settings, own, kept["fingerprint"], may_reuse(settings)) == (measured, True)
     other = composed(*LINE.replace("sketch", "exact").split(), "backend=onnxrt")
     assert source_of(other, own, kept["fingerprint"], may_reuse(other)) == (None, False)
-    assert kept["fingerprint"] == resume.fingerprint_of(settings, *hashes(measured))
+    assert kept["fingerprint"] == resume.fingerprint_of(settings, (), *hashes(measured))
     monkeypatch.setattr("qvl_hydra.runs.resume.code_sha", lambda: "edited")
-    assert kept["fingerprint"] != resume.fingerprint_of(settings, *hashes(measured))
+    assert kept["fingerprint"] != resume.fingerprint_of(settings, (), *hashes(measured))
     assert len(versions.code_sha()) == 16
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.stats import norm, spearmanr
@@ -27,6 +28,7 @@ from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder
 
 CONTROLS = "controls"  # where a run keeps which operators were drawn, by scheme
+RACES = "races"  # where it keeps how each scheme's race ended
 FIRST = 6  # operators that the sketch puts first, whose scores decide most and whose errors are largest
 ROUND = 4  # operators measured together, at least
 LEAST_SPREAD = 0.05  # of the log ratio of exact and sketch, which a few ratios can make look like nothing
@@ -46,6 +48,7 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
             return bench.report
         for scheme in job.schemes:
             _race(bench, scheme)
+    bench.report.details |= folder.recall(RACES)[job.scheme.name]
     return bench.report
 
 
@@ -79,8 +82,8 @@ def _race(bench: Bench, scheme: Scheme) -> None:
         ranked = sorted(wrong, key=lambda name: -wrong[name])
         # Of those expected wrong as many again: a wavefront of few operators costs nearly what one of many does.
         chosen = set(ranked[: max(ROUND, math.ceil(2 * missed))]) if missed > strategy.missed else set()
-    if scheme is bench.job.scheme:
-        _report(bench, sketched, exact, controls, k, missed)
+    ended = _ended(sketched, exact, controls, k, missed)
+    bench.folder.remember(RACES, bench.folder.recall(RACES, {}) | {scheme.name: ended})
 
 
 def wrong_side(sketched: Mapping[str, float], exact: Mapping[str, float], k: int) -> dict[str, float]:
@@ -116,29 +119,29 @@ def _means(bench: Bench, scheme: Scheme, estimator: str) -> dict[str, float]:
     return {str(op): float(value) for op, value in frame.groupby("op")["value"].mean().items()}
 
 
-def _report(
-    bench: Bench,
-    sketched: Mapping[str, float],
-    exact: Mapping[str, float],
-    controls: Sequence[str],
-    k: int,
-    missed: float,
-) -> None:
-    report, warn = bench.report, bench.job.strategy.agreement_warn
+def _ended(
+    sketched: Mapping[str, float], exact: Mapping[str, float], controls: Sequence[str], k: int, missed: float
+) -> dict[str, float | None]:
     drawn = [name for name in controls if name in exact]
-    agreement = rank_agreement([exact[name] for name in drawn], [sketched[name] for name in drawn])
-    report.details |= {
+    return {
         "exact_operators": len(exact),
         "control_operators": len(drawn),
-        "agreement": agreement,
+        "agreement": rank_agreement([exact[name] for name in drawn], [sketched[name] for name in drawn]),
         "top_k": k,
         "expected_wrong_in_top_k": missed,
     }
-    if agreement is not None and agreement < warn:
-        report.notes.append(
-            f"warning: sketch and exact scores agree with a rank correlation of only {agreement:.2f} on the "
-            f"{len(drawn)} operators drawn at random for it; take strategy.estimator=exact, or more samples"
-        )
+
+
+def doubts(details: Mapping[str, Any], warn: float) -> list[str]:
+    """What a report's details say against its sketch, where it agrees with exact scores less than `warn`."""
+    agreement = details.get("agreement")
+    if agreement is None or agreement >= warn:
+        return []
+    return [
+        f"warning: sketch and exact scores agree with a rank correlation of only {agreement:.2f} on the "
+        f"{details['control_operators']} operators drawn at random for it; take strategy.estimator=exact, or more "
+        "samples"
+    ]
 
 
 def rank_agreement(first: Sequence[float], second: Sequence[float]) -> float | None:

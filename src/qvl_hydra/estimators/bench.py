@@ -223,19 +223,19 @@ def _observe(
     keep: slice,
     progress: Progress,
 ) -> tuple[dict[str, dict[str, Params]], list[list[State]] | None]:
-    """Static ranges of all schemes, by a walk over the calibration samples, or as the run being resumed found them.
+    """Static ranges of all schemes, by a walk over the calibration samples, or as an earlier run found them.
 
     The walk keeps the states of the samples `keep`, so that the sketch need not walk again.
     """
-    known = folder.recall(RANGES)
+    known = folder.recall(RANGES, {})
     states: list[list[State]] | None = None
-    if known is None:
+    if unknown := [scheme for scheme in job.schemes if scheme.name not in known]:
         step = len(contexts) / len(walker.segments)
-        ranges, states = walk(walker, contexts, starts, job.operators, job.schemes, lambda: progress.step(step), keep)
+        ranges, states = walk(walker, contexts, starts, job.operators, unknown, lambda: progress.step(step), keep)
         states = states or None
         for path, error in ranges.failed.items():
             folder.fail(path, error)
-        known = {
+        known |= {
             name: {path: [None if p is None else vars(p) for p in pair] for path, pair in params.items()}
             for name, params in ranges.params.items()
         }

@@ -162,7 +162,7 @@ class RunFolder:
 
     def frame(self) -> pd.DataFrame:
         """All scores on disk so far, one row a score, in the order of their units' names; sketches are combined."""
-        tables = [_part(path) for path in sorted(self.parts.glob("*.parquet"))]
+        tables = [part_of(path) for path in sorted(self.parts.glob("*.parquet"))]
         kept = pa.concat_tables([PART_SCHEMA.empty_table(), *tables])
         return shrunk(kept.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get))
 
@@ -189,7 +189,12 @@ class RunFolder:
             yield
 
 
-def _part(path: Path) -> pa.Table:
+def part_of(path: Path) -> pa.Table:
+    """The scores of one unit of work.
+
+    Raises:
+        RunFolderError: the file cannot be read.
+    """
     try:
         return pq.read_table(path, schema=PART_SCHEMA)
     except (OSError, ValueError, pa.ArrowException) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +22,10 @@ from qvl_hydra.runs.folder import (
     find_finished,
     find_resumable,
 )
-from qvl_hydra.runs.reuse import extend, find_smaller, reuse
+from qvl_hydra.runs.reuse import APART, SCHEMES, extend, find_schemes, find_smaller, reuse, take_schemes
 from qvl_hydra.runs.versions import code_sha
 from qvl_hydra.screen import Screen
-from qvl_hydra.settings import Settings, judge_settings
+from qvl_hydra.settings import QuantSettings, Settings, judge_settings
 from qvl_hydra.version import __version__
 
 # What decides neither a score nor its place among others.
@@ -33,14 +33,34 @@ UNFINGERPRINTED = ("tracking", "resume", "compare", "merge", "profile", "export"
 ROOTS = ("outputs", "multirun")  # where resume=auto looks, below the working folder
 
 
-def fingerprint_of(settings: Settings, model_sha: str, calibration_sha: str) -> str:
-    """Hash of everything that decides the result."""
+def fingerprint_of(settings: Settings, further: Sequence[QuantSettings], model_sha: str, calibration_sha: str) -> str:
+    """Hash of everything that decides the result.
+
+    Args:
+        further: schemes beside `settings.quant`, in order.
+    """
+    return _hash([_apart(settings, model_sha, calibration_sha), list(_schemes(settings, further).items())])
+
+
+def _apart(settings: Settings, model_sha: str, calibration_sha: str) -> str:
+    """Hash of all that decides but the schemes."""
     content = deciding(settings) | {
         "model_sha": model_sha,
         "calibration_sha": calibration_sha,
         "torch": torch.__version__,
         "qvl_hydra": f"{__version__}+{code_sha()}",
     }
+    del content["quant"]
+    return _hash(content)
+
+
+def _schemes(settings: Settings, further: Sequence[QuantSettings]) -> dict[str, str]:
+    """Hash of each scheme's definition, by name."""
+    perturb = settings.quant.perturb  # is one for all
+    return {quant.name: _hash(asdict(replace(quant, also=[], perturb=perturb))) for quant in (settings.quant, *further)}
+
+
+def _hash(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -67,32 +87,55 @@ class Asked:
     """A run that looks for what was measured before.
 
     Attributes:
+        further: schemes beside `settings.quant`, in order.
         count: of its calibration samples.
         sha_of: hash of the first so many of them.
+        takes: a part of its scores may be those of another finished run.
         grows: the score of a sample does not depend on the others, so that those of a smaller run will do.
         of_all: see `extend`.
+        by_scheme, report: see `take_schemes`.
     """
 
     settings: Settings
+    further: tuple[QuantSettings, ...]
     model_sha: str
     count: int
     sha_of: Callable[[int], str]
-    grows: bool = False
-    of_all: tuple[str, ...] = ()
+    takes: bool
+    grows: bool
+    of_all: tuple[str, ...]
+    by_scheme: tuple[str, ...]
+    report: str
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint_of(self.settings, self.model_sha, self.sha_of(self.count))
+        return fingerprint_of(self.settings, self.further, self.model_sha, self.sha_of(self.count))
+
+    @cached_property
+    def apart(self) -> str:
+        return _apart(self.settings, self.model_sha, self.sha_of(self.count))
+
+    @cached_property
+    def schemes(self) -> dict[str, str]:
+        return _schemes(self.settings, self.further)
+
+
+def other_schemes(asked: Asked, own: Path) -> tuple[Path, list[str]] | None:
+    """The finished run that has most of the schemes, with nothing else that decides different; and which it has."""
+    if not asked.takes or asked.settings.resume != "auto":
+        return None
+    return find_schemes(_earlier(), asked.apart, asked.schemes, own)
 
 
 def smaller_run(asked: Asked, own: Path) -> tuple[Path, int] | None:
     """The finished run of most of the first samples, with nothing else that decides different; and of how many."""
-    if not asked.grows or asked.settings.resume != "auto":
+    if not (asked.takes and asked.grows) or asked.settings.resume != "auto":
         return None
 
     def fingerprint(size: int) -> str:
         calibration = replace(asked.settings.calibration, size=size)
-        return fingerprint_of(replace(asked.settings, calibration=calibration), asked.model_sha, asked.sha_of(size))
+        settings = replace(asked.settings, calibration=calibration)
+        return fingerprint_of(settings, asked.further, asked.model_sha, asked.sha_of(size))
 
     return find_smaller(_earlier(), fingerprint, asked.count, own)
 
@@ -114,8 +157,8 @@ def take_up(asked: Asked, folder: RunFolder, screen: Screen, finished: bool) -> 
     if path.exists():
         if _kept(folder.path) != fingerprint:
             raise RunFolderError(
-                f"{folder.path} holds results of another model, other samples or other versions; give this run its "
-                "own hydra.run.dir"
+                f"{folder.path} holds results of another model, other samples, schemes or versions; give this run "
+                "its own hydra.run.dir"
             )
     else:
         source, whole = source_of(settings, folder.path, fingerprint, finished)
@@ -124,9 +167,12 @@ def take_up(asked: Asked, folder: RunFolder, screen: Screen, finished: bool) -> 
         elif source is not None:
             adopt(source, folder)
             screen.say(f"going on where {source} stopped")
+        elif (others := other_schemes(asked, folder.path)) is not None:
+            take_schemes(others[0], folder, others[1], asked.by_scheme, asked.report)
         elif (smaller := smaller_run(asked, folder.path)) is not None:
             extend(smaller[0], folder, smaller[1], asked.of_all)
-    write_json(path, {"fingerprint": fingerprint, "qvl_hydra": __version__})
+    apart = {APART: asked.apart, SCHEMES: asked.schemes}
+    write_json(path, {"fingerprint": fingerprint, "qvl_hydra": __version__, **apart})
 
 
 def source_of(settings: Settings, own: Path, fingerprint: str, finished: bool) -> tuple[Path | None, bool]:

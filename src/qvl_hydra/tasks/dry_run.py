@@ -22,11 +22,12 @@ from qvl_hydra.models.load import LoadedModel, outline_model
 from qvl_hydra.models.memory import GIB, free_memory_bytes
 from qvl_hydra.reference import load
 from qvl_hydra.runs.folder import PARTS
-from qvl_hydra.runs.resume import smaller_run, source_of
+from qvl_hydra.runs.resume import Asked, other_schemes, smaller_run, source_of
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
+from qvl_hydra.tasks.measured import asked_of
 from qvl_hydra.tasks.prepare import Prepared, may_reuse, not_quantized, prepare
-from qvl_hydra.tasks.sweep import asked_of, job_of
+from qvl_hydra.tasks.sweep import job_of
 
 ROW_BYTES = 150  # of a score on disk: in its part, in the tables and with the tracker
 SHOWN_ROLES = 8
@@ -48,7 +49,7 @@ def foretell(settings: Settings, further: Sequence[QuantSettings], own: Path, sc
     if scores is not None:
         said["scores"] = f"those of {scores}; none is measured"
     else:
-        said |= _scoring(settings, prepared, own)
+        said |= _scoring(settings, prepared, asked_of(settings, further, prepared), own)
     said["memory"] = _memory(settings, prepared)
     if BACKENDS[settings.backend.name].estimators == () and not settings.backend.graph:
         said["time"] = _time(settings, prepared, scores is None)
@@ -81,19 +82,20 @@ def _own(settings: Settings, prepared: Prepared) -> list[Sample]:
     return list(prepared.scored[shard_of(len(prepared.scored), settings.part)])
 
 
-def _scoring(settings: Settings, prepared: Prepared, own: Path) -> dict[str, str]:
+def _scoring(settings: Settings, prepared: Prepared, asked: Asked, own: Path) -> dict[str, str]:
     """How scores are measured, on what, what is there already, and what they take on the disk."""
     strategy, calibration = settings.strategy, prepared.calibration
     scored = _own(settings, prepared)
     schemes = [scheme.name for scheme in prepared.schemes]
     row = strategy.row
-    asked = asked_of(settings, prepared)
     source, finished = source_of(settings, own, asked.fingerprint, may_reuse(settings))
     reused = "nothing: no run of the same settings is here"
     if source is not None:
         parts = len(list((source / PARTS).glob("*.parquet")))
         how = "a finished run of the same settings, so that nothing is measured" if finished else "which did not finish"
         reused = f"{parts} parts of {source}, {how}"
+    elif (others := other_schemes(asked, own)) is not None:
+        reused = f"scores in {', '.join(others[1])}, which {others[0]} has measured"
     elif (smaller := smaller_run(asked, own)) is not None:
         reused = f"scores of {smaller[1]} of the samples, which {smaller[0]} has measured"
     tokens = sorted(sample.longest for sample in scored)

@@ -15,12 +15,10 @@ from typing import Any
 import pandas as pd
 import torch
 
-from qvl_hydra.backends.protocol import load_engine
 from qvl_hydra.backends.table import BACKENDS
-from qvl_hydra.calibration.sample import samples_sha
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators.auto import CONTROLS
-from qvl_hydra.estimators.bench import CENSUS, FORWARD, RANGES, shard_of
+from qvl_hydra.estimators.bench import CENSUS, shard_of
 from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.estimators.sketch_run import of_expert
@@ -28,22 +26,19 @@ from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.profiles.families import families
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.reports.sweep import write_sweep_report
-from qvl_hydra.runs.files import read_json, write_json, write_parquet
+from qvl_hydra.runs.files import write_json, write_parquet
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.runs.record import RunRecord, write_record
-from qvl_hydra.runs.resume import Asked, take_up
-from qvl_hydra.runs.reuse import REUSED
+from qvl_hydra.runs.resume import take_up
 from qvl_hydra.runs.versions import installed_versions
 from qvl_hydra.scores.table import Scored, changes, origins, score_table
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
+from qvl_hydra.tasks.measured import asked_of, report_of
 from qvl_hydra.tasks.prepare import Prepared, may_reuse, not_quantized, prepare
 from qvl_hydra.tasks.shown import CHANGES, ENTERS, show
 from qvl_hydra.version import __version__
 
-REPORT = "report"  # where a run keeps what its engine said when it had measured everything
-# Of parts, what is of all samples: ranges, census, a plain forward, what was said, and a race's operators and turns.
-OF_ALL_SAMPLES = (RANGES, CENSUS, FORWARD, REPORT, CONTROLS, *(f"exact{digit}" for digit in range(10)))
 REFRESH_S = 10.0  # how old scores.parquet may get while the run goes on
 STOPPED = "stopped before the end: what is here was measured until then"
 NOTHING_SCORED = "no operator could be scored; are the model's weights whole, and do the samples reach its operators?"
@@ -71,7 +66,7 @@ def run(
     """
     began = time.perf_counter()
     prepared = prepare(settings, further_schemes)
-    asked = asked_of(settings, prepared)
+    asked = asked_of(settings, further_schemes, prepared)
     take_up(asked, folder, screen, may_reuse(settings))
     _write_calibration(settings, folder, prepared)
     job = job_of(settings, prepared, folder.path / settings.backend.name)
@@ -82,7 +77,7 @@ def run(
         _write_results(settings, folder, prepared, None, note | {"why": only_there})
         return
     try:
-        report = _report(settings, folder, job, screen)
+        report = report_of(settings, folder, job, screen)
         report.notes += not_quantized(settings, prepared)
     finally:  # Ctrl-C, an error or the end: what there is is written
         screen.finish()
@@ -90,34 +85,6 @@ def run(
     show(settings, folder, report, record, screen)
     if not record.n_scored:
         raise EngineError(NOTHING_SCORED)
-
-
-def asked_of(settings: Settings, prepared: Prepared) -> Asked:
-    """What the run looks for among those before it; with static ranges, which are of all samples, nothing smaller."""
-    forms = [form for scheme in prepared.schemes for form in (scheme.input, scheme.output) if form is not None]
-    grows = may_reuse(settings) and settings.strategy.row.shards and settings.shard is None
-    samples = prepared.calibration.samples
-    return Asked(
-        settings, prepared.model.sha, len(samples), lambda count: samples_sha(samples[:count]),
-        grows and all(form.dynamic for form in forms), OF_ALL_SAMPLES,
-    )  # fmt: skip
-
-
-def _report(settings: Settings, folder: RunFolder, job: SweepJob, screen: Screen) -> EngineReport:
-    """What the engine says, now or when it measured the scores that are in the folder."""
-    told = folder.recall(REPORT) if BACKENDS[settings.backend.name].shards else None  # of others files would be missing
-    if told is None:
-        report = load_engine(settings.backend.name)(job, folder, screen)
-        folder.remember(REPORT, asdict(report))
-    else:
-        report = EngineReport(**told)
-    reused = read_json(folder.path / REUSED)
-    if reused:
-        of = f"scores of {reused['samples']} samples" if "samples" in reused else "scores"
-        report.notes.append(
-            f"{of} are those of {reused['folder']}, measured under the same settings; cache=off measures them again"
-        )
-    return report
 
 
 def job_of(settings: Settings, prepared: Prepared, workdir: Path) -> SweepJob:

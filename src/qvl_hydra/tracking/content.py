@@ -40,7 +40,7 @@ TABLE_COLUMNS = (
 _IDENTITY = frozenset({"calibration_size", "calibration_seed", "calibration_bad", "seed"})  # no results
 _FILES = (
     "config.yaml", "run.json", "end.json", "run.log", "report.html", "description.md", "calibration.json",
-    "scores.parquet", "sample_scores.parquet", "resumed_from.json", "reused.json", "inc_order.json", "profile.json",
+    "scores.parquet", "sample_scores.parquet", "resumed_from.json", "inc_order.json", "profile.json",
     "plans.json", "keep_lists.json", "profiles.parquet", "comparison.json", "comparison.parquet", "pairs.parquet",
     "stability.parquet", "parts.parquet", "regret.parquet", "alignment.parquet", "costs.parquet",
     "evaluation.json", "families.parquet", "experts.parquet", "system.jsonl",
