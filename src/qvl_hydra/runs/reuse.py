@@ -13,6 +13,7 @@ from qvl_hydra.runs.files import written_whole
 from qvl_hydra.runs.folder import (
     FINGERPRINT,
     PARTS,
+    SECONDS,
     RunFolder,
     copy_parts,
     find_finished,
@@ -76,7 +77,8 @@ def take_schemes(
         by_scheme: names under which a run remembers something of each scheme.
         report: name under which it remembers what its engine said.
     """
-    copy_parts(source, target, lambda name: name.endswith(".json") and name != f"{report}.json")
+    own = (f"{report}.json", f"{SECONDS}.json")  # of this run alone
+    copy_parts(source, target, lambda name: name.endswith(".json") and name not in own)
     for name in by_scheme:
         if known := target.recall(name, {}):
             target.remember(name, {scheme: own for scheme, own in known.items() if scheme in schemes})
