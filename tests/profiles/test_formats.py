@@ -13,7 +13,7 @@ from qvl_hydra.models.load import LoadedModel, describe_model
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.formats.rendered import misaligned
 from qvl_hydra.profiles.formats.table import FORMATS
-from qvl_hydra.profiles.formats.written import write_formats
+from qvl_hydra.profiles.formats.written import not_exported, write_formats
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 from qvl_hydra.settings import ModelSettings
@@ -76,7 +76,12 @@ def test_a_format_asked_for_by_name_fails_and_others_report(small_model: LoadedM
     profile = some_profile(small_model, W8A8)
     with pytest.raises(ProfileError, match="patch_embed"):
         write_formats(profile, profile.operators, ["compressed_tensors"], tmp_path)
-    records = {record["format"]: record for record in write_formats(profile, profile.operators, [], tmp_path)}
+    written = write_formats(profile, profile.operators, [], tmp_path)
+    (note,) = not_exported(written)  # one reason, told once
+    assert note.startswith(f"not exported: {', '.join(LINEAR_ONLY)}, each of which quantizes Linear modules only")
+    alone = [record for record in written if record["format"] not in LINEAR_ONLY[1:]]
+    assert not_exported(alone)[0].startswith(f"not exported: {LINEAR_ONLY[0]} quantizes Linear modules only")
+    records = {record["format"]: record for record in written}
     assert {name for name, record in records.items() if "error" in record} == set(LINEAR_ONLY)
     assert all("patch_embed" in records[name]["error"] for name in LINEAR_ONLY)
     assert not (tmp_path / "compressed_tensors").exists()

@@ -17,7 +17,7 @@ from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.costs import COSTS, LEAVE, Cost
 from qvl_hydra.profiles.figure import draw_front
-from qvl_hydra.profiles.formats.written import pasted, write_formats
+from qvl_hydra.profiles.formats.written import not_exported, pasted, write_formats
 from qvl_hydra.profiles.measure import steps
 from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile, describe
@@ -89,8 +89,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     draw_front(table, folder.path / FIGURE)
     everything = find_operators(plans.prepared.model.module, "full")
     exports = write_formats(chosen, everything, settings.profile.formats, folder.path / "exports")
-    notes = [f"not exported: {record['error']}" for record in exports if "error" in record]
-    notes += [*plans.notes, *few]
+    notes = [*not_exported(exports), *plans.notes, *few]
     lists = Lists(prepared, plans.units, plans.terms, plans.metric, plans.quantizers, samples)
     notes += measure_families(settings, lists, folder, screen, shared(plans.sweep))
     if settings.profile.compare_with:

@@ -14,7 +14,7 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.baselines import errors_and_ranges
 from qvl_hydra.profiles.figure import draw_spectrum
-from qvl_hydra.profiles.formats.written import pasted, write_formats
+from qvl_hydra.profiles.formats.written import not_exported, pasted, write_formats
 from qvl_hydra.profiles.measure import steps
 from qvl_hydra.profiles.profile import describe
 from qvl_hydra.profiles.spectrum import best_baseline, candidates, described, measure_curve
@@ -55,7 +55,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     everything = find_operators(decision.prepared.model.module, "full")
     exports = write_formats(decision.profile, everything, settings.profile.formats, folder.path / "exports")
     summary = summarise(table, decision) | {"evaluation_samples": len(samples)}
-    notes = [*decision.notes, *few, *_export_notes(exports)]
+    notes = [*decision.notes, *few, *not_exported(exports)]
     lists = Lists(decision.prepared, decision.units, decision.terms, decision.metric, decision.quantizers, samples)
     notes += measure_families(settings, lists, folder, screen, shared(decision.sweep))
     if settings.profile.compare_with:
@@ -114,10 +114,6 @@ def _plain(value: Any) -> float | int | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     return int(value) if float(value).is_integer() and not isinstance(value, float) else float(value)
-
-
-def _export_notes(exports: list[dict[str, Any]]) -> list[str]:
-    return [f"not exported: {record['error']}" for record in exports if "error" in record]
 
 
 def _show(decision: Decision, table: pd.DataFrame, summary: dict[str, Any], notes: list[str], screen: Screen) -> None:

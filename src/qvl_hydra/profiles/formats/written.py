@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +117,16 @@ def write_formats(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "exports.json", content)
     return records
+
+
+def not_exported(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For whom a profile could not be written, a sentence a reason."""
+    names: dict[str, list[str]] = {}
+    for record in records:
+        if "error" in record:
+            reason = record["error"].removeprefix(f"{record['format']} ")
+            names.setdefault(reason, []).append(record["format"])
+    return [
+        f"not exported: {', '.join(own)}{', each of which' if len(own) > 1 else ''} {reason}"
+        for reason, own in names.items()
+    ]
