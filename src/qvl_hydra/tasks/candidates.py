@@ -15,6 +15,9 @@ from qvl_hydra.tasks.prepare import Prepared
 # Metrics that a profile's error is measured in, and what of a measurement decides: of KL at the answer, whose mean is
 # that of the few samples which lose most, what is typical of samples.
 MEASURED = {"squared_error": "squared_error", "kl": "kl", "kl_answer": "kl_typical"}
+IN_WORDS = {
+    "squared_error": "squared error", "kl": "KL", "kl_answer": "KL at the answer (geometric mean over samples)",
+}  # fmt: skip
 
 
 def best_measured(
@@ -46,7 +49,7 @@ def best_measured(
     others = sum(index > 0 for index in best)
     less = [1 - own[index] / own[0] for own, index in zip(errors, best, strict=True) if index]
     said = (
-        f"of the {settings.profile.candidates} best plans of each budget the one with the least {name}, measured on "
+        f"of the {settings.profile.candidates} best plans of each budget the one with the least {IN_WORDS[metric]}, measured on "
         f"{len(samples)} scored samples, was taken: another than the sum of scores ranks first for {others} of "
         f"{len(plans)} budgets"
     )
