@@ -49,8 +49,8 @@ def best_measured(
     others = sum(index > 0 for index in best)
     less = [1 - own[index] / own[0] for own, index in zip(errors, best, strict=True) if index]
     said = (
-        f"of the {settings.profile.candidates} best plans of each budget the one with the least {IN_WORDS[metric]}, measured on "
-        f"{len(samples)} scored samples, was taken: another than the sum of scores ranks first for {others} of "
+        f"of the {settings.profile.candidates} best plans of each budget the one with the least {IN_WORDS[metric]}, "
+        f"measured on {len(samples)} scored samples, was taken: another than the sum of scores ranks first for {others} of "
         f"{len(plans)} budgets"
     )
     return (
