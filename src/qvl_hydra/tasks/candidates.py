@@ -50,8 +50,8 @@ def best_measured(
     less = [1 - own[index] / own[0] for own, index in zip(errors, best, strict=True) if index]
     said = (
         f"of the {settings.profile.candidates} best plans of each budget the one with the least {IN_WORDS[metric]}, "
-        f"measured on {len(samples)} scored samples, was taken: another than the sum of scores ranks first for {others} of "
-        f"{len(plans)} budgets"
+        f"measured on {len(samples)} scored samples, was taken: another than the sum of scores ranks first for "
+        f"{others} of {len(plans)} budgets"
     )
     return (
         [own[index] for own, index in zip(plans, best, strict=True)],
