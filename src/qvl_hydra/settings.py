@@ -491,6 +491,15 @@ class Settings:
         index, _, count = (self.shard or "0/1").partition("/")
         return int(index), int(count)
 
+    @property
+    def schemes(self) -> list[str]:
+        """Names of the schemes to score, that which ranks first: choices of a profile, else `quant` and `also`."""
+        wanted = [name for name in self.profile.choices if name != LEAVE]
+        if self.task.name == "sweep" or not wanted:
+            return [self.quant.name, *self.quant.also]
+        first = self.quant.name if self.quant.name in wanted else wanted[0]
+        return list(dict.fromkeys([first, *wanted]))
+
     def faults(self) -> list[str]:
         """Faults between groups, and of the keys that belong to none."""
         found = [] if 0 <= self.seed < SEEDS else [f"seed={self.seed}; must lie between 0 and {SEEDS - 1}"]

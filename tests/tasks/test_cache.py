@@ -173,6 +173,19 @@ def test_other_choices_of_a_profile_measure_what_is_new(here: Here, schemes_writ
     assert set(schemes_written) == {"mxfp8"}
 
 
+def test_other_choices_leave_a_folder_as_it_was(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"{PROFILE} profile.budget=average_bits profile.value=6 hydra.run.dir=outputs/own profile.choices"
+    here(f"{line}=[w4a16,leave]")
+    before = {path: path.read_bytes() for path in (tmp_path / "outputs" / "own").glob("*.*") if path.suffix != ".log"}
+    for choices in ("[w8a8_int,leave]", "[w4a16,w8a8_int]"):
+        status, text = run_here(f"{line}={choices}", tmp_path, monkeypatch, capsys)
+        assert status == 2
+        assert "holds the results of a run with other settings" in text
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_what_cannot_be_read_is_passed_over(measured: Path, here: Here) -> None:
     next((measured / "parts").glob("*.parquet")).write_bytes(b"no parquet")
     assert "scores are those of" not in here(f"{LINE} hydra.run.dir=outputs/second")

@@ -13,7 +13,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from qvl_hydra.errors import SettingsError
-from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.runs.files import read_yaml
 from qvl_hydra.settings import QuantSettings, Settings, build_settings
 
@@ -64,18 +63,14 @@ def scheme_settings(name: str) -> QuantSettings:
 def with_choices(settings: Settings) -> tuple[Settings, list[QuantSettings]]:
     """The settings whose `quant` is the first scheme to score, and the further ones.
 
-    Of task=profile and task=quantize they are `profile.choices`; else `quant.also`.
-
     Raises:
         SettingsError: no such scheme.
     """
-    wanted = [name for name in settings.profile.choices if name != LEAVE]
-    if settings.task.name == "sweep" or not wanted:
-        return settings, [scheme_settings(name) for name in settings.quant.also]
-    if settings.quant.name not in wanted:
-        quant = dataclasses.replace(scheme_settings(wanted[0]), perturb=settings.quant.perturb)
+    first, *further = settings.schemes
+    if first != settings.quant.name:
+        quant = dataclasses.replace(scheme_settings(first), perturb=settings.quant.perturb)
         settings = dataclasses.replace(settings, quant=quant)
-    return settings, [scheme_settings(name) for name in dict.fromkeys(wanted) if name != settings.quant.name]
+    return settings, [scheme_settings(name) for name in further]
 
 
 def take_saved_settings(arguments: Sequence[str]) -> tuple[list[str], str]:

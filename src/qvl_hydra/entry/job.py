@@ -96,13 +96,14 @@ class _Job:
 
     def run(self, config: DictConfig) -> int:
         """Run it and note its end; its exit status."""
-        end, held = End("FAILED", BROKEN), False
+        end, own = End("FAILED", BROKEN), False
         try:
             refuse_foreign_folder(self.path)
             folder = RunFolder(self.path)
             settings = settings_from_config(config)
             with folder.locked():
-                held = True
+                refuse_other_settings(settings, folder)
+                own = True
                 self._tracked(settings, folder, config)
             end = End("FINISHED", 0)
         except KeyboardInterrupt:
@@ -114,7 +115,7 @@ class _Job:
         except Exception as error:
             end = self._fail(_explained(error, self.path))
         finally:
-            if held:
+            if own:
                 write_json(self.path / END, {"end": end.end})
             if self.sweep is not None:
                 note_end(self.sweep, self.number, self.path, end)
@@ -122,7 +123,6 @@ class _Job:
 
     def _tracked(self, settings: Settings, folder: RunFolder, config: DictConfig) -> None:
         """Run the task between opening and sending its MLflow run."""
-        refuse_other_settings(settings, folder)
         (folder.path / END).unlink(missing_ok=True)
         write_atomically(folder.path / "config.yaml", _saved(config, settings).encode())
         if settings.tracking.enabled:

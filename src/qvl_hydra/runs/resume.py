@@ -74,7 +74,7 @@ def refuse_other_settings(settings: Settings, folder: RunFolder) -> None:
     if not (folder.path / FINGERPRINT).exists() or not saved.exists():
         return
     earlier, _ = judge_settings(read_yaml(saved))
-    if earlier is None or deciding(earlier) != deciding(settings):
+    if earlier is None or deciding(earlier) != deciding(settings) or earlier.schemes != settings.schemes:
         raise RunFolderError(
             f"{folder.path} holds the results of a run with other settings; give this one its own hydra.run.dir"
         )
