@@ -83,3 +83,23 @@ def test_a_killed_worker_is_told_and_the_same_command_goes_on(launcher: str, wor
     status, text = run(line, tmp_path)
     assert status == 0, text
     assert all(path.stat().st_mtime_ns == written for path, written in before.items()), "measured twice"
+
+
+@pytest.mark.slow
+@pytest.mark.submitit
+def test_a_job_that_is_preempted_is_submitted_again_and_goes_on(tmp_path: Path) -> None:
+    """By submitit's own checkpoint, as on a cluster: SIGUSR2 is what SLURM sends before it takes a machine away."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    line = "-m hydra/launcher=submitit_local hydra.sweep.dir=jobs strategy.estimator=exact calibration.size=48,49"
+    process = start(f"{line} tracking.enabled=false compare.after=true", tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob("jobs/0/parts/exact*.parquet"))) > 3, process)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("jobs/0/parts/exact*.parquet")}
+    found = subprocess.run(["pgrep", "-f", f"submitit.core._submit {tmp_path}"], capture_output=True, text=True)
+    for worker in found.stdout.split():  # both jobs, since a process does not say which it is
+        os.kill(int(worker), signal.SIGUSR2)
+    text, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, text
+    said = "".join(path.read_text() for path in tmp_path.glob("jobs/.submitit/*/*_log.out"))
+    assert said.count("Requeued job") == 2
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items()), "measured twice"
+    assert (tmp_path / "jobs" / "comparison" / "comparison.parquet").exists()
