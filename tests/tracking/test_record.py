@@ -246,6 +246,24 @@ def test_runs_whose_process_is_gone_are_ended_by_the_next(settings: TrackingSett
     assert status == {"alive": "RUNNING", "gone": "KILLED", "far": "RUNNING"}
 
 
+def test_a_run_that_ends_while_it_is_looked_at_keeps_its_end(
+    settings: TrackingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job found it RUNNING; then it was sent, and its lock let go, before that job looked for its process."""
+    own, other = (write_run(tmp_path / name) for name in ("own", "other"))
+    run_id = record.open_run(settings, own, name="own", tags={}, sweep=None)
+
+    def ends_now(lock: Path) -> bool:
+        if lock.parent == own:
+            record.send_run(own, settings)
+        return False
+
+    monkeypatch.setattr(record, "is_held", ends_now)
+    record.open_run(settings, other, name="other", tags={}, sweep=None)
+    assert run_id is not None
+    assert client_of(settings).get_run(run_id).info.status == "FINISHED"
+
+
 @pytest.mark.parametrize(
     ("end", "status", "expected"),
     [("FINISHED", "complete", "FINISHED"), ("FAILED", "complete", "FAILED"), ("KILLED", "partial", "KILLED"),

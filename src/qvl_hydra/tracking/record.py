@@ -159,7 +159,9 @@ def _end_abandoned(client: MlflowClient, settings: TrackingSettings, own: Path) 
         folder = Path(run.data.tags.get("folder", ""))
         lock = folder / (SWEEP_LOCK if run.data.tags.get("task") == "multirun" else LOCK)
         above = own.parent == folder  # the multirun that this run is a job of, perhaps in another process
-        if folder != own and not above and not is_held(lock):
+        if folder == own or above or is_held(lock):
+            continue
+        if client.get_run(run.info.run_id).info.status == "RUNNING":  # and did not end since it was found
             client.set_terminated(run.info.run_id, "KILLED")
 
 
