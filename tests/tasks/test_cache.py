@@ -13,7 +13,7 @@ from pandas.testing import assert_frame_equal
 
 from qvl_hydra.runs import resume, versions
 from qvl_hydra.runs.files import read_table
-from qvl_hydra.runs.folder import RunFolder, SampleScore
+from qvl_hydra.runs.folder import RunFolder, SampleScore, earlier_runs
 from qvl_hydra.runs.resume import source_of
 from qvl_hydra.tasks import measured as taken
 from qvl_hydra.tasks.prepare import may_reuse
@@ -196,9 +196,10 @@ def test_other_code_and_backends_with_files_of_their_own_measure_again(
 ) -> None:
     own, kept = tmp_path / "own", json.loads((measured / "fingerprint.json").read_text())
     settings = composed(*LINE.split())
-    assert source_of(settings, own, kept["fingerprint"], may_reuse(settings)) == (measured, True)
+    earlier = earlier_runs([measured.parent])
+    assert source_of(settings, earlier, own, kept["fingerprint"], may_reuse(settings)) == (measured, True)
     other = composed(*LINE.replace("sketch", "exact").split(), "backend=onnxrt")
-    assert source_of(other, own, kept["fingerprint"], may_reuse(other)) == (None, False)
+    assert source_of(other, earlier, own, kept["fingerprint"], may_reuse(other)) == (None, False)
     assert kept["fingerprint"] == resume.fingerprint_of(settings, (), *hashes(measured))
     monkeypatch.setattr("qvl_hydra.runs.resume.code_sha", lambda: "edited")
     assert kept["fingerprint"] != resume.fingerprint_of(settings, (), *hashes(measured))

@@ -5,9 +5,8 @@ most likely to be on the wrong side of the border of the top k. An unmeasured op
 wrong side with probability `Phi(-|log(s f / border)| / tau)`, where `f` brings the sketch to the exact scores and `tau`
 is the spread of their log ratio, both from what has been measured: the median, and a quartile that a few outliers do
 not move, since the largest effects are measured first, and of them a first-order sketch is wrong as of no others. The
-race ends when the sum of these probabilities,
-the expected number of operators that are wrongly in or out, is below `strategy.missed`. Where the errors are too large
-for a first-order effect, `tau` is large, and more is measured.
+race ends when the sum of these probabilities, the expected number of operators that are wrongly in or out, is below
+`strategy.missed`. Where the errors are too large for a first-order effect, `tau` is large, and more is measured.
 """
 
 from __future__ import annotations

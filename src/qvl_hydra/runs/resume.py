@@ -39,7 +39,11 @@ def fingerprint_of(settings: Settings, further: Sequence[QuantSettings], model_s
     Args:
         further: schemes beside `settings.quant`, in order.
     """
-    return _hash([_apart(settings, model_sha, calibration_sha), list(_schemes(settings, further).items())])
+    return _together(_apart(settings, model_sha, calibration_sha), _schemes(settings, further))
+
+
+def _together(apart: str, schemes: dict[str, str]) -> str:
+    return _hash([apart, list(schemes.items())])
 
 
 def _apart(settings: Settings, model_sha: str, calibration_sha: str) -> str:
@@ -109,7 +113,7 @@ class Asked:
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint_of(self.settings, self.further, self.model_sha, self.sha_of(self.count))
+        return _together(self.apart, self.schemes)
 
     @cached_property
     def apart(self) -> str:
@@ -119,29 +123,27 @@ class Asked:
     def schemes(self) -> dict[str, str]:
         return _schemes(self.settings, self.further)
 
+    @cached_property
+    def earlier(self) -> list[tuple[float, Path, str]]:
+        """Runs that it may look at without being told of one."""
+        return earlier_runs([Path.cwd() / root for root in ROOTS]) if self.settings.resume == "auto" else []
+
+    def of_first(self, size: int) -> str:
+        """The fingerprint of the same with so many samples."""
+        calibration = replace(self.settings.calibration, size=size)
+        settings = replace(self.settings, calibration=calibration)
+        return _together(_apart(settings, self.model_sha, self.sha_of(size)), self.schemes)
+
 
 def other_schemes(asked: Asked, own: Path) -> tuple[Path, list[str]] | None:
     """The finished run that has most of the schemes, with nothing else that decides different; and which it has."""
-    if not asked.takes or asked.settings.resume != "auto":
-        return None
-    return find_schemes(_earlier(), asked.apart, asked.schemes, own)
+    return find_schemes(asked.earlier, asked.apart, asked.schemes, own) if asked.takes else None
 
 
 def smaller_run(asked: Asked, own: Path) -> tuple[Path, int] | None:
     """The finished run of most of the first samples, with nothing else that decides different; and of how many."""
-    if not (asked.takes and asked.grows) or asked.settings.resume != "auto":
-        return None
-
-    def fingerprint(size: int) -> str:
-        calibration = replace(asked.settings.calibration, size=size)
-        settings = replace(asked.settings, calibration=calibration)
-        return fingerprint_of(settings, asked.further, asked.model_sha, asked.sha_of(size))
-
-    return find_smaller(_earlier(), fingerprint, asked.count, own)
-
-
-def _earlier() -> list[tuple[float, Path, str]]:
-    return earlier_runs([Path.cwd() / root for root in ROOTS])
+    grows = asked.takes and asked.grows
+    return find_smaller(asked.earlier, asked.of_first, asked.count, own) if grows else None
 
 
 def take_up(asked: Asked, folder: RunFolder, screen: Screen, finished: bool) -> None:
@@ -161,7 +163,7 @@ def take_up(asked: Asked, folder: RunFolder, screen: Screen, finished: bool) -> 
                 "its own hydra.run.dir"
             )
     else:
-        source, whole = source_of(settings, folder.path, fingerprint, finished)
+        source, whole = source_of(settings, asked.earlier, folder.path, fingerprint, finished)
         if source is not None and whole:
             reuse(source, folder)
         elif source is not None:
@@ -175,10 +177,13 @@ def take_up(asked: Asked, folder: RunFolder, screen: Screen, finished: bool) -> 
     write_json(path, {"fingerprint": fingerprint, "qvl_hydra": __version__, **apart})
 
 
-def source_of(settings: Settings, own: Path, fingerprint: str, finished: bool) -> tuple[Path | None, bool]:
+def source_of(
+    settings: Settings, earlier: Sequence[tuple[float, Path, str]], own: Path, fingerprint: str, finished: bool
+) -> tuple[Path | None, bool]:
     """The folder of a run whose scores one in its own folder takes over, if there is one.
 
     Args:
+        earlier: see `find_resumable`.
         finished: look among finished runs, too.
 
     Returns:
@@ -190,7 +195,6 @@ def source_of(settings: Settings, own: Path, fingerprint: str, finished: bool) -
     if settings.resume == "never":
         return None, False
     if settings.resume == "auto":
-        earlier = _earlier()
         unfinished = find_resumable(earlier, fingerprint, own)
         if unfinished is not None or not finished:
             return unfinished, False

@@ -62,10 +62,10 @@ def find_smaller(
 
 
 def samples_of(folder: Path) -> int:
-    """Calibration samples of a run; 0 where it does not say, and where the parts of its schemes are not of one kind."""
+    """Calibration samples of a run; 0 where it does not say, and where `take_schemes` brought in some scores."""
     size = read_or_empty(folder / "calibration.json").get("size")
-    apart = "schemes" in read_or_empty(folder / PARTS / f"{REUSED}.json")
-    return size if isinstance(size, int) and not apart else 0
+    taken = any((folder / PARTS).glob(f"{REUSED}-*.parquet"))
+    return size if isinstance(size, int) and not taken else 0
 
 
 def take_schemes(
@@ -100,11 +100,8 @@ def find_schemes(
         earlier, exclude: see `find_resumable`.
         apart, schemes: as the run that asks would keep them.
     """
-    found = [(len(names), folder, names) for folder, names in _with_schemes(earlier, apart, schemes, exclude)]
-    for _, folder, names in sorted(found, key=lambda run: -run[0]):
-        if is_finished(folder):
-            return folder, names
-    return None
+    found = sorted(_with_schemes(earlier, apart, schemes, exclude), key=lambda run: -len(run[1]))
+    return next((run for run in found if is_finished(run[0])), None)
 
 
 def _with_schemes(
@@ -116,5 +113,5 @@ def _with_schemes(
         names = [name for name, own in schemes.items() if theirs.get(name) == own]
         if kept.get(APART) != apart or not names or not any(free_runs([run], run[2], exclude)):
             continue
-        if set(theirs) <= set(schemes) or not RunFolder(run[1]).recall("failed"):  # perhaps in a scheme not wanted
+        if len(theirs) == len(names) or not RunFolder(run[1]).recall("failed"):  # perhaps in a scheme not wanted
             yield run[1], names

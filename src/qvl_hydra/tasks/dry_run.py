@@ -88,7 +88,7 @@ def _scoring(settings: Settings, prepared: Prepared, asked: Asked, own: Path) ->
     scored = _own(settings, prepared)
     schemes = [scheme.name for scheme in prepared.schemes]
     row = strategy.row
-    source, finished = source_of(settings, own, asked.fingerprint, may_reuse(settings))
+    source, finished = source_of(settings, asked.earlier, own, asked.fingerprint, may_reuse(settings))
     reused = "nothing: no run of the same settings is here"
     if source is not None:
         parts = len(list((source / PARTS).glob("*.parquet")))
