@@ -131,6 +131,38 @@ def test_jsonl(jsonl: CalibrationSettings, one_processor: Processor) -> None:
     assert by_answer["red"].id == "data.jsonl:1"
 
 
+def test_jsonl_lines_without_an_answer_and_texts_alone(tmp_path: Path, one_processor: Processor) -> None:
+    """Null says that nobody knows the answer; a line that has none, whatever else it has, is bad."""
+    text = "The red ring stands left of the blue cross.\n" * 3
+    image_token = one_processor.tokenizer.decode([one_processor.config.image_token_id])
+    lines = [
+        {"prompt": "what?", "answer": None}, {"text": text}, {"prompt": "what?", "response": "x"}, {"text": " "},
+        {"image": None, "text": "x"}, {"text": f"a {image_token}"}, {},
+    ]  # fmt: skip
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    settings = CalibrationSettings(source="jsonl", size=2, path=str(path))
+    samples = {sample.id: sample for sample in load_calibration(settings, one_processor).samples}
+    asked, alone = samples["data.jsonl:1"], samples["data.jsonl:2"]
+    assert (asked.labels == -100).all()
+    decode = one_processor.tokenizer.decode
+    assert decode(asked.input_ids).endswith("<|im_start|>assistant\n")
+    assert decode(alone.input_ids) == text
+    assert alone.labels.equal(alone.input_ids)
+    cut = load_calibration(dataclasses.replace(settings, max_length=20), one_processor)
+    assert {len(sample.input_ids) for sample in cut.samples if sample.id == alone.id} <= {20}
+    with pytest.raises(CalibrationError) as caught:
+        load_calibration(dataclasses.replace(settings, size=3), one_processor)
+    for part in (
+        "data.jsonl:3: no answer (the line has prompt, response); give one, or null where nobody knows it",
+        "data.jsonl:4: the text is missing or empty",
+        "data.jsonl:5: no answer (the line has image, text)",
+        "data.jsonl:6: the text holds an image token of its own",
+        "data.jsonl:7: no answer (the line has nothing)",
+    ):
+        assert part in str(caught.value)
+
+
 def test_jsonl_bad_samples_are_all_named(jsonl: CalibrationSettings, one_processor: Processor) -> None:
     with pytest.raises(CalibrationError) as caught:
         load_calibration(dataclasses.replace(jsonl, size=5), one_processor)

@@ -104,6 +104,9 @@ def test_samples_without_an_answer_are_told(
     )
     report = native.run(job, RunFolder(tmp_path), Silent())
     assert any(note.startswith("1 of 2 scored samples have no answer") for note in report.notes)
+    assert report.unit == unit_of("kl", "answer")
+    report = native.run(dataclasses.replace(job, scored=(bare,)), RunFolder(tmp_path / "none"), Silent())
+    assert report.unit == unit_of("kl", "text")
 
 
 def test_the_gradient_is_autograds(tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...], tmp_path: Path) -> None:

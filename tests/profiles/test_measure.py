@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -91,6 +93,23 @@ def test_batches_equal_one_forward_a_sample(
     assert len(calls) == steps(small_model, [*profiles, floats, profiles[0]], samples, component)
     after = small_model.module.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_samples_without_an_answer_are_judged_at_their_text_where_none_has_one(
+    small_model: LoadedModel, small_samples: tuple[Sample, ...]
+) -> None:
+    """At the positions that their scores are of: those whose next token is no image token."""
+    operators = find_operators(small_model.module, "lm")
+    quantizers = Quantizers(small_model, operators, small_samples[:4], "lm", [COARSE])
+    profile = profile_keeping(operators, {op.path for op in operators[::2]})
+    image = small_model.config.image_token_id
+    bare = [replace(s, labels=torch.full_like(s.labels, IGNORED)) for s in small_samples[:3]]
+    at_text = tuple(replace(s, labels=torch.where(s.input_ids == image, IGNORED, s.input_ids)) for s in bare)
+    (found,) = measure_profiles(small_model, [profile], quantizers, bare, "lm")
+    assert vars(found) == pytest.approx(vars(one_by_one(small_model, profile, quantizers, at_text, "lm")), rel=1e-4)
+    mixed = [*bare, *small_samples[3:5]]
+    answered = measure_profiles(small_model, [profile], quantizers, small_samples[3:5], "lm")
+    assert measure_profiles(small_model, [profile], quantizers, mixed, "lm") == answered
 
 
 @torch.no_grad()

@@ -111,6 +111,6 @@ def _first_caption(value: object) -> object:
 def _record(name: str, image: Path | bytes | None, caption: object, settings: CalibrationSettings) -> Record:
     if image is None:
         return Record(name, fault="a caption without an image")
-    if fault := text_fault(settings.prompt, caption):
-        return Record(name, fault=fault.replace("answer", "caption"))
+    if fault := text_fault(prompt=settings.prompt, caption=caption):
+        return Record(name, fault=fault)
     return Record(name, settings.prompt, str(caption).strip(), (image,))

@@ -142,13 +142,14 @@ def with_pixel_limits(processor: Processor, min_pixels: int | None, max_pixels: 
     return replace(processor, image_processor=changed)
 
 
-def encode(processor: Processor, name: str, prompt: str, answer: str, images: list[Image.Image]) -> Sample:
+def encode(processor: Processor, name: str, prompt: str, answer: str | None, images: list[Image.Image]) -> Sample:
     """Encode one turn: the images, then the prompt, then the answer.
 
     Args:
         name: becomes the sample's id.
         prompt: what the user asks.
-        answer: what the assistant says; the only text that is labelled, with its end of turn.
+        answer: what the assistant says; the only text that is labelled, with its end of turn. Without one the sample
+            ends where it would begin.
         images: in RGB; none for a text-only sample.
 
     Raises:
@@ -158,7 +159,8 @@ def encode(processor: Processor, name: str, prompt: str, answer: str, images: li
         raise EncodingError("the model reads text alone, and the sample has an image")
     question, reply = render_turn(processor, prompt, answer, len(images))
     tokenizer, config = processor.tokenizer, processor.config
-    asked = tokenizer.encode(question, add_special_tokens=False)
+    bare = tokenizer.chat_template is None  # a template writes the token that begins a text itself
+    asked = tokenizer.encode(question, add_special_tokens=bare)
     answered = tokenizer.encode(reply, add_special_tokens=False)
     image_token = getattr(config, "image_token_id", None)
     there = asked.count(image_token) if image_token is not None else 0
@@ -180,13 +182,30 @@ def encode(processor: Processor, name: str, prompt: str, answer: str, images: li
     return Sample(name, ids, position_ids(processor, ids, grid), labels, pixels, grid)
 
 
-def render_turn(processor: Processor, prompt: str, answer: str, images: int) -> tuple[str, str]:
+def encode_text(processor: Processor, name: str, text: str, most: int | None) -> Sample:
+    """Encode a text that is nobody's turn, such as a document: no chat template, every token labelled.
+
+    Args:
+        most: tokens that are kept; what lies behind them is cut off. None keeps all.
+
+    Raises:
+        EncodingError: the text holds an image token, or less than two tokens.
+    """
+    ids = torch.tensor(processor.tokenizer.encode(text)[:most], dtype=torch.int64)
+    if len(ids) < 2:
+        raise EncodingError("a text of less than two tokens")
+    if getattr(processor.config, "image_token_id", None) in ids.tolist():
+        raise EncodingError("the text holds an image token of its own")
+    return Sample(name, ids, position_ids(processor, ids, None), ids.clone(), None, None)
+
+
+def render_turn(processor: Processor, prompt: str, answer: str | None, images: int) -> tuple[str, str]:
     """The turn as text through the chat template: what the model is given, and what it should say.
 
     The two are tokenized apart, as in generation, where the answer's tokens follow a finished prompt.
     """
     if processor.tokenizer.chat_template is None:  # a base model for text
-        return f"{prompt}\n", answer
+        return f"{prompt}\n", answer or ""
     content: Any = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
     reply: Any = [{"type": "text", "text": answer}]
     if processor.image_processor is None:  # templates for text take texts
@@ -197,7 +216,7 @@ def render_turn(processor: Processor, prompt: str, answer: str, images: int) -> 
     try:
         with _at_most(TEMPLATE_S):
             question = str(template(asking, tokenize=False, add_generation_prompt=True))
-            whole = str(template(answering, tokenize=False))
+            whole = question if answer is None else str(template(answering, tokenize=False))
     except TimeoutError as error:
         raise CalibrationError(f"the chat template needs more than {TEMPLATE_S} s for one turn") from error
     except Exception as error:  # a template can raise whatever it likes

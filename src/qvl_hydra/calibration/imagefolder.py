@@ -83,7 +83,7 @@ def _classes(folder: Path) -> list[dict[str, Any]]:
 def _record(folder: Path, name: Any, caption: object, settings: CalibrationSettings) -> Record:
     if not isinstance(name, str) or not name:
         return Record("a row of the metadata", fault="file_name is no text")
-    if fault := text_fault(settings.prompt, caption):
+    if fault := text_fault(prompt=settings.prompt, caption=caption):
         hint = "; add metadata.jsonl with file_name and text, or sort the images into class folders"
-        return Record(name, fault=fault.replace("answer", "caption") + (hint if caption is None else ""))
+        return Record(name, fault=fault + (hint if caption is None else ""))
     return Record(name, settings.prompt, str(caption).strip(), (folder / name,))

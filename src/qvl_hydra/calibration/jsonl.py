@@ -1,4 +1,4 @@
-"""Calibration source `jsonl`: one JSON object a line with image, prompt and answer."""
+"""Calibration source `jsonl`: one JSON object a line with image, prompt and answer, or with a text alone."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def read(settings: CalibrationSettings, token_side: int | None) -> Iterator[Reco
 
     `image` is a path, a list of paths, or null or absent for a text-only sample; relative paths are taken from
     `calibration.images`, else from the file's own folder. `prompt` may be absent: then it is `calibration.prompt`.
+    `answer` may be null where nobody knows one. A line with `text` in their place is taken as it is.
     """
     path = Path(settings.path or "").expanduser()
     folder = Path(settings.images).expanduser() if settings.images else path.parent
@@ -42,11 +43,17 @@ def _record(name: str, line: str, folder: Path, settings: CalibrationSettings) -
         return Record(name, fault=f"not valid JSON ({error})")
     if not isinstance(content, dict):
         return Record(name, fault="not a JSON object with image, prompt, answer")
-    prompt, answer = content.get("prompt", settings.prompt), content.get("answer")
-    if fault := text_fault(prompt, answer):
+    if not content.keys() & {"image", "prompt", "answer"} and "text" in content:
+        text = content["text"]
+        return Record(name, fault=fault) if (fault := text_fault(text=text)) else Record(name, text=str(text))
+    if "answer" not in content:
+        there = ", ".join(map(str, content)) or "nothing"
+        return Record(name, fault=f"no answer (the line has {there[:100]}); give one, or null where nobody knows it")
+    prompt, answer = content.get("prompt", settings.prompt), content["answer"]
+    if fault := text_fault(prompt=prompt) if answer is None else text_fault(prompt=prompt, answer=answer):
         return Record(name, fault=fault)
     images = content.get("image")
     paths = [] if images is None else images if isinstance(images, list) else [images]
     if not all(isinstance(item, str) and item for item in paths):
         return Record(name, fault="image is neither a path, nor a list of paths, nor null")
-    return Record(name, str(prompt), str(answer).strip(), tuple(folder / item for item in paths))
+    return Record(name, str(prompt), answer and str(answer).strip(), tuple(folder / item for item in paths))

@@ -1,4 +1,4 @@
-"""What a calibration source yields: one question with its answer and images, not read yet."""
+"""What a calibration source yields: one question with its answer and images, or one text; nothing is read yet."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ class Record:
 
     Attributes:
         name: names the sample to a person: a file, or a file with its line.
+        answer: None where nobody knows one.
         images: files, or the bytes of image files; empty for a text-only sample.
         fault: why the source already knows that the record cannot be used.
+        text: a text that is nobody's turn, in the place of all of these.
     """
 
     name: str
     prompt: str = ""
-    answer: str = ""
+    answer: str | None = None
     images: tuple[Path | bytes, ...] = ()
     fault: str | None = None
+    text: str | None = None
 
 
 def read_image(source: Path | bytes) -> Image.Image:
@@ -47,9 +50,9 @@ def read_image(source: Path | bytes) -> Image.Image:
         raise OSError(f"image {label} cannot be read: {error}") from error
 
 
-def text_fault(prompt: object, answer: object) -> str | None:
-    """Why these two texts make no sample, or None."""
-    for name, text in (("prompt", prompt), ("answer", answer)):
+def text_fault(**texts: object) -> str | None:
+    """Why these texts, by what they are, make no sample, or None."""
+    for name, text in texts.items():
         if not isinstance(text, str) or not text.strip():
             return f"the {name} is missing or empty"
         if any("\ud800" <= letter <= "\udfff" for letter in text):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from qvl_hydra.calibration import bundled, coco_captions, imagefolder, jsonl
-from qvl_hydra.calibration.encode import EncodingError, Processor, encode, with_pixel_limits
+from qvl_hydra.calibration.encode import EncodingError, Processor, encode, encode_text, with_pixel_limits
 from qvl_hydra.calibration.record import Record, read_image
 from qvl_hydra.calibration.sample import BadSample, CalibrationSet, Sample, samples_sha
 from qvl_hydra.errors import CalibrationError
@@ -78,13 +78,16 @@ def sample_of(record: Record, processor: Processor, max_length: int | None) -> S
     """A record as tensors, or why it cannot be used."""
     if record.fault is not None:
         return BadSample(record.name, record.fault)
+    most = getattr(processor.config.get_text_config(), "max_position_embeddings", None)
     try:
+        if record.text is not None:
+            limits = [limit for limit in (most, max_length) if limit is not None]
+            return encode_text(processor, record.name, record.text, min(limits, default=None))
         images = [read_image(image) for image in record.images]
         sample = encode(processor, record.name, record.prompt, record.answer, images)
     except (OSError, EncodingError) as error:
         return BadSample(record.name, str(error))
     length = len(sample.input_ids)
-    most = getattr(processor.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and length > most:
         return BadSample(record.name, f"{length} tokens, above the model's {most} positions")
     if max_length is not None and length > max_length:

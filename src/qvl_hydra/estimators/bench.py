@@ -130,13 +130,15 @@ def measuring(
     every, first, first_starts = contexts[: len(scored)], contexts[own], starts[own]
     scored = scored[own]
     metric, positions = job.strategy.metric, job.strategy.positions
+    lacking = without_answer(scored) if positions == "answer" else 0
+    unit = unit_of(metric, "text" if lacking == len(scored) else positions)
     report = EngineReport(
-        estimator, metric, unit_of(metric, positions), _forward_s(folder, walker, first, first_starts), 0.0
+        estimator, metric, unit, _forward_s(folder, walker, first, first_starts), 0.0
     )
-    if positions == "answer" and (count := without_answer(scored)):
+    if lacking:
         report.notes.append(
-            f"{count} of {len(scored)} scored samples have no answer: they are judged at all text positions; give the "
-            "calibration source answers, or take strategy.positions=text for all alike"
+            f"{lacking} of {len(scored)} scored samples have no answer: they are judged at all text positions; give "
+            "the calibration source answers, or take strategy.positions=text for all alike"
         )
     with folder.measuring():
         kept = len(scored) if keep_states and group_size(job, folder, walker, first_starts) >= len(scored) else 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -88,7 +88,8 @@ def measure_profiles(
         model: the float model, resident or streamed; it leaves as it came.
         quantizers: of every operator that some profile quantizes, see `quantizer_key`; asked for once a group of
             samples, while the weights are in memory.
-        samples: held-out samples with answers; with `vision` those without an image are left out.
+        samples: held-out samples. Those without an answer are left out; where none has one, all are judged at their
+            text. With `vision` those without an image are left out.
         each: called after each segment, `steps(...)` times in all.
         folder: where each group of samples is kept as it is measured, for a run that is killed.
 
@@ -150,12 +151,13 @@ def _ordered(key: object) -> str:
 def _groups(model: LoadedModel, count: int, samples: Sequence[Sample], component: str) -> list[list[list[Sample]]]:
     """Groups of batches: those of a group walk one beside the other, segment by segment; a batch has one shape."""
     usable = [sample for sample in samples if bool((sample.labels != IGNORED).any())]
+    usable = usable or [_by_its_text(sample, model) for sample in samples if len(sample.input_ids) > 1]
     if component == "vision":
         usable = [sample for sample in usable if sample.pixel_values is not None]
     if not usable:
         raise ProfileError(
-            "no held-out sample has an answer (with component=vision: an image and an answer); "
-            "choose a calibration source with answers or captions"
+            "no held-out sample has two tokens (with component=vision: an image, and an answer where any has one); "
+            "choose another calibration source"
         )
     vocabulary = model.module.get_submodule(HEAD).get_parameter("weight").shape[0]
     limit = min(STATE_BYTES, free_memory_bytes() // 4)
@@ -176,6 +178,13 @@ def _groups(model: LoadedModel, count: int, samples: Sequence[Sample], component
             groups[-1].append(batch)
             taken += len(batch) * one
     return groups
+
+
+def _by_its_text(sample: Sample, model: LoadedModel) -> Sample:
+    """A sample without an answer, judged at all text as its scores are: labelled wherever no image token is."""
+    image = getattr(model.config, "image_token_id", None)
+    labels = sample.input_ids if image is None else sample.input_ids.masked_fill(sample.input_ids == image, IGNORED)
+    return replace(sample, labels=labels)
 
 
 def _state_bytes(model: LoadedModel, sample: Sample, branches: int, component: str) -> int:

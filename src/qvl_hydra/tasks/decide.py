@@ -14,6 +14,7 @@ from qvl_hydra.calibration.held_out import held_out, seen_by
 from qvl_hydra.calibration.sample import Sample, samples_sha
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.estimators.metrics import unit_of
+from qvl_hydra.estimators.positions import without_answer
 from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import Quantizers
@@ -195,7 +196,7 @@ def evaluation_samples(settings: Settings, prepared: Prepared, folder: Path) -> 
     Which they are is left in `evaluation.json`.
 
     Returns:
-        At most `profile.evaluation_size` of them; and a note where there are fewer.
+        At most `profile.evaluation_size` of them; and notes where there are fewer, or some without an answer.
 
     Raises:
         CalibrationError: none is left.
@@ -212,10 +213,14 @@ def evaluation_samples(settings: Settings, prepared: Prepared, folder: Path) -> 
             "samples": [sample.id for sample in samples],
         },
     )
-    if len(samples) == wanted:
-        return samples, []
-    left = f"only {len(samples)} of profile.evaluation_size={wanted} samples are left that no score or range has seen"
-    return samples, [f"{left}; profiles were measured on those"]
+    notes = []
+    if len(samples) < wanted:
+        left = f"{len(samples)} of profile.evaluation_size={wanted} samples are left that no score or range has seen"
+        notes.append(f"only {left}; profiles were measured on those")
+    if lacking := without_answer(samples):
+        how = "the figures at it are of all text" if lacking == len(samples) else "the others were measured on"
+        notes.append(f"{lacking} of {len(samples)} held-out samples have no answer: {how}")
+    return samples, notes
 
 
 def fetch(settings: Settings, reference: str, into: Path) -> RunRecord:
