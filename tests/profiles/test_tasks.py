@@ -19,6 +19,7 @@ from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks import profile, quantize
+from qvl_hydra.tasks.writable import require_writable
 from qvl_hydra.tracking import content
 from tests.program import composed
 
@@ -172,6 +173,43 @@ def test_quantize_compares_neural_compressor_with_qdq(profiled: tuple[Settings, 
     assert found["relative_difference"] < 1
     assert "Quantized by other tools" in (tmp_path / "report.html").read_text()
     assert "inc" in text.getvalue()
+
+
+CHECKPOINT = "profile.quantize_with=[compressed_tensors]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task=quantize", "component=full", "quant=w8a8_int", CHECKPOINT], "cannot express .*patch_embed"),
+        (["task=quantize", "quant=w4a16", CHECKPOINT], "operators have none of 128 in w4a16, first .*down_proj"),
+        (["task=quantize", "quant=w4a16", "profile.choices=[w4a16,leave]", CHECKPOINT,
+          "profile.spaces=[{match: '*o_proj', choices: [leave]}]"], "operators have none of 128"),
+        (["task=profile", "quant=w8a8_int", "profile.formats=[modelopt]", "profile.choices=[w8a8_int,w8a16]"],
+         "modelopt is written for one scheme, and this profile has"),
+        (["task=profile", "quant=fp8_dynamic", "profile.formats=[neural_compressor]"], "has float8_e4m3"),
+    ],
+)  # fmt: skip
+def test_what_could_not_be_written_is_refused(overrides: list[str], message: str) -> None:
+    settings = settings_of(*overrides)
+    others = set(settings.profile.choices) - {settings.quant.name, "leave"}
+    further = [dataclasses.replace(settings.quant, name=name) for name in others]
+    with pytest.raises(ProfileError, match=message):
+        require_writable(settings, further)
+
+
+def test_it_is_refused_before_the_work(tmp_path: Path) -> None:
+    settings = settings_of("task=profile", "quant=fp8_dynamic", "profile.formats=[neural_compressor]")
+    with pytest.raises(ProfileError, match="has float8_e4m3"):
+        profile.run(settings, RunFolder(tmp_path), screen()[0])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_what_spaces_keep_from_a_scheme_need_not_be_written_in_it() -> None:
+    require_writable(
+        settings_of("task=quantize", "component=full", "quant=w8a8_int", "profile.choices=[w8a8_int,leave]",
+                    "profile.spaces=[{match: '*patch_embed*', choices: [leave]}]", CHECKPOINT), ()
+    )  # fmt: skip
 
 
 @pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is not None, reason="it is installed")

@@ -28,6 +28,7 @@ from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks.measured import asked_of
 from qvl_hydra.tasks.prepare import Prepared, may_reuse, not_quantized, prepare
 from qvl_hydra.tasks.sweep import job_of
+from qvl_hydra.tasks.writable import require_writable
 
 ROW_BYTES = 150  # of a score on disk: in its part, in the tables and with the tracker
 SHOWN_ROLES = 8
@@ -41,8 +42,9 @@ def foretell(settings: Settings, further: Sequence[QuantSettings], own: Path, sc
         own: the folder that the run would have.
 
     Raises:
-        QvlHydraError: whatever would refuse the run: model, memory, samples, operators.
+        QvlHydraError: whatever would refuse the run: model, memory, samples, operators, formats.
     """
+    require_writable(settings, further)
     prepared = prepare(settings, further, outline_model)
     said = {"model": _model(settings, prepared), "operators": _operators(settings, prepared)}
     scores = settings.profile.scores if settings.task.name != "sweep" else None

@@ -29,6 +29,7 @@ from qvl_hydra.tasks import choose
 from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples, of_profile, shared
 from qvl_hydra.tasks.family_costs import measure_families
 from qvl_hydra.tasks.keep_lists import Lists, compare_lists
+from qvl_hydra.tasks.writable import require_writable
 
 FIGURE = Path("figures") / "profile_spectrum.png"
 
@@ -42,6 +43,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     Raises:
         QvlHydraError: see `decide`; and a format asked for by name that cannot express the profile.
     """
+    require_writable(settings, further)
     if settings.profile.choices:
         choose.run(settings, folder, screen, further)
         return

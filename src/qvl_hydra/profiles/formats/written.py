@@ -18,7 +18,12 @@ from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.runs.files import write_atomically, write_json
 
 
-def _require_able(profile: Profile, row: Consumer) -> None:
+def require_able(profile: Profile, row: Consumer) -> None:
+    """Refuse schemes that a consumer has no words for.
+
+    Raises:
+        ProfileError: naming them, and who has.
+    """
     if profile.others and not row.mixed:
         able = ",".join(other.name for other in FORMATS.values() if other.mixed)
         raise ProfileError(
@@ -99,7 +104,7 @@ def write_formats(
         row = FORMATS[name]
         record: dict[str, Any] = {"format": name, "consumer": row.tool, "loaded_with": row.loaded}
         try:
-            _require_able(profile, row)
+            require_able(profile, row)
             rendered = row.load()(profile, operators)
         except ProfileError as error:
             if names:
