@@ -30,7 +30,7 @@ from qvl_hydra.profiles.select import (
     size_of,
     undominated,
 )
-from qvl_hydra.profiles.units import Unit, units_from_scores
+from qvl_hydra.profiles.units import Unit, units_from_scores, units_without
 from qvl_hydra.quantization.scheme import Scheme, scheme_from_settings
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
@@ -192,6 +192,20 @@ def test_spaces_are_choices_of_some_operators_alone() -> None:
         choices(SpaceSettings("*q_proj", ["nvfp4"]))
     with pytest.raises(ProfileError, match="'c' matches no operator; one is called a.q_proj"):
         choices(SpaceSettings("c", ["nvfp4"]))
+
+
+def test_a_unit_that_one_operator_of_is_refused_a_choice_takes_another() -> None:
+    operators = [operator("a.q_proj", group="a.qkv_proj"), operator("a.k_proj", group="a.qkv_proj"), operator("b")]
+    units = units_from_scores(operators, {name: scored(operators) for name in NAMES}, NAMES)
+
+    def refused(op: Operator, choice: str) -> str | None:
+        return f"no {choice}" if (op.path == "a.k_proj" and choice == NAMES[0]) or op.path == "b" else None
+
+    first, second = units_without(units, refused)
+    assert first.scores == {name: value for name, value in units[0].scores.items() if name != NAMES[0]}
+    assert first.reasons == {NAMES[0]: f"no {NAMES[0]}"}
+    assert second.scores == {LEAVE: 0.0}
+    assert units_without(units, lambda op, choice: None) == units
 
 
 def test_a_unit_takes_what_it_can_have() -> None:

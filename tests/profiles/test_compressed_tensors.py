@@ -18,7 +18,7 @@ from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.profiles.apply import Quantizers, applied, quantizer_key
-from qvl_hydra.profiles.checkpoint import unpacked_narrow, write_checkpoint
+from qvl_hydra.profiles.checkpoint import unlike_qdq, unpacked_narrow, write_checkpoint
 from qvl_hydra.profiles.formats.compressed_tensors import quantization_config
 from qvl_hydra.profiles.names import rename
 from qvl_hydra.profiles.profile import Profile
@@ -202,9 +202,25 @@ def test_what_a_checkpoint_cannot_hold_is_refused_by_name(tiny_model: LoadedMode
             write_checkpoint(tiny_model, Profile(scheme, (op,), frozenset(), 16, "test"), {}, tmp_path)
         return str(raised.value)
 
-    assert f"first {op.path} with {op.in_features} inputs" in error_of(scheme_named("w4a16"))
+    ragged = f"{op.path} in w4a16: a compressed-tensors checkpoint holds whole groups of 128 only, and it has "
+    assert f"{ragged}{op.in_features} inputs" in error_of(scheme_named("w4a16"))
     assert "no inc_static: it has quantized outputs" in error_of(scheme_named("inc_static"))
     assert "zero points" in error_of(Scheme("odd", WeightFormat(8, symmetric=False), None))
+
+
+def test_what_transformers_computes_otherwise_is_told(tiny_model: LoadedModel) -> None:
+    """Each is seen in the tests above: bfloat16 weights, scales of tokens, one scale in the vision tower."""
+    language, vision = (find_operators(tiny_model.module, name)[-2] for name in ("lm", "vision"))
+
+    def told(scheme: str, op: Operator) -> list[str]:
+        said = unlike_qdq(Profile(scheme_named(scheme), (op,), frozenset(), 16, "test"))
+        return [word for word in ("bfloat16", "127.5", "one scale") for sentence in said if word in sentence]
+
+    assert told("fp8_dynamic", language) == told("w8a8_static", vision) == told("w8a8_dynamic", language) == []
+    assert told("nvfp4", language) == ["bfloat16"]
+    assert told("w8a8_int", language) == ["127.5"]
+    assert told("w8a8_int", vision) == ["127.5", "one scale"]
+    assert told("fp8_dynamic", vision) == ["one scale"]
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_dynamic", "fp8_block", "nvfp4", "mxfp4", "mxfp8", "w8a8_int"])

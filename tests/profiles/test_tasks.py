@@ -181,10 +181,7 @@ CHECKPOINT = "profile.quantize_with=[compressed_tensors]"
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["task=quantize", "component=full", "quant=w8a8_int", CHECKPOINT], "cannot express .*patch_embed"),
-        (["task=quantize", "quant=w4a16", CHECKPOINT], "operators have none of 128 in w4a16, first .*down_proj"),
-        (["task=quantize", "quant=w4a16", "profile.choices=[w4a16,leave]", CHECKPOINT,
-          "profile.spaces=[{match: '*o_proj', choices: [leave]}]"], "operators have none of 128"),
+        (["task=quantize", "quant=inc_static", CHECKPOINT], "no inc_static: it has quantized outputs"),
         (["task=profile", "quant=w8a8_int", "profile.formats=[modelopt]", "profile.choices=[w8a8_int,w8a16]"],
          "modelopt is written for one scheme, and this profile has"),
         (["task=profile", "quant=fp8_dynamic", "profile.formats=[neural_compressor]"], "has float8_e4m3"),
@@ -206,10 +203,28 @@ def test_it_is_refused_before_the_work(tmp_path: Path) -> None:
 
 
 def test_what_spaces_keep_from_a_scheme_need_not_be_written_in_it() -> None:
-    require_writable(
-        settings_of("task=quantize", "component=full", "quant=w8a8_int", "profile.choices=[w8a8_int,leave]",
-                    "profile.spaces=[{match: '*patch_embed*', choices: [leave]}]", CHECKPOINT), ()
+    asked = ["task=profile", "component=full", "quant=w8a8_int", "profile.choices=[w8a8_int,leave]",
+             "profile.formats=[compressed_tensors]"]  # fmt: skip
+    with pytest.raises(ProfileError, match=r"cannot express .*patch_embed"):
+        require_writable(settings_of(*asked), ())
+    require_writable(settings_of(*asked, "profile.spaces=[{match: '*patch_embed*', choices: [leave]}]"), ())
+
+
+def test_a_checkpoint_gets_a_plan_that_it_can_hold(tmp_path: Path) -> None:
+    """The vision tower's 48 inputs are no whole groups of 32, and the patch embedding is a convolution."""
+    pytest.importorskip("compressed_tensors")
+    settings = composed(
+        *SMALL[3:], "experiment=quantize_mixed", "model=tiny_qwen3_vl", "operators.exclude=null",
+        "profile.choices=[w4a16_g32,w8a8_int]", "profile.values=[6]",
     )  # fmt: skip
+    shown, text = screen()
+    quantize.run(settings, RunFolder(tmp_path), shown, [composed("quant=w4a16_g32").quant])
+    plan = json.loads((tmp_path / "profile.json").read_text())
+    assert "model.visual.patch_embed.proj" in plan["high"]
+    assert any("visual" in path for path in plan["low"])
+    said = " ".join(text.getvalue().split())
+    assert "cannot be w4a16_g32: a compressed-tensors checkpoint holds whole groups of 32 only, and it has 48" in said
+    assert "holds linear modules only, and it is a Conv3d" in said
 
 
 @pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is not None, reason="it is installed")

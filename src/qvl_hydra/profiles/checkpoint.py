@@ -70,6 +70,29 @@ def write_checkpoint(
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
+def unlike_qdq(profile: Profile) -> list[str]:
+    """What transformers computes otherwise than QDQ when it loads the checkpoint, a sentence each."""
+    found = []
+    if unpacked_narrow(profile):
+        found.append(
+            "compressed-tensors unpacks some of these formats to bfloat16, so that transformers runs the checkpoint in "
+            "it: its rounding is part of the difference to QDQ, which is computed in the model's own dtype"
+        )
+    by_token = [(op, part) for op in profile.low if (part := profile.scheme_of(op).input) is not None
+                if part.dynamic and part.group_size is None]  # fmt: skip
+    if any(part.number == "int" and part.divide for _, part in by_token):
+        found.append(
+            "transformers takes a token's INT8 scale as max / 127.5, QDQ and vLLM as max / 127: inputs are rounded to "
+            "other grids, and as much as quantizing changes may lie between them"
+        )
+    if any(op.component == "vision" for op, _ in by_token):
+        found.append(
+            "transformers takes one scale for all tokens of a vision operator's input, QDQ and vLLM one a token: there "
+            "the checkpoint is coarser in transformers than what was scored"
+        )
+    return found
+
+
 def unpacked_narrow(profile: Profile) -> bool:
     """Whether compressed-tensors unpacks a weight to bfloat16 whatever the model's dtype, so that it runs in that."""
     return any(checkpoint_format(part) in NARROW for part in profile.by_scheme())
@@ -96,19 +119,22 @@ def require_storable(profile: Profile, operators: Sequence[Operator]) -> None:
             reason = "weights with zero points; take symmetric ones"
         if reason:
             raise ProfileError(f"a compressed-tensors checkpoint holds no {scheme.name}: it has {reason}")
-        odd = [op for op in part.low if _ragged(op, scheme)]
+        odd = [(op, why) for op in part.low if (why := not_storable(op, scheme)) is not None]
         if odd:
-            assert weight is not None
             raise ProfileError(
-                f"a compressed-tensors checkpoint holds whole groups only, and {len(odd)} operators have none of "
-                f"{weight.group_size} in {scheme.name}, first {odd[0].path} with {odd[0].in_features} inputs; take a "
-                "scheme with smaller groups, or fix them with profile.spaces"
+                f"{odd[0][0].path} in {scheme.name}: {odd[0][1]}{f' ({len(odd)} such operators)' * (len(odd) > 1)}; "
+                "take another scheme, or profile.quantize_with=[compressed_tensors], with which they get other choices"
             )
 
 
-def _ragged(op: Operator, scheme: Scheme) -> bool:
+def not_storable(op: Operator, scheme: Scheme) -> str | None:
+    """Why a checkpoint cannot hold an operator in a scheme that it holds others in, or None."""
+    if op.kind != "Linear":
+        return f"a compressed-tensors checkpoint holds linear modules only, and it is a {op.kind}"
     group = None if scheme.weight is None else scheme.weight.group_size
-    return group is not None and op.in_features % group != 0
+    if group is not None and op.in_features % group:
+        return f"a compressed-tensors checkpoint holds whole groups of {group} only, and it has {op.in_features} inputs"
+    return None
 
 
 def _compressed(

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -112,6 +112,25 @@ def units_with_values(units: Sequence[Unit], scheme: str, values: Mapping[str, f
         else Unit(unit.name, unit.members, {**unit.scores, scheme: sum(values[op.path] for op in unit.members)})
         for unit in units
     ]
+
+
+def units_without(units: Sequence[Unit], refused: Callable[[Operator, str], str | None]) -> list[Unit]:
+    """The same units without the choices that one of their operators is refused.
+
+    Args:
+        refused: gives the reason why an operator cannot have a scheme, or None.
+    """
+    found = []
+    for unit in units:
+        said = {
+            choice: [why for op in unit.members if (why := refused(op, choice)) is not None]
+            for choice in unit.scores
+            if choice != LEAVE
+        }
+        reasons = {choice: "; ".join(dict.fromkeys(why)) for choice, why in said.items() if why}
+        scores = {choice: value for choice, value in unit.scores.items() if choice not in reasons} or {LEAVE: 0.0}
+        found.append(replace(unit, scores=scores, reasons={**unit.reasons, **reasons}))
+    return found
 
 
 def _spaces(

@@ -37,6 +37,7 @@ from qvl_hydra.tasks.decide import Decision, evaluation_samples, fetch, of_profi
 from qvl_hydra.tasks.family_costs import measure_families
 from qvl_hydra.tasks.keep_lists import Lists, compare_lists
 from qvl_hydra.tasks.prepare import Prepared, prepare
+from qvl_hydra.tasks.writable import storable
 
 FRONT = 9  # plans between the cheapest and the one that loses least, where no values are given
 SMALL_LOSS = 0.1  # of the cheapest plan's predicted loss: the plan that is exported loses less, at the fewest bits
@@ -124,11 +125,13 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen, further: Seque
 
 
 def _refused(units: Sequence[Unit]) -> list[str]:
-    return [
-        f"{unit.name} cannot be {', '.join(unit.reasons)}: {'; '.join(dict.fromkeys(unit.reasons.values()))}"
-        for unit in units
-        if unit.reasons
-    ]
+    """What units cannot have, a sentence a reason."""
+    names: dict[str, list[str]] = {}
+    for unit in units:
+        if unit.reasons:
+            reason = f"cannot be {', '.join(unit.reasons)}: {'; '.join(dict.fromkeys(unit.reasons.values()))}"
+            names.setdefault(reason, []).append(unit.name)
+    return [f"{own[0]}{f' and {len(own) - 1} more' * (len(own) > 1)} {reason}" for reason, own in names.items()]
 
 
 def plans_of(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence[QuantSettings]) -> Plans:
@@ -152,6 +155,7 @@ def plans_of(settings: Settings, folder: RunFolder, screen: Screen, further: Seq
     operators = find_operators(prepared.model.module, settings.component.name)
     wanted = settings.profile
     units = units_from_scores(operators, tables, wanted.choices, wanted.spaces, shared(record))
+    units = storable(settings, units, schemes)
     terms, cost = terms_of(settings, schemes), COSTS[wanted.cost]
     values = wanted.values or frontier(units, prices_of(units, cost, terms), size_of(units, cost), FRONT)
     plans = [several(units, Budget(cost.name, value), terms, wanted.candidates) for value in values]

@@ -37,6 +37,7 @@ from qvl_hydra.tasks.candidates import MEASURED, best_measured
 from qvl_hydra.tasks.measure_costs import read_costs
 from qvl_hydra.tasks.prepare import Prepared, prepare
 from qvl_hydra.tasks.sweep import versions
+from qvl_hydra.tasks.writable import storable
 from qvl_hydra.tracking.read import find_runs
 
 BISECTIONS = 8
@@ -88,7 +89,8 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
     notes = _compare_settings(settings, record, scheme, prepared)
     table = read_table(folder.path / "scores.parquet")
     operators = find_operators(prepared.model.module, settings.component.name)
-    units = tuple(units_from_scores(operators, {scheme.name: table}, (scheme.name, LEAVE), shared=shared(record)))
+    units = units_from_scores(operators, {scheme.name: table}, (scheme.name, LEAVE), shared=shared(record))
+    units = storable(settings, units, {scheme.name: scheme})
     scored = table.dropna(subset=["metric"]).iloc[0]
     samples = read_table(folder.path / "sample_scores.parquet")
     interactions = interactions_from(samples, units, scheme.name, str(scored["metric"]))
@@ -113,7 +115,7 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
         sweep=record,
         metric=metric,
         interactions=interactions,
-        units=units,
+        units=tuple(units),
         terms=terms,
         budget=budget,
         profile=profile,

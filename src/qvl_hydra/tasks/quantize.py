@@ -23,7 +23,7 @@ from qvl_hydra.errors import MissingExtraError, ProfileError
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import applied
-from qvl_hydra.profiles.checkpoint import unpacked_narrow, write_checkpoint
+from qvl_hydra.profiles.checkpoint import unlike_qdq, write_checkpoint
 from qvl_hydra.profiles.formats.written import write_formats
 from qvl_hydra.profiles.profile import Profile, describe, require_modules
 from qvl_hydra.quantization.qdq import OperatorQuantizer
@@ -90,11 +90,6 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     results: dict[str, Agreement] = {}
     notes = [*decision.notes, *few]
     drivers: Sequence[str] = settings.profile.quantize_with or tuple(DRIVERS)
-    if "compressed_tensors" in drivers and unpacked_narrow(decision.profile):
-        notes.append(
-            "compressed-tensors unpacks some of these formats to bfloat16, so that transformers runs the checkpoint in "
-            "it: its rounding is part of the difference to QDQ, which is computed in the model's own dtype"
-        )
     for name in drivers:
         try:
             results[name] = DRIVERS[name](settings, decision, samples, folder.path / name)
@@ -102,6 +97,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
             if settings.profile.quantize_with:
                 raise
             notes.append(f"{name}: {error}")
+    notes += unlike_qdq(decision.profile) if "compressed_tensors" in results else []
     everything = find_operators(decision.prepared.model.module, "full")
     write_formats(decision.profile, everything, settings.profile.formats, folder.path / "exports")
     write_json(folder.path / "profile.json", {"budget": str(decision.budget), **describe(decision.profile)})

@@ -1,18 +1,20 @@
-"""Refuses, before anything is scored, what the tools and formats that were asked for by name could not be given."""
+"""What the tools and formats that were asked for by name cannot be given: refused before anything is scored, or taken
+from the choices of the operators that it is about.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from qvl_hydra.models.load import describe_model
 from qvl_hydra.operators.discover import Operator, find_operators, select_operators
-from qvl_hydra.profiles.checkpoint import require_storable
-from qvl_hydra.profiles.formats.compressed_tensors import quantization_config
+from qvl_hydra.profiles.checkpoint import not_storable, require_storable
 from qvl_hydra.profiles.formats.table import FORMATS
 from qvl_hydra.profiles.formats.written import require_able
 from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.profiles.units import Unit, units_without
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.scheme import Scheme, scheme_from_settings
 from qvl_hydra.settings import QuantSettings, Settings
@@ -37,7 +39,7 @@ def require_writable(settings: Settings, further: Sequence[QuantSettings]) -> No
     if settings.task.name == "sweep" or wanted.scores is not None:
         return
     formats = [FORMATS[name] for name in wanted.formats]
-    checkpoint = settings.task.name == "quantize" and CHECKPOINT in wanted.quantize_with
+    checkpoint = _writes_checkpoint(settings)
     if not (formats or checkpoint):
         return
     skeleton = describe_model(settings.model).skeleton
@@ -52,11 +54,22 @@ def require_writable(settings: Settings, further: Sequence[QuantSettings]) -> No
             require_able(offered, row)
             row.load()(offered, every)
         if checkpoint:
-            require_storable(offered, every)
-            quantization_config(offered, every, "hugging_face")
+            kept = [op.path for op in operators if not_storable(op, scheme) is not None]
+            require_storable(dataclasses.replace(offered, high=offered.high | {*kept}), every)
     several = dataclasses.replace(offered, others={op.path: schemes[0] for op in offered.low[:1]})
     for row in formats if len(schemes) > 1 else ():
         require_able(several, row)
+
+
+def storable(settings: Settings, units: Sequence[Unit], schemes: Mapping[str, Scheme]) -> list[Unit]:
+    """The units without the choices that a checkpoint, where one is asked for by name, could not hold them in."""
+    if not _writes_checkpoint(settings):
+        return list(units)
+    return units_without(units, lambda op, choice: not_storable(op, schemes[choice]))
+
+
+def _writes_checkpoint(settings: Settings) -> bool:
+    return settings.task.name == "quantize" and CHECKPOINT in settings.profile.quantize_with
 
 
 def _allowed(settings: Settings, operators: Sequence[Operator]) -> Callable[[Operator], Sequence[str]]:
