@@ -14,12 +14,12 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from qvl_hydra.errors import MissingExtraError, ProfileError
+from qvl_hydra.errors import CalibrationError, MissingExtraError, ProfileError
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks import profile, quantize
-from qvl_hydra.tasks.writable import require_writable
+from qvl_hydra.tasks.beforehand import refuse_beforehand
 from qvl_hydra.tracking import content
 from tests.program import composed
 
@@ -181,18 +181,33 @@ CHECKPOINT = "profile.quantize_with=[compressed_tensors]"
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["profile.budget=average_bits", "profile.value=7"], "a budget of average_bits=7: not even the cheapest"),
+        (["quant=w4a16", "profile.choices=[w4a16,leave]", "profile.values=[6,3]"], "a budget of average_bits=3"),
+        (["profile.choices=[w8a8_static,leave]", "profile.spaces=[{match: '*q_proj', choices: [leave]}]"], "in two"),
+        (["profile.cost=measured_seconds", "profile.costs=nowhere", "profile.choices=[w8a8_static,leave]"], "no costs"),
+        (["profile.compare_with=[nowhere]"], "profile.compare_with=nowhere is neither"),
+        (["component=vision", "quant=nvfp4", "operators.include=['*patch_embed*']"], "no operator can be"),
         (["task=quantize", "quant=inc_static", CHECKPOINT], "no inc_static: it has quantized outputs"),
         (["task=profile", "quant=w8a8_int", "profile.formats=[modelopt]", "profile.choices=[w8a8_int,w8a16]"],
          "modelopt is written for one scheme, and this profile has"),
         (["task=profile", "quant=fp8_dynamic", "profile.formats=[neural_compressor]"], "has float8_e4m3"),
     ],
 )  # fmt: skip
-def test_what_could_not_be_written_is_refused(overrides: list[str], message: str) -> None:
+def test_what_cannot_do_whatever_the_scores_is_refused(overrides: list[str], message: str) -> None:
     settings = settings_of(*overrides)
     others = set(settings.profile.choices) - {settings.quant.name, "leave"}
     further = [dataclasses.replace(settings.quant, name=name) for name in others]
     with pytest.raises(ProfileError, match=message):
-        require_writable(settings, further)
+        refuse_beforehand(settings, further)
+
+
+def test_no_sample_to_measure_on_is_refused(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": "what?", "answer": str(number)}) for number in range(5)]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    asked = ["task=profile", "calibration=jsonl", f"calibration.path={tmp_path / 'own.jsonl'}"]
+    refuse_beforehand(settings_of(*asked), ())
+    with pytest.raises(CalibrationError, match="no sample left that scores and ranges have not seen"):
+        refuse_beforehand(settings_of(*asked, "calibration.size=5"), ())
 
 
 def test_it_is_refused_before_the_work(tmp_path: Path) -> None:
@@ -206,8 +221,8 @@ def test_what_spaces_keep_from_a_scheme_need_not_be_written_in_it() -> None:
     asked = ["task=profile", "component=full", "quant=w8a8_int", "profile.choices=[w8a8_int,leave]",
              "profile.formats=[compressed_tensors]"]  # fmt: skip
     with pytest.raises(ProfileError, match=r"cannot express .*patch_embed"):
-        require_writable(settings_of(*asked), ())
-    require_writable(settings_of(*asked, "profile.spaces=[{match: '*patch_embed*', choices: [leave]}]"), ())
+        refuse_beforehand(settings_of(*asked), ())
+    refuse_beforehand(settings_of(*asked, "profile.spaces=[{match: '*patch_embed*', choices: [leave]}]"), ())
 
 
 def test_a_checkpoint_gets_a_plan_that_it_can_hold(tmp_path: Path) -> None:

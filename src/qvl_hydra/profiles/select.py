@@ -266,7 +266,7 @@ def _silent() -> Iterator[None]:
 
 
 def _too_small(units: Sequence[Unit], budget: str, ratio: float) -> ProfileError:
-    said = "profile.budget=" + budget.replace("=", ", profile.value=", 1)
+    said = f"a budget of {budget}"
     stay = [unit for unit in units if unit.stays and unit.reasons]
     if not stay:
         return ProfileError(

@@ -92,11 +92,8 @@ def units_from_scores(
     allowed = _spaces({name: tuple(ops) for name, ops in members.items()}, choices, spaces)
     units = [_unit(name, tuple(ops), by_scheme, allowed[name], shared) for name, ops in members.items()]
     if all(unit.stays for unit in units):
-        raise ProfileError(
-            "the sweep has no scored operator to decide on; see the reasons in its scores.parquet"
-            if len(tables) == 1
-            else f"no operator was scored in any of {', '.join(tables)}; see scores.parquet for the reasons"
-        )
+        said = [reason for unit in units for reason in unit.reasons.values()] or ["none is asked for"]
+        raise ProfileError(f"no operator can be in any of {', '.join(tables)}: {said[0]}")
     return units
 
 

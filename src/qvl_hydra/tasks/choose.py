@@ -32,12 +32,12 @@ from qvl_hydra.runs.record import RunRecord, record_of, write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import sweep
+from qvl_hydra.tasks.beforehand import storable, terms_of
 from qvl_hydra.tasks.candidates import MEASURED, best_measured
-from qvl_hydra.tasks.decide import Decision, evaluation_samples, fetch, of_profile, shared, terms_of
+from qvl_hydra.tasks.decide import Decision, evaluation_samples, fetch, of_profile, shared
 from qvl_hydra.tasks.family_costs import measure_families
 from qvl_hydra.tasks.keep_lists import Lists, compare_lists
 from qvl_hydra.tasks.prepare import Prepared, prepare
-from qvl_hydra.tasks.writable import storable
 
 FRONT = 9  # plans between the cheapest and the one that loses least, where no values are given
 SMALL_LOSS = 0.1  # of the cheapest plan's predicted loss: the plan that is exported loses less, at the fewest bits

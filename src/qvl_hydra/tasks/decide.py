@@ -33,11 +33,10 @@ from qvl_hydra.runs.record import RunRecord, record_of
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks import sweep
+from qvl_hydra.tasks.beforehand import storable, terms_of
 from qvl_hydra.tasks.candidates import MEASURED, best_measured
-from qvl_hydra.tasks.measure_costs import read_costs
 from qvl_hydra.tasks.prepare import Prepared, prepare
 from qvl_hydra.tasks.sweep import versions
-from qvl_hydra.tasks.writable import storable
 from qvl_hydra.tracking.read import find_runs
 
 BISECTIONS = 8
@@ -128,13 +127,6 @@ def shared(record: RunRecord) -> bool:
     """Whether the scores of operators are those of their whole units."""
     row = BACKENDS.get(record.backend or "")
     return row is not None and row.shares
-
-
-def terms_of(settings: Settings, schemes: Mapping[str, Scheme]) -> Terms:
-    """What prices depend on, by the settings."""
-    wanted = settings.profile
-    costs = {} if wanted.costs is None else read_costs(wanted.costs)
-    return Terms(schemes, wanted.high_bits, settings.device, wanted, costs)
 
 
 def _require_bound(record: RunRecord, metric: str) -> None:

@@ -25,10 +25,10 @@ from qvl_hydra.runs.folder import PARTS
 from qvl_hydra.runs.resume import Asked, other_schemes, smaller_run, source_of
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
+from qvl_hydra.tasks.beforehand import refuse_beforehand
 from qvl_hydra.tasks.measured import asked_of
 from qvl_hydra.tasks.prepare import Prepared, may_reuse, not_quantized, prepare
 from qvl_hydra.tasks.sweep import job_of
-from qvl_hydra.tasks.writable import require_writable
 
 ROW_BYTES = 150  # of a score on disk: in its part, in the tables and with the tracker
 SHOWN_ROLES = 8
@@ -44,7 +44,8 @@ def foretell(settings: Settings, further: Sequence[QuantSettings], own: Path, sc
     Raises:
         QvlHydraError: whatever would refuse the run: model, memory, samples, operators, formats.
     """
-    require_writable(settings, further)
+    if settings.task.name in ("profile", "quantize"):
+        refuse_beforehand(settings, further)
     prepared = prepare(settings, further, outline_model)
     said = {"model": _model(settings, prepared), "operators": _operators(settings, prepared)}
     scores = settings.profile.scores if settings.task.name != "sweep" else None

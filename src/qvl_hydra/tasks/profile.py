@@ -26,10 +26,10 @@ from qvl_hydra.runs.record import write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import choose
+from qvl_hydra.tasks.beforehand import refuse_beforehand
 from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples, of_profile, shared
 from qvl_hydra.tasks.family_costs import measure_families
 from qvl_hydra.tasks.keep_lists import Lists, compare_lists
-from qvl_hydra.tasks.writable import require_writable
 
 FIGURE = Path("figures") / "profile_spectrum.png"
 
@@ -43,7 +43,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     Raises:
         QvlHydraError: see `decide`; and a format asked for by name that cannot express the profile.
     """
-    require_writable(settings, further)
+    refuse_beforehand(settings, further)
     if settings.profile.choices:
         choose.run(settings, folder, screen, further)
         return

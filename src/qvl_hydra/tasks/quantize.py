@@ -35,8 +35,8 @@ from qvl_hydra.runs.record import write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import choose
+from qvl_hydra.tasks.beforehand import refuse_beforehand
 from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples, of_profile
-from qvl_hydra.tasks.writable import require_writable
 
 # module, distribution and our extra of what each driver needs
 PACKAGES = {
@@ -80,7 +80,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     began = time.perf_counter()
     for asked in settings.profile.quantize_with:
         _require_package(asked, f"profile.quantize_with={asked}")
-    require_writable(settings, further)
+    refuse_beforehand(settings, further)
     if settings.profile.choices:
         decision = choose.decide(settings, folder, screen, further)
     else:

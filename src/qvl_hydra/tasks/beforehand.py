@@ -1,0 +1,126 @@
+"""What of a plan can be refused before anything is scored: all but what scores alone tell.
+
+Every operator is taken for scored in every scheme that it can have. What then has no plan, no sample to be measured on,
+or no file to be written to, has none afterwards either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from qvl_hydra.calibration.held_out import held_out
+from qvl_hydra.calibration.sources import load_calibration
+from qvl_hydra.models.load import ModelDescription, describe_model
+from qvl_hydra.operators.discover import Operator, find_operators, select_operators
+from qvl_hydra.profiles.checkpoint import not_storable, require_storable
+from qvl_hydra.profiles.costs import ERROR, LEAVE
+from qvl_hydra.profiles.formats.table import FORMATS
+from qvl_hydra.profiles.formats.written import require_able
+from qvl_hydra.profiles.keep_lists import read_keep_list
+from qvl_hydra.profiles.prices import Terms
+from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.profiles.select import Budget, select
+from qvl_hydra.profiles.units import Unit, units_from_scores, units_without
+from qvl_hydra.quantization.formats.table import not_offered
+from qvl_hydra.quantization.scheme import Scheme, scheme_from_settings
+from qvl_hydra.settings import QuantSettings, Settings
+from qvl_hydra.tasks.measure_costs import read_costs
+from qvl_hydra.tasks.prepare import processor_of
+
+CHECKPOINT = "compressed_tensors"  # the entry of `profile.quantize_with` that writes one
+
+
+def refuse_beforehand(settings: Settings, further: Sequence[QuantSettings]) -> None:
+    """Refuse budgets, spaces, samples, lists and formats of task=profile and task=quantize that cannot do.
+
+    With scores at hand all of it is soon told by itself.
+
+    Args:
+        further: schemes of `profile.choices` beside `settings.quant`.
+
+    Raises:
+        ProfileError: what cannot do, named.
+        QvlHydraError: the model cannot be described, or samples are missing.
+    """
+    for reference in settings.profile.compare_with:
+        read_keep_list(reference)
+    if settings.profile.scores is not None:
+        return
+    description = describe_model(settings.model)
+    schemes = {quant.name: scheme_from_settings(quant) for quant in (settings.quant, *further)}
+    units = _foreseen(settings, description, schemes)
+    _require_plans(settings, units, terms_of(settings, schemes))
+    _require_writable(settings, units, schemes, find_operators(description.skeleton, "full"))
+    processor = processor_of(description)
+    seen = {sample.id for sample in load_calibration(settings.calibration, processor).samples}
+    held_out(settings.calibration, processor, 1, seen)
+
+
+def terms_of(settings: Settings, schemes: Mapping[str, Scheme]) -> Terms:
+    """What prices depend on, by the settings."""
+    wanted = settings.profile
+    costs = {} if wanted.costs is None else read_costs(wanted.costs)
+    return Terms(schemes, wanted.high_bits, settings.device, wanted, costs)
+
+
+def storable(settings: Settings, units: Sequence[Unit], schemes: Mapping[str, Scheme]) -> list[Unit]:
+    """The units without the choices that a checkpoint, where one is asked for by name, could not hold them in."""
+    if not _writes_checkpoint(settings):
+        return list(units)
+    return units_without(units, lambda op, choice: not_storable(op, schemes[choice]))
+
+
+def _writes_checkpoint(settings: Settings) -> bool:
+    return settings.task.name == "quantize" and CHECKPOINT in settings.profile.quantize_with
+
+
+def _foreseen(settings: Settings, description: ModelDescription, schemes: Mapping[str, Scheme]) -> list[Unit]:
+    """The units that a sweep without failures leads to; what scores they will have is open."""
+    found = find_operators(description.skeleton, settings.component.name)
+    selected = select_operators(found, settings.operators, settings.seed)
+    tables = {name: pd.DataFrame([_row(op, scheme) for op in selected]) for name, scheme in schemes.items()}
+    choices = settings.profile.choices or (settings.quant.name, LEAVE)
+    units = units_from_scores(found, tables, choices, settings.profile.spaces)
+    return storable(settings, units, schemes)
+
+
+def _row(op: Operator, scheme: Scheme) -> dict[str, object]:
+    reason = not_offered([op], scheme)
+    return {"op": op.path, "status": "scored" if reason is None else "skipped", "reason": reason or "", "score": 1.0}
+
+
+def _require_plans(settings: Settings, units: Sequence[Unit], terms: Terms) -> None:
+    wanted = settings.profile
+    if wanted.choices:
+        budgets = [Budget(wanted.cost, value) for value in wanted.values]
+    else:
+        budgets = [] if wanted.budget == ERROR else [Budget(wanted.budget, wanted.value)]
+    for budget in budgets:
+        select(units, budget, terms)
+
+
+def _require_writable(
+    settings: Settings, units: Sequence[Unit], schemes: Mapping[str, Scheme], every: Sequence[Operator]
+) -> None:
+    """Put all operators that can be in a scheme into it, and ask those who were named whether they can say that."""
+    wanted = settings.profile
+    formats = [FORMATS[name] for name in wanted.formats]
+    operators = tuple(op for unit in units for op in unit.members)
+    taken = []
+    for name, scheme in schemes.items():
+        low = {op.path for unit in units if name in unit.scores for op in unit.members}
+        if not low:
+            continue
+        taken.append(scheme)
+        whole = Profile(scheme, operators, frozenset({op.path for op in operators} - low), wanted.high_bits, "foreseen")
+        for row in formats:
+            require_able(whole, row)
+            row.load()(whole, every)
+        if _writes_checkpoint(settings):
+            require_storable(whole, every)
+    if len(taken) > 1:
+        for row in formats:
+            require_able(dataclasses.replace(whole, others={operators[0].path: taken[0]}), row)
