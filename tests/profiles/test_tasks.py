@@ -201,6 +201,12 @@ def test_what_cannot_do_whatever_the_scores_is_refused(overrides: list[str], mes
         refuse_beforehand(settings, further)
 
 
+def test_a_family_that_neural_compressor_is_not_given_is_refused() -> None:
+    settings = composed("task=quantize", "component=vision", "model=tiny_qwen3_vl", "profile.quantize_with=[inc]")
+    with pytest.raises(ProfileError, match="Neural Compressor is not given the vision component of qwen3_vl"):
+        refuse_beforehand(settings, ())
+
+
 def test_no_sample_to_measure_on_is_refused(tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": "what?", "answer": str(number)}) for number in range(5)]
     (tmp_path / "own.jsonl").write_text("\n".join(lines))

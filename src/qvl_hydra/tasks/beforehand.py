@@ -13,6 +13,8 @@ import pandas as pd
 
 from qvl_hydra.calibration.held_out import held_out
 from qvl_hydra.calibration.sources import load_calibration
+from qvl_hydra.errors import ProfileError
+from qvl_hydra.families.record import Family
 from qvl_hydra.models.load import ModelDescription, describe_model
 from qvl_hydra.operators.discover import Operator, find_operators, select_operators
 from qvl_hydra.profiles.checkpoint import not_storable, require_storable
@@ -21,7 +23,7 @@ from qvl_hydra.profiles.formats.table import FORMATS
 from qvl_hydra.profiles.formats.written import require_able
 from qvl_hydra.profiles.keep_lists import read_keep_list
 from qvl_hydra.profiles.prices import Terms
-from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.profiles.profile import Profile, require_modules
 from qvl_hydra.profiles.select import Budget, select
 from qvl_hydra.profiles.units import Unit, units_from_scores, units_without
 from qvl_hydra.quantization.formats.table import not_offered
@@ -30,7 +32,7 @@ from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks.measure_costs import read_costs
 from qvl_hydra.tasks.prepare import processor_of
 
-CHECKPOINT = "compressed_tensors"  # the entry of `profile.quantize_with` that writes one
+CHECKPOINT, INC = "compressed_tensors", "inc"  # entries of `profile.quantize_with`
 
 
 def refuse_beforehand(settings: Settings, further: Sequence[QuantSettings]) -> None:
@@ -54,9 +56,26 @@ def refuse_beforehand(settings: Settings, further: Sequence[QuantSettings]) -> N
     units = _foreseen(settings, description, schemes)
     _require_plans(settings, units, terms_of(settings, schemes))
     _require_writable(settings, units, schemes, find_operators(description.skeleton, "full"))
+    if settings.task.name == "quantize" and INC in settings.profile.quantize_with:
+        operators = find_operators(description.skeleton, settings.component.name)
+        require_inc_able(description.family, operators, settings.component.name)
     processor = processor_of(description)
     seen = {sample.id for sample in load_calibration(settings.calibration, processor).samples}
     held_out(settings.calibration, processor, 1, seen)
+
+
+def require_inc_able(family: Family, operators: Sequence[Operator], component: str) -> None:
+    """Refuse what Neural Compressor is not given.
+
+    Raises:
+        ProfileError: a mixture of experts, or a component that the family has no towers for.
+    """
+    require_modules(operators, "Neural Compressor")
+    if not family.towers and (component != "lm" or family.visual is None):
+        raise ProfileError(
+            f"Neural Compressor is not given the {component} component of {family.name}, which it would have to be "
+            "taken apart for; take profile.quantize_with=[compressed_tensors]"
+        )
 
 
 def terms_of(settings: Settings, schemes: Mapping[str, Scheme]) -> Terms:

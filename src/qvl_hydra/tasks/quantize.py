@@ -25,7 +25,7 @@ from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import applied
 from qvl_hydra.profiles.checkpoint import unlike_qdq, write_checkpoint
 from qvl_hydra.profiles.formats.written import write_formats
-from qvl_hydra.profiles.profile import Profile, describe, require_modules
+from qvl_hydra.profiles.profile import Profile, describe
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.reports.quantize import quantize_sections
 from qvl_hydra.reports.sweep import write_sweep_report
@@ -35,7 +35,7 @@ from qvl_hydra.runs.record import write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import choose
-from qvl_hydra.tasks.beforehand import refuse_beforehand
+from qvl_hydra.tasks.beforehand import refuse_beforehand, require_inc_able
 from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples, of_profile
 
 # module, distribution and our extra of what each driver needs
@@ -115,12 +115,7 @@ def _with_inc(settings: Settings, decision: Decision, samples: Sequence[Sample],
     model, component = decision.prepared.model, settings.component.name
     if model.device.type != "cpu":
         raise ProfileError(f"Neural Compressor's INT8 runs on the CPU, not on {model.device}; take backend.device=cpu")
-    require_modules(find_operators(model.module, component), "Neural Compressor")
-    if not model.family.towers and (component != "lm" or model.family.visual is None):
-        raise ProfileError(
-            f"Neural Compressor is not given the {component} component of {model.family.name}, which it would have to "
-            "be taken apart for; take profile.quantize_with=[compressed_tensors]"
-        )
+    require_inc_able(model.family, find_operators(model.module, component), component)
     made = quantize_with_inc(model, decision.profile, decision.prepared.calibration.samples, component, folder)
 
     def outputs(module: nn.Module) -> Callable[[Sample], Tensor]:
