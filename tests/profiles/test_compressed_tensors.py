@@ -18,7 +18,7 @@ from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.profiles.apply import Quantizers, applied, quantizer_key
-from qvl_hydra.profiles.checkpoint import unlike_qdq, unpacked_narrow, write_checkpoint
+from qvl_hydra.profiles.checkpoint import not_loaded, unlike_qdq, unpacked_narrow, write_checkpoint
 from qvl_hydra.profiles.formats.compressed_tensors import quantization_config
 from qvl_hydra.profiles.names import rename
 from qvl_hydra.profiles.profile import Profile
@@ -221,6 +221,16 @@ def test_what_transformers_computes_otherwise_is_told(tiny_model: LoadedModel) -
     assert told("w8a8_int", language) == ["127.5"]
     assert told("w8a8_int", vision) == ["127.5", "one scale"]
     assert told("fp8_dynamic", vision) == ["one scale"]
+
+
+def test_what_the_cpu_build_of_vllm_does_not_load_is_told() -> None:
+    def told(scheme: str, *outputs: int) -> list[str]:
+        ops = [Operator(f"o{n}", "lm", 0, "o", "g", "Linear", 64, n, 64 * n, "qwen3_vl") for n in outputs]
+        return not_loaded(Profile(scheme_named(scheme), tuple(ops), frozenset({"o33"}), 16, "test"))
+
+    assert told("w4a16_g32", 64, 96, 33) == told("w8a8_int", 48) == []
+    (said,) = told("w4a16_g32", 64, 48, 40, 33)
+    assert "o48 has 48, and 1 more" in said
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_dynamic", "fp8_block", "nvfp4", "mxfp4", "mxfp8", "w8a8_int"])

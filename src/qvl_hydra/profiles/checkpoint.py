@@ -26,6 +26,7 @@ from qvl_hydra.quantization.formats.table import FORMATS
 from qvl_hydra.quantization.qdq import OperatorQuantizer, weight_scales
 from qvl_hydra.quantization.scheme import Scheme
 
+CPU_MULTIPLE = 32  # of the outputs of packed integers in vLLM's CPU build
 NARROW = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 BESIDE = ("*.json", "*.jinja", "*.txt", "*.model")  # tokenizer, templates, image processor
 
@@ -68,6 +69,19 @@ def write_checkpoint(
     if HEAD in {op.path for op in profile.low}:  # a quantized head shares nothing with the embedding any more
         content["tie_word_embeddings"] = text["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def not_loaded(profile: Profile) -> list[str]:
+    """Where runtimes refuse a checkpoint that transformers loads, a sentence each."""
+    packed = [op for part in profile.by_scheme() if checkpoint_format(part) == "pack-quantized" for op in part.low]
+    odd = [op for op in packed if op.out_features % CPU_MULTIPLE]
+    if not odd:
+        return []
+    return [
+        f"vLLM's CPU build takes packed integers for outputs in multiples of {CPU_MULTIPLE} alone and will not load "
+        f"this checkpoint: {odd[0].path} has {odd[0].out_features}{f', and {len(odd) - 1} more' * (len(odd) > 1)}; on CUDA "
+        "vLLM pads them. For the CPU, give them other choices with profile.spaces"
+    ]
 
 
 def unlike_qdq(profile: Profile) -> list[str]:

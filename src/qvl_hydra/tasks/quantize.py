@@ -23,7 +23,7 @@ from qvl_hydra.errors import MissingExtraError, ProfileError
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import applied
-from qvl_hydra.profiles.checkpoint import unlike_qdq, write_checkpoint
+from qvl_hydra.profiles.checkpoint import not_loaded, unlike_qdq, write_checkpoint
 from qvl_hydra.profiles.formats.written import write_formats
 from qvl_hydra.profiles.profile import Profile, describe
 from qvl_hydra.quantization.qdq import OperatorQuantizer
@@ -97,7 +97,8 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
             if settings.profile.quantize_with:
                 raise
             notes.append(f"{name}: {error}")
-    notes += unlike_qdq(decision.profile) if "compressed_tensors" in results else []
+    if "compressed_tensors" in results:
+        notes += [*unlike_qdq(decision.profile), *not_loaded(decision.profile)]
     everything = find_operators(decision.prepared.model.module, "full")
     write_formats(decision.profile, everything, settings.profile.formats, folder.path / "exports")
     write_json(folder.path / "profile.json", {"budget": str(decision.budget), **describe(decision.profile)})
