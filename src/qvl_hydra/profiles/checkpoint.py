@@ -79,8 +79,8 @@ def not_loaded(profile: Profile) -> list[str]:
         return []
     return [
         f"vLLM's CPU build takes packed integers for outputs in multiples of {CPU_MULTIPLE} alone and will not load "
-        f"this checkpoint: {odd[0].path} has {odd[0].out_features}{f', and {len(odd) - 1} more' * (len(odd) > 1)}; on CUDA "
-        "vLLM pads them. For the CPU, give them other choices with profile.spaces"
+        f"this checkpoint: {odd[0].path} has {odd[0].out_features}{f', and {len(odd) - 1} more' * (len(odd) > 1)}; "
+        "on CUDA vLLM pads them. For the CPU, give them other choices with profile.spaces"
     ]
 
 
