@@ -37,14 +37,14 @@ def baseline_profiles(
     Args:
         budget: of a cost.
         terms: of one scheme.
-        weight_errors, ranges: one number an operator path.
+        weight_errors, ranges: one number an operator path that is offered the scheme.
     """
     (scheme,) = terms.schemes.values()
     high_bits = terms.high_bits
     orders = {f"random-{seed}": np.random.default_rng(seed).permutation(len(units)) for seed in RANDOM_SEEDS}
     orders["first_and_last"] = np.argsort(distance_from_ends(units), kind="stable")
     if ranges:
-        widest = [max(ranges[op.path] for op in unit.members) for unit in units]
+        widest = [max(ranges.get(op.path, 0.0) for op in unit.members) for unit in units]
         orders["activation_range"] = np.argsort(-np.array(widest), kind="stable")
     profiles = [
         profile_of(units, take_in_order(units, order.tolist(), budget, terms), scheme, high_bits, name)

@@ -53,15 +53,23 @@ def refuse_beforehand(settings: Settings, further: Sequence[QuantSettings]) -> N
         return
     description = describe_model(settings.model)
     schemes = {quant.name: scheme_from_settings(quant) for quant in (settings.quant, *further)}
+    every = find_operators(description.skeleton, "full")
+    if settings.task.name == "quantize":
+        _require_tools(settings, description, every)
     units = _foreseen(settings, description, schemes)
     _require_plans(settings, units, terms_of(settings, schemes))
-    _require_writable(settings, units, schemes, find_operators(description.skeleton, "full"))
-    if settings.task.name == "quantize" and INC in settings.profile.quantize_with:
-        operators = find_operators(description.skeleton, settings.component.name)
-        require_inc_able(description.family, operators, settings.component.name)
+    _require_writable(settings, units, schemes, every)
     processor = processor_of(description)
     seen = {sample.id for sample in load_calibration(settings.calibration, processor).samples}
     held_out(settings.calibration, processor, 1, seen)
+
+
+def _require_tools(settings: Settings, description: ModelDescription, every: Sequence[Operator]) -> None:
+    tools, component = settings.profile.quantize_with, settings.component.name
+    if CHECKPOINT in tools:
+        require_modules(every, "compressed-tensors")
+    if INC in tools:
+        require_inc_able(description.family, [op for op in every if component in (op.component, "full")], component)
 
 
 def require_inc_able(family: Family, operators: Sequence[Operator], component: str) -> None:
