@@ -23,7 +23,7 @@ from qvl_hydra.profiles.figure import draw_spectrum, lines
 from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.select import Budget, select
-from qvl_hydra.profiles.spectrum import COLUMNS, best_baseline, candidates, measure_curve
+from qvl_hydra.profiles.spectrum import COLUMNS, best_baseline, candidates, measure_curve, spectrum_budgets
 from qvl_hydra.profiles.units import Unit
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 
@@ -90,9 +90,9 @@ def measured(small_model: LoadedModel, small_samples: tuple[Sample, ...]) -> tup
     scores = [item.squared_error for item in measure_profiles(small_model, alone, quantizers, held_out, "lm")]
     units = [unit_of(op.path, (op,), score) for op, score in zip(operators, scores, strict=True)]
     budget = Budget("share", 0.2)
-    chosen = select(units, budget, TERMS)
+    budgets = [budget, *spectrum_budgets(units, [0, 0.1, 0.5, 1])]
     errors, ranges = errors_and_ranges(small_model, quantizers)
-    found = candidates(units, chosen, budget, TERMS, [0.1, 0.5], errors, ranges)
+    found = candidates(units, {item: select(units, item, TERMS) for item in budgets}, TERMS, errors, ranges)
     table = measure_curve(small_model, found, quantizers, held_out, "lm", "squared_error")
     return units, table, (errors, ranges), quantizers, small_model
 

@@ -55,30 +55,38 @@ class Candidate:
     profile: Profile
 
 
+def spectrum_budgets(units: Sequence[Unit], shares: Sequence[float]) -> list[Budget]:
+    """The budgets of a spectrum between its ends: what must stay in high precision anyhow, and everything."""
+    return [Budget("share", share) for share in shares if _least(units) < share < 1]
+
+
+def _least(units: Sequence[Unit]) -> float:
+    """The share of operators that must stay in high precision."""
+    total = sum(len(unit.members) for unit in units)
+    return sum(len(unit.members) for unit in units if unit.stays) / total
+
+
 def candidates(
     units: Sequence[Unit],
-    chosen: Profile,
-    budget: Budget,
+    decided: Mapping[Budget, Profile],
     terms: Terms,
-    shares: Sequence[float],
     errors: Mapping[str, float] | None,
     ranges: Mapping[str, float],
 ) -> list[Candidate]:
-    """Every profile to measure: both ends, the chosen one, one a share of the spectrum, and the baselines of each.
+    """Every profile to measure: both ends, the one decided on for each budget, and the baselines of each.
 
     Args:
-        chosen: the profile selected for `budget`.
-        terms: what it was selected with; of one scheme.
-        shares: the spectrum. A share that operators without a score overrun is raised to what they take.
+        terms: what they were decided with; of one scheme.
         errors: weight error of each operator; None leaves all baselines out.
         ranges: width of each operator's input range.
     """
     total = sum(len(unit.members) for unit in units)
-    least = sum(len(unit.members) for unit in units if unit.stays) / total
+    least = _least(units)
     found: list[Candidate] = []
-    budgets = [Budget("share", max(share, least)) for share in sorted({0.0, *shares, 1.0})]
-    for item in dict.fromkeys([*budgets, budget]):
-        best = chosen if item == budget else select(units, item, terms)
+    ends = {end: select(units, end, terms) for end in (Budget("share", least), Budget("share", 1.0))}
+    every = {**ends, **decided}
+    for item in sorted(every, key=lambda budget: (budget.kind != "share", budget.value)):
+        best = every[item]
         found.append(Candidate(item, best))
         if errors is not None and least * total < len(best.high) < total:
             same = Budget("count", len(best.high)) if item.kind == ERROR else item

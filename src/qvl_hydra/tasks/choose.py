@@ -110,6 +110,7 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen, further: Seque
         QvlHydraError: see `plans_of`.
     """
     plans = plans_of(settings, folder, screen, further)
+    budget = Budget(plans.cost.name, plans.values[plans.chosen])
     return Decision(
         prepared=plans.prepared,
         sweep=plans.sweep,
@@ -117,8 +118,8 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen, further: Seque
         interactions=None,
         units=tuple(plans.units),
         terms=plans.terms,
-        budget=Budget(plans.cost.name, plans.values[plans.chosen]),
-        profile=plans.profiles[plans.chosen],
+        budget=budget,
+        curve={budget: plans.profiles[plans.chosen]},
         quantizers=plans.quantizers,
         notes=tuple(plans.notes),
     )

@@ -24,6 +24,7 @@ from qvl_hydra.profiles.measure import measure_profiles
 from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.select import Budget, select, several
+from qvl_hydra.profiles.spectrum import spectrum_budgets
 from qvl_hydra.profiles.units import Unit, units_from_scores
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.quantization.scheme import Scheme
@@ -53,6 +54,7 @@ class Decision:
         sweep: `run.json` of the sweep.
         metric: of its scores, named as a measurement names it (`kl_answer` for KL at the answer's positions).
         interactions: between its scores; None where the sweep left none.
+        curve: the profile of each budget: the one asked for, and those of the spectrum.
         quantizers: of every operator decided on.
         notes: sentences for the user: units that had to stay in high precision, scores of another model.
     """
@@ -64,9 +66,14 @@ class Decision:
     units: tuple[Unit, ...]
     terms: Terms
     budget: Budget
-    profile: Profile
+    curve: Mapping[Budget, Profile]
     quantizers: Mapping[str, OperatorQuantizer]
     notes: tuple[str, ...]
+
+    @property
+    def profile(self) -> Profile:
+        """The profile of the budget that was asked for."""
+        return self.curve[self.budget]
 
 
 def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
@@ -98,16 +105,23 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
     if budget.kind == ERROR:
         _require_bound(record, metric)
     terms = terms_of(settings, {scheme.name: scheme})
-    plans = several(units, budget, terms, settings.profile.candidates)
-    profile = plans[0]
+    shares = settings.profile.spectrum if settings.task.name == "profile" else []
+    pools = {
+        item: several(units, item, terms, settings.profile.candidates)
+        for item in (budget, *spectrum_budgets(units, shares))
+    }
+    curve = {item: pool[0] for item, pool in pools.items()}
     quantizers = Quantizers(
-        prepared.model, profile.operators, prepared.calibration.samples, settings.component.name, [scheme]
+        prepared.model, curve[budget].operators, prepared.calibration.samples, settings.component.name, [scheme]
     )
     if budget.kind == ERROR:
-        profile, said = _held_bound(settings, prepared, units, terms, profile, budget, metric, quantizers)
-        notes = (*notes, said)
-    elif len(plans) > 1 and metric in MEASURED:
-        (profile,), said = best_measured(settings, prepared, [plans], metric, quantizers, folder, screen)
+        bound = _held_bound(settings, prepared, units, terms, curve[budget], budget, metric, quantizers)
+        curve[budget], notes = bound[0], (*notes, bound[1])
+    open_ones = [item for item, pool in pools.items() if len(pool) > 1]
+    if open_ones and metric in MEASURED:
+        plans = [pools[item] for item in open_ones]
+        best, said = best_measured(settings, prepared, plans, metric, quantizers, folder, screen)
+        curve |= dict(zip(open_ones, best, strict=True))
         notes = (*notes, said)
     return Decision(
         prepared=prepared,
@@ -117,7 +131,7 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
         units=tuple(units),
         terms=terms,
         budget=budget,
-        profile=profile,
+        curve=curve,
         quantizers=quantizers,
         notes=(*notes, *_kept_notes(units)),
     )

@@ -75,9 +75,7 @@ def _measure(
 ) -> pd.DataFrame:
     model = decision.prepared.model
     errors, ranges = errors_and_ranges(model, decision.quantizers) if settings.profile.baselines else (None, {})
-    found = candidates(
-        decision.units, decision.profile, decision.budget, decision.terms, settings.profile.spectrum, errors, ranges
-    )
+    found = candidates(decision.units, decision.curve, decision.terms, errors, ranges)
     component = settings.component.name
     profiles = [item.profile for item in found]
     with screen.working(steps(model, profiles, samples, component), f"measuring {len(profiles)} profiles"):
