@@ -185,6 +185,8 @@ CHECKPOINT = "profile.quantize_with=[compressed_tensors]"
         (["quant=w4a16", "profile.choices=[w4a16,leave]", "profile.values=[6,3]"], "a budget of average_bits=3"),
         (["profile.choices=[w8a8_static,leave]", "profile.spaces=[{match: '*q_proj', choices: [leave]}]"], "in two"),
         (["profile.cost=measured_seconds", "profile.costs=nowhere", "profile.choices=[w8a8_static,leave]"], "no costs"),
+        (["profile.budget=error", "profile.value=1", "strategy.direction=fallback"], "scores are direction=fallback"),
+        (["profile.budget=error", "profile.value=1", "quant=w4a16", "strategy=hawq_v2"], "metric=omega"),
         (["profile.compare_with=[nowhere]"], "profile.compare_with=nowhere is neither"),
         (["component=vision", "quant=nvfp4", "operators.include=['*patch_embed*']"], "no operator can be"),
         (["task=quantize", "quant=inc_static", CHECKPOINT], "no inc_static: it has quantized outputs"),

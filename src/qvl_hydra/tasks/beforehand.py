@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.calibration.held_out import held_out
 from qvl_hydra.calibration.sources import load_calibration
 from qvl_hydra.errors import ProfileError
@@ -27,10 +28,11 @@ from qvl_hydra.profiles.profile import Profile, require_modules
 from qvl_hydra.profiles.select import Budget, select
 from qvl_hydra.profiles.units import Unit, units_from_scores, units_without
 from qvl_hydra.quantization.formats.table import not_offered
-from qvl_hydra.quantization.scheme import Scheme, scheme_from_settings
+from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.settings import QuantSettings, Settings
+from qvl_hydra.tasks.candidates import MEASURED
 from qvl_hydra.tasks.measure_costs import read_costs
-from qvl_hydra.tasks.prepare import processor_of
+from qvl_hydra.tasks.prepare import processor_of, schemes_of
 
 CHECKPOINT, INC = "compressed_tensors", "inc"  # entries of `profile.quantize_with`
 
@@ -52,7 +54,7 @@ def refuse_beforehand(settings: Settings, further: Sequence[QuantSettings]) -> N
     if settings.profile.scores is not None:
         return
     description = describe_model(settings.model)
-    schemes = {quant.name: scheme_from_settings(quant) for quant in (settings.quant, *further)}
+    schemes = {scheme.name: scheme for scheme in schemes_of(settings, further)}
     every = find_operators(description.skeleton, "full")
     if settings.task.name == "quantize":
         _require_tools(settings, description, every)
@@ -70,6 +72,19 @@ def _require_tools(settings: Settings, description: ModelDescription, every: Seq
         require_modules(every, "compressed-tensors")
     if INC in tools:
         require_inc_able(description.family, [op for op in every if component in (op.component, "full")], component)
+
+
+def require_bound(direction: str, metric: str) -> None:
+    """Refuse scores whose sum says nothing of the error of what is quantized together.
+
+    Raises:
+        ProfileError: they are of the other direction, or of what no plan is measured in.
+    """
+    if direction != "requantize" or metric not in MEASURED:
+        raise ProfileError(
+            f"profile.budget=error bounds a measured error, and these scores are direction={direction}, "
+            f"metric={metric}; take scores of direction=requantize in {', '.join(MEASURED)}, or another budget"
+        )
 
 
 def require_inc_able(family: Family, operators: Sequence[Operator], component: str) -> None:
@@ -121,10 +136,13 @@ def _row(op: Operator, scheme: Scheme) -> dict[str, object]:
 
 def _require_plans(settings: Settings, units: Sequence[Unit], terms: Terms) -> None:
     wanted = settings.profile
-    if wanted.choices:
-        budgets = [Budget(wanted.cost, value) for value in wanted.values]
-    else:
-        budgets = [] if wanted.budget == ERROR else [Budget(wanted.budget, wanted.value)]
+    budgets = [Budget(wanted.cost, value) for value in wanted.values]
+    if not wanted.choices and wanted.budget == ERROR:
+        strategy, backend = settings.strategy, settings.backend
+        ranks_by = BACKENDS[backend.name].ranks_by
+        require_bound(strategy.direction, ranks_by(strategy.row, strategy.metric, strategy.weighting, backend.method))
+    elif not wanted.choices:
+        budgets = [Budget(wanted.budget, wanted.value)]
     for budget in budgets:
         select(units, budget, terms)
 

@@ -34,7 +34,7 @@ from qvl_hydra.runs.record import RunRecord, record_of
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks import sweep
-from qvl_hydra.tasks.beforehand import storable, terms_of
+from qvl_hydra.tasks.beforehand import require_bound, storable, terms_of
 from qvl_hydra.tasks.candidates import MEASURED, best_measured
 from qvl_hydra.tasks.prepare import Prepared, prepare
 from qvl_hydra.tasks.sweep import versions
@@ -103,7 +103,7 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
     metric = "kl_answer" if scored["unit"] == unit_of("kl", "answer") else str(scored["metric"])
     budget = Budget(settings.profile.budget, settings.profile.value)
     if budget.kind == ERROR:
-        _require_bound(record, metric)
+        require_bound(record.direction or "requantize", metric)
     terms = terms_of(settings, {scheme.name: scheme})
     shares = settings.profile.spectrum if settings.task.name == "profile" else []
     pools = {
@@ -141,16 +141,6 @@ def shared(record: RunRecord) -> bool:
     """Whether the scores of operators are those of their whole units."""
     row = BACKENDS.get(record.backend or "")
     return row is not None and row.shares
-
-
-def _require_bound(record: RunRecord, metric: str) -> None:
-    """Refuse scores whose sum says nothing of the error of what is quantized together."""
-    direction = record.direction or "requantize"
-    if direction != "requantize" or metric not in MEASURED:
-        raise ProfileError(
-            f"profile.budget=error bounds a measured error, and these scores are direction={direction}, "
-            f"metric={metric}; take scores of direction=requantize in {', '.join(MEASURED)}, or another budget"
-        )
 
 
 def _held_bound(

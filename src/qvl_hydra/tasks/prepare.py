@@ -120,11 +120,14 @@ def prepare(
         model = loaded(description, device, settings.seed)
     batches = settings.strategy.confidence_batches
     count = len(calibration.samples) if batches is None else batches * settings.calibration.batch_size
-    schemes = tuple(
-        scheme_from_settings(dataclasses.replace(quant, perturb=settings.quant.perturb))
-        for quant in (settings.quant, *further_schemes)
-    )
-    return Prepared(description, model, processor, operators, calibration, calibration.samples[:count], schemes)
+    scored, schemes = calibration.samples[:count], schemes_of(settings, further_schemes)
+    return Prepared(description, model, processor, operators, calibration, scored, schemes)
+
+
+def schemes_of(settings: Settings, further: Sequence[QuantSettings]) -> tuple[Scheme, ...]:
+    """The scheme to score, then further ones, all of them with `quant.perturb`."""
+    every = (settings.quant, *further)
+    return tuple(scheme_from_settings(dataclasses.replace(own, perturb=settings.quant.perturb)) for own in every)
 
 
 def may_reuse(settings: Settings) -> bool:
