@@ -131,6 +131,8 @@ def test_shares_by_where_errors_come_in_are_weighed_by_scores() -> None:
         "answer": pytest.approx((3 * 0.25 + 0.5) / 4),
     }  # fmt: skip
     assert origins(table_of([operator("a")], rows({"a": [1]}))) == {}
+    frame[list(ORIGINS[:2])] = 0.0  # a text alone: whatever comes in comes in at the same tokens
+    assert origins(table_of([operator(name) for name in "abc"], frame)) == {}
     assert ORIGINS[0] not in table_of([operator("a")], rows({"a": [1]}))
 
 

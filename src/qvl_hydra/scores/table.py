@@ -154,7 +154,9 @@ def origins_by_role(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _by_role(roles: pd.Series, parts: pd.DataFrame, score: pd.Series) -> pd.DataFrame:
-    """Sums of scores and of their parts by role; empty where nothing is above zero."""
+    """Sums of scores and of their parts by role; empty where there is only one part, or nothing at all."""
+    if (parts > 0).any().sum() < 2:
+        return pd.DataFrame()
     sums = parts.assign(score=score).groupby(roles.to_numpy()).sum().sort_values("score", ascending=False)
     sums = sums[sums["score"] > 0]
     return sums if len(sums) else pd.DataFrame()
