@@ -53,6 +53,13 @@ def test_every_job_of_a_multirun_is_told_of(
 def test_it_refuses_what_the_run_would_refuse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    mixed = f"experiment=quantize_mixed {SMALL} dry_run=true"
+    status, text = run_here(f"{mixed} profile.values=[16]", tmp_path, monkeypatch, capsys)
+    assert status == 0
+    assert "a model by compressed_tensors of at most 0.0" in text
+    status, text = run_here(f"{mixed} profile.values=[3]", tmp_path, monkeypatch, capsys)
+    assert status == 2
+    assert "a budget of average_bits=3: " in text
     too_large = "model=qwen2_5_vl_7b model.weights=random model.memory_limit_gib=2 dry_run=true"
     status, text = run_here(too_large, tmp_path, monkeypatch, capsys)
     assert status == 2

@@ -53,6 +53,10 @@ def foretell(settings: Settings, further: Sequence[QuantSettings], own: Path, sc
         said["scores"] = f"those of {scores}; none is measured"
     else:
         said |= _scoring(settings, prepared, asked_of(settings, further, prepared), own)
+    if settings.task.name == "quantize":
+        tools = ", ".join(settings.profile.quantize_with) or "each tool"
+        most = prepared.description.weight_bytes / GIB
+        said["writes"] = f"a model by {tools} of at most {most:.2f} GiB, below {own.parent}"
     said["memory"] = _memory(settings, prepared)
     if BACKENDS[settings.backend.name].estimators == () and not settings.backend.graph:
         said["time"] = _time(settings, prepared, scores is None)
