@@ -47,8 +47,8 @@ def _record(name: str, line: str, folder: Path, settings: CalibrationSettings) -
         text = content["text"]
         return Record(name, fault=fault) if (fault := text_fault(text=text)) else Record(name, text=str(text))
     if "answer" not in content:
-        there = ", ".join(map(str, content)) or "nothing"
-        return Record(name, fault=f"no answer (the line has {there[:100]}); give one, or null where nobody knows it")
+        there = ", ".join(content)[:100].encode("utf-8", "backslashreplace").decode() or "nothing"  # half letters, too
+        return Record(name, fault=f"no answer (the line has {there}); give one, or null where nobody knows it")
     prompt, answer = content.get("prompt", settings.prompt), content["answer"]
     if fault := text_fault(prompt=prompt) if answer is None else text_fault(prompt=prompt, answer=answer):
         return Record(name, fault=fault)
