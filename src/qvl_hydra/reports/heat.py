@@ -14,6 +14,7 @@ from qvl_hydra.scores.interval import interval_text
 MARKS = {"failed": "\u00d7", "skipped": "\u2013"}
 Row = Mapping[Any, Any]  # a row of `scores.parquet` as a mapping
 TOWERS = {"vision": "Vision tower", "lm": "Language tower"}
+LONGEST_LABEL = 10  # letters of a row that the narrow column of block numbers takes
 
 
 def shades(scores: pd.Series) -> pd.Series:
@@ -63,7 +64,8 @@ def _tower(rows: pd.DataFrame, shade: pd.Series) -> str:
         cell = _cell(row, shade, span=max(1, len(roles)))
         lines.append(f'<tr><th scope="row">{text(row["role"])}</th>{cell}</tr>')
     head = f'<thead><tr><th scope="row">block</th>{head}</tr></thead>'
-    return f'<table class="heat">{head}<tbody>{"".join(lines)}</tbody></table>'
+    named = " named" if any(len(role) > LONGEST_LABEL for role in outside["role"]) else ""
+    return f'<table class="heat{named}">{head}<tbody>{"".join(lines)}</tbody></table>'
 
 
 def _cell(row: Row | None, shade: pd.Series, span: int = 1) -> str:
