@@ -132,9 +132,7 @@ def measuring(
     metric, positions = job.strategy.metric, job.strategy.positions
     lacking = without_answer(scored) if positions == "answer" else 0
     unit = unit_of(metric, "text" if lacking == len(scored) else positions)
-    report = EngineReport(
-        estimator, metric, unit, _forward_s(folder, walker, first, first_starts), 0.0
-    )
+    report = EngineReport(estimator, metric, unit, _forward_s(folder, walker, first, first_starts), 0.0)
     if lacking:
         report.notes.append(
             f"{lacking} of {len(scored)} scored samples have no answer: they are judged at all text positions; give "

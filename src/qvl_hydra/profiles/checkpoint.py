@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ def write_checkpoint(
         ProfileError: what such a checkpoint cannot hold, naming the operators.
     """
     every = find_operators(model.module, "full")
-    require_storable(profile, every)
+    require_modules(every, "compressed-tensors")
+    require_storable(profile)
     config = quantization_config(profile, every, "hugging_face")
     state = dict(model.module.state_dict())
     for part in profile.by_scheme():
@@ -112,16 +113,12 @@ def unpacked_narrow(profile: Profile) -> bool:
     return any(checkpoint_format(part) in NARROW for part in profile.by_scheme())
 
 
-def require_storable(profile: Profile, operators: Sequence[Operator]) -> None:
-    """Refuse what a checkpoint cannot hold.
-
-    Args:
-        operators: every operator of the model.
+def require_storable(profile: Profile) -> None:
+    """Refuse schemes that a checkpoint cannot hold.
 
     Raises:
         ProfileError: naming the operators.
     """
-    require_modules(operators, "compressed-tensors")
     for part in profile.by_scheme():
         scheme, reason = part.scheme, None
         weight = scheme.weight

@@ -182,9 +182,8 @@ def _groups(model: LoadedModel, count: int, samples: Sequence[Sample], component
 
 def _by_its_text(sample: Sample, model: LoadedModel) -> Sample:
     """A sample without an answer, judged at all text as its scores are: labelled wherever no image token is."""
-    image = getattr(model.config, "image_token_id", None)
-    labels = sample.input_ids if image is None else sample.input_ids.masked_fill(sample.input_ids == image, IGNORED)
-    return replace(sample, labels=labels)
+    at_image = sample.input_ids == getattr(model.config, "image_token_id", IGNORED)  # text alone has no such id
+    return replace(sample, labels=sample.input_ids.masked_fill(at_image, IGNORED))
 
 
 def _state_bytes(model: LoadedModel, sample: Sample, branches: int, component: str) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.calibration.held_out import held_out
 from qvl_hydra.calibration.sources import load_calibration
 from qvl_hydra.errors import ProfileError
@@ -33,6 +32,7 @@ from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks.candidates import MEASURED
 from qvl_hydra.tasks.measure_costs import read_costs
 from qvl_hydra.tasks.prepare import processor_of, schemes_of
+from qvl_hydra.tasks.sweep import ranking_metric
 
 CHECKPOINT, INC = "compressed_tensors", "inc"  # entries of `profile.quantize_with`
 
@@ -138,9 +138,7 @@ def _require_plans(settings: Settings, units: Sequence[Unit], terms: Terms) -> N
     wanted = settings.profile
     budgets = [Budget(wanted.cost, value) for value in wanted.values]
     if not wanted.choices and wanted.budget == ERROR:
-        strategy, backend = settings.strategy, settings.backend
-        ranks_by = BACKENDS[backend.name].ranks_by
-        require_bound(strategy.direction, ranks_by(strategy.row, strategy.metric, strategy.weighting, backend.method))
+        require_bound(settings.strategy.direction, ranking_metric(settings))
     elif not wanted.choices:
         budgets = [Budget(wanted.budget, wanted.value)]
     for budget in budgets:
@@ -165,7 +163,7 @@ def _require_writable(
             require_able(whole, row)
             row.load()(whole, every)
         if _writes_checkpoint(settings):
-            require_storable(whole, every)
+            require_storable(whole)
     if len(taken) > 1:
         for row in formats:
             require_able(dataclasses.replace(whole, others={operators[0].path: taken[0]}), row)

@@ -115,13 +115,15 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
         prepared.model, curve[budget].operators, prepared.calibration.samples, settings.component.name, [scheme]
     )
     if budget.kind == ERROR:
-        bound = _held_bound(settings, prepared, units, terms, curve[budget], budget, metric, quantizers)
-        curve[budget], notes = bound[0], (*notes, bound[1])
-    open_ones = [item for item, pool in pools.items() if len(pool) > 1]
-    if open_ones and metric in MEASURED:
-        plans = [pools[item] for item in open_ones]
+        curve[budget], said = _held_bound(
+            settings, prepared, units, terms, curve[budget], budget, metric, quantizers
+        )
+        notes = (*notes, said)
+    pools = {item: pool for item, pool in pools.items() if len(pool) > 1}
+    if pools and metric in MEASURED:
+        plans = list(pools.values())
         best, said = best_measured(settings, prepared, plans, metric, quantizers, folder, screen)
-        curve |= dict(zip(open_ones, best, strict=True))
+        curve |= dict(zip(pools, best, strict=True))
         notes = (*notes, said)
     return Decision(
         prepared=prepared,

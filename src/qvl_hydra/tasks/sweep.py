@@ -123,7 +123,8 @@ def _write_calibration(settings: Settings, folder: RunFolder, prepared: Prepared
     )
 
 
-def _ranking_metric(settings: Settings) -> str:
+def ranking_metric(settings: Settings) -> str:
+    """What a sweep ranks by, before it has a report."""
     strategy, backend = settings.strategy, settings.backend
     row = strategy.row
     return BACKENDS[backend.name].ranks_by(row, strategy.metric, strategy.weighting, backend.method)
@@ -134,7 +135,7 @@ def _tables(
 ) -> dict[str, tuple[pd.DataFrame, float | None]]:
     """The table of each scheme that has scores; the main one always."""
     frame = folder.frame()
-    metric = report.metric if report else _ranking_metric(settings)
+    metric = report.metric if report else ranking_metric(settings)
     unit = report.unit if report else unit_of(metric, settings.strategy.positions)
     main = BACKENDS[settings.backend.name].scheme or prepared.schemes[0].name
     schemes = list(dict.fromkeys([main, *frame["scheme"].unique()]))
