@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +36,8 @@ class Screen:
 
     def __init__(self, name: str = "", console: Console | None = None) -> None:
         self.console = console or _Console(highlight=False)
+        if console is None and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding has no letter for is spelled out
         self._before = f"{name}: " if name else ""
         self._draws = self.console.is_terminal and not name
         self._bar: Progress | None = None

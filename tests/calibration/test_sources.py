@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,6 +162,20 @@ def test_jsonl_lines_without_an_answer_and_texts_alone(tmp_path: Path, one_proce
         "data.jsonl:7: no answer (the line has nothing)",
     ):
         assert part in str(caught.value)
+
+
+def test_names_that_are_no_letters_are_spelled_out(
+    imagefolder: CalibrationSettings, one_processor: Processor, tmp_path: Path
+) -> None:
+    """Of a file whose name is in another encoding, and of half a letter in a line."""
+    os.rename(os.fsencode(tmp_path / "cross" / "0.jpg"), os.fsencode(tmp_path / "cross") + b"/\xff.jpg")
+    names = {sample.id for sample in load_calibration(imagefolder, one_processor).samples}
+    assert r"cross/\udcff.jpg" in names
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{"\ud800": 1}, {"image": "\ud800.png", "prompt": "a", "answer": "b"}])))
+    with pytest.raises(CalibrationError) as caught:
+        load_calibration(CalibrationSettings(source="jsonl", size=1, path=str(path)), one_processor)
+    assert str(caught.value).encode().count(rb"\ud800") == 2
 
 
 def test_jsonl_bad_samples_are_all_named(jsonl: CalibrationSettings, one_processor: Processor) -> None:

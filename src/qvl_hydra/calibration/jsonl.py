@@ -47,7 +47,7 @@ def _record(name: str, line: str, folder: Path, settings: CalibrationSettings) -
         text = content["text"]
         return Record(name, fault=fault) if (fault := text_fault(text=text)) else Record(name, text=str(text))
     if "answer" not in content:
-        there = ", ".join(content)[:100].encode("utf-8", "backslashreplace").decode() or "nothing"  # half letters, too
+        there = ", ".join(content)[:100] or "nothing"
         return Record(name, fault=f"no answer (the line has {there}); give one, or null where nobody knows it")
     prompt, answer = content.get("prompt", settings.prompt), content["answer"]
     if fault := text_fault(prompt=prompt) if answer is None else text_fault(prompt=prompt, answer=answer):

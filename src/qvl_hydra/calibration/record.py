@@ -31,6 +31,16 @@ class Record:
     fault: str | None = None
     text: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", writable(self.name))
+        if self.fault is not None:
+            object.__setattr__(self, "fault", writable(self.fault))
+
+
+def writable(text: str) -> str:
+    """A text that files and screens take: half a letter, or a file name's byte that is none, is spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
 
 def read_image(source: Path | bytes) -> Image.Image:
     """Decode an image to RGB, turned the way its camera held it.

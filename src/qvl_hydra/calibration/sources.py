@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qvl_hydra.calibration import bundled, coco_captions, imagefolder, jsonl
 from qvl_hydra.calibration.encode import EncodingError, Processor, encode, encode_text, with_pixel_limits
-from qvl_hydra.calibration.record import Record, read_image
+from qvl_hydra.calibration.record import Record, read_image, writable
 from qvl_hydra.calibration.sample import BadSample, CalibrationSet, Sample, samples_sha
 from qvl_hydra.errors import CalibrationError
 from qvl_hydra.settings import CalibrationSettings
@@ -86,7 +86,7 @@ def sample_of(record: Record, processor: Processor, max_length: int | None) -> S
         images = [read_image(image) for image in record.images]
         sample = encode(processor, record.name, record.prompt, record.answer, images)
     except (OSError, EncodingError) as error:
-        return BadSample(record.name, str(error))
+        return BadSample(record.name, writable(str(error)))
     length = len(sample.input_ids)
     if most is not None and length > most:
         return BadSample(record.name, f"{length} tokens, above the model's {most} positions")
