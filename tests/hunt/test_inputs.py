@@ -109,8 +109,20 @@ def judged(record: Record, processor: Processor) -> None:
     assert record.name
 
 
+_parts = st.dictionaries(
+    st.sampled_from(["type", "text", "image", "image_url", "url"]),
+    st.one_of(st.sampled_from(["text", "image", "image_url"]), _odd_text, ANYTHING),
+)
+_turns = st.dictionaries(
+    st.sampled_from(["role", "content", "from", "value"]),
+    st.one_of(st.sampled_from(["user", "assistant", "human", "<image>\nx"]), st.lists(_parts, max_size=3), ANYTHING),
+)
 _rows = st.one_of(
     ANYTHING,
+    st.fixed_dictionaries(
+        {"messages": st.one_of(ANYTHING, st.lists(_turns, max_size=3))},
+        optional={"images": ANYTHING, "conversations": ANYTHING},
+    ),
     st.fixed_dictionaries({}, optional={"image": ANYTHING, "prompt": ANYTHING, "answer": ANYTHING}),
     st.fixed_dictionaries({"prompt": _odd_text, "answer": st.one_of(_odd_text, st.none())}),
     st.fixed_dictionaries({"text": st.one_of(_odd_text, ANYTHING)}),

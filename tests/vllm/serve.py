@@ -14,7 +14,8 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from qvl_hydra.calibration.encode import load_processor, render_turn
+from qvl_hydra.calibration.encode import load_processor, render
+from qvl_hydra.calibration.record import Turn
 from qvl_hydra.calibration.scenes import scene_examples
 
 SEED = 1  # of the evaluation scenes
@@ -37,7 +38,7 @@ def main(checkpoint: str, dtype: str, scenes: int, file: Path) -> None:
     )
     questions, whole = [], []
     for example in scene_examples("evaluation", scenes, SEED):
-        question, reply = render_turn(processor, example.prompt, example.answer, 1)
+        question, reply = render(processor, (Turn("user", (None, example.prompt)),), example.answer)
         asked, answered = (processor.tokenizer.encode(text, add_special_tokens=False) for text in (question, reply))
         image = {"image": example.image}
         questions.append(TokensPrompt(prompt_token_ids=asked, multi_modal_data=image))

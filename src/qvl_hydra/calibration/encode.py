@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
+from qvl_hydra.calibration.record import Turn
 from qvl_hydra.calibration.sample import IGNORED, Sample
 from qvl_hydra.errors import CalibrationError
 from qvl_hydra.families.table import FAMILIES, family_of
@@ -142,22 +143,31 @@ def with_pixel_limits(processor: Processor, min_pixels: int | None, max_pixels: 
     return replace(processor, image_processor=changed)
 
 
-def encode(processor: Processor, name: str, prompt: str, answer: str | None, images: list[Image.Image]) -> Sample:
-    """Encode one turn: the images, then the prompt, then the answer.
+def encode(
+    processor: Processor, name: str, prompt: str | tuple[Turn, ...], answer: str | None, images: list[Image.Image]
+) -> Sample:
+    """Encode what is asked and the answer: the images, then the prompt, or the turns with the images in them.
 
     Args:
         name: becomes the sample's id.
-        prompt: what the user asks.
+        prompt: what the user asks, or all turns before the answer.
         answer: what the assistant says; the only text that is labelled, with its end of turn. Without one the sample
             ends where it would begin.
         images: in RGB; none for a text-only sample.
 
     Raises:
-        EncodingError: the text holds an image token of its own, or an image's sides differ more than 200-fold.
+        EncodingError: the text holds an image token of its own, an image's sides differ more than 200-fold, or the
+            chat template does not take the turns.
     """
     if images and processor.image_processor is None:
         raise EncodingError("the model reads text alone, and the sample has an image")
-    question, reply = render_turn(processor, prompt, answer, len(images))
+    turns = (Turn("user", (*[None] * len(images), prompt)),) if isinstance(prompt, str) else prompt
+    try:
+        question, reply = render(processor, turns, answer)
+    except CalibrationError as error:
+        if isinstance(prompt, str):
+            raise
+        raise EncodingError(str(error)) from error  # of these turns; others may be taken
     tokenizer, config = processor.tokenizer, processor.config
     bare = tokenizer.chat_template is None  # a template writes the token that begins a text itself
     asked = tokenizer.encode(question, add_special_tokens=bare)
@@ -199,24 +209,23 @@ def encode_text(processor: Processor, name: str, text: str, most: int | None) ->
     return Sample(name, ids, position_ids(processor, ids, None), ids.clone(), None, None)
 
 
-def render_turn(processor: Processor, prompt: str, answer: str | None, images: int) -> tuple[str, str]:
-    """The turn as text through the chat template: what the model is given, and what it should say.
+def render(processor: Processor, turns: tuple[Turn, ...], answer: str | None) -> tuple[str, str]:
+    """A chat as text through the chat template: what the model is given, and what it should say.
 
     The two are tokenized apart, as in generation, where the answer's tokens follow a finished prompt.
+
+    Raises:
+        CalibrationError: the template fails, takes too long, or does not end in the answer.
     """
     if processor.tokenizer.chat_template is None:  # a base model for text
-        return f"{prompt}\n", answer or ""
-    content: Any = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
-    reply: Any = [{"type": "text", "text": answer}]
-    if processor.image_processor is None:  # templates for text take texts
-        content, reply = prompt, answer
-    asking: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    answering = [*asking, {"role": "assistant", "content": reply}]
+        return "".join(f"{_text(turn)}\n" for turn in turns), answer or ""
+    asking = [{"role": turn.role, "content": _content(processor, turn)} for turn in turns]
+    answering = {"role": "assistant", "content": _content(processor, Turn("assistant", (answer or "",)))}
     template = processor.tokenizer.apply_chat_template
     try:
         with _at_most(TEMPLATE_S):
             question = str(template(asking, tokenize=False, add_generation_prompt=True))
-            whole = question if answer is None else str(template(answering, tokenize=False))
+            whole = question if answer is None else str(template([*asking, answering], tokenize=False))
     except TimeoutError as error:
         raise CalibrationError(f"the chat template needs more than {TEMPLATE_S} s for one turn") from error
     except Exception as error:  # a template can raise whatever it likes
@@ -229,6 +238,17 @@ def render_turn(processor: Processor, prompt: str, answer: str | None, images: i
             "the checkpoint needs its family's own template"
         )
     return question, whole[len(question) :].rstrip()  # the line break after the end of turn is nobody's answer
+
+
+def _text(turn: Turn) -> str:
+    return "\n".join(piece for piece in turn.content if piece is not None)
+
+
+def _content(processor: Processor, turn: Turn) -> Any:
+    """A turn's content as templates take it: parts, or one text where the model reads text alone."""
+    if processor.image_processor is None:
+        return _text(turn)
+    return [{"type": "image"} if piece is None else {"type": "text", "text": piece} for piece in turn.content]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Calibration source `jsonl`: one JSON object a line with image, prompt and answer, or with a text alone."""
+"""Calibration source `jsonl`: one JSON object a line with image, prompt and answer, a chat, or a text alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from qvl_hydra.calibration.chat import chat_record
 from qvl_hydra.calibration.order import shuffled
 from qvl_hydra.calibration.record import Record, text_fault
 from qvl_hydra.settings import CalibrationSettings
@@ -26,7 +27,8 @@ def read(settings: CalibrationSettings, token_side: int | None) -> Iterator[Reco
 
     `image` is a path, a list of paths, or null or absent for a text-only sample; relative paths are taken from
     `calibration.images`, else from the file's own folder. `prompt` may be absent: then it is `calibration.prompt`.
-    `answer` may be null where nobody knows one. A line with `text` in their place is taken as it is.
+    `answer` may be null where nobody knows one. In their place a line may have a chat, as `messages` or
+    `conversations`, or `text`, which is taken as it is.
     """
     path = Path(settings.path or "").expanduser()
     folder = Path(settings.images).expanduser() if settings.images else path.parent
@@ -43,6 +45,8 @@ def _record(name: str, line: str, folder: Path, settings: CalibrationSettings) -
         return Record(name, fault=f"not valid JSON ({error})")
     if not isinstance(content, dict):
         return Record(name, fault="not a JSON object with image, prompt, answer")
+    if not content.keys() & {"prompt", "answer"} and content.keys() & {"messages", "conversations"}:
+        return chat_record(name, content, folder)
     if not content.keys() & {"image", "prompt", "answer"} and "text" in content:
         text = content["text"]
         return Record(name, fault=fault) if (fault := text_fault(text=text)) else Record(name, text=str(text))

@@ -13,11 +13,25 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no form
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What one side says in a chat.
+
+    Attributes:
+        role: `system`, `user` or `assistant`.
+        content: texts, and None in the place of each image.
+    """
+
+    role: str
+    content: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
 class Record:
     """One candidate sample of a source.
 
     Attributes:
         name: names the sample to a person: a file, or a file with its line.
+        prompt: what the user asks, after the images; or all turns before the answer, with the images in them.
         answer: None where nobody knows one.
         images: files, or the bytes of image files; empty for a text-only sample.
         fault: why the source already knows that the record cannot be used.
@@ -25,7 +39,7 @@ class Record:
     """
 
     name: str
-    prompt: str = ""
+    prompt: str | tuple[Turn, ...] = ""
     answer: str | None = None
     images: tuple[Path | bytes, ...] = ()
     fault: str | None = None
