@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from qvl_hydra.errors import CalibrationError, MissingExtraError, ProfileError
+from qvl_hydra.errors import CalibrationError, MissingExtraError, OperatorError, ProfileError
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
@@ -116,6 +116,37 @@ def test_scores_from_a_folder_give_the_same_profile(profiled: tuple[Settings, Pa
     assert first["high"] == second["high"]
     assert first["predicted"] == second["predicted"]
     assert len(pd.read_parquet(tmp_path / "scores.parquet")) == 15
+    begun, own = (json.loads((place / "run.json").read_text()) for place in (folder, tmp_path))
+    said = begun["notes"][begun["n_sweep_notes"] :]
+    assert any("measured on 4 scored samples" in note for note in said)
+    assert own["notes"][: own["n_sweep_notes"]] == begun["notes"][: begun["n_sweep_notes"]]
+    assert sum("measured on 4 scored samples" in note for note in own["notes"]) == 1
+
+
+def test_operators_left_out_of_scores_at_hand_stay_as_they_are(
+    profiled: tuple[Settings, Path, str], tmp_path: Path
+) -> None:
+    """As if the sweep had left them out: no plan has them, and no family of theirs is measured."""
+    settings, folder, _ = profiled
+    given = dataclasses.replace(settings.profile, scores=str(folder), budget="count", value=2.0, spectrum=[],
+                                compare_with=[])  # fmt: skip
+    left = dataclasses.replace(settings.operators, exclude=["*self_attn*", "lm_head"])
+    several = dataclasses.replace(given, choices=["w8a8_static", "leave"], budget="share", values=[10.0])
+    for name, asked in (("one", given), ("several", several)):
+        chosen = dataclasses.replace(settings, operators=left, profile=asked)
+        profile.run(chosen, RunFolder(tmp_path / name), screen()[0])
+        families = pd.read_parquet(tmp_path / name / "families.parquet")
+        measured = families[families["kl_answer_alone"].notna()]
+        assert 0 < len(measured) < len(families)
+        assert measured["role"].isin(["gate_proj", "up_proj", "down_proj"]).all()
+    decided = json.loads((tmp_path / "one" / "profile.json").read_text())
+    assert len(decided["high"]) == 2
+    assert len(decided["low"]) == 4
+    assert all(".mlp." in path for path in decided["low"])
+    foreign = dataclasses.replace(settings.operators, exclude=["*vision*"])
+    wrong = dataclasses.replace(settings, operators=foreign, profile=given)
+    with pytest.raises(OperatorError, match="the glob '\\*vision\\*' matches no operator"):
+        profile.run(wrong, RunFolder(tmp_path), screen()[0])
 
 
 def test_an_error_budget_is_held_by_measurement(profiled: tuple[Settings, Path, str], tmp_path: Path) -> None:

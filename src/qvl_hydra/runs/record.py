@@ -30,6 +30,7 @@ class RunRecord:
         forward_equivalents: `engine_s` divided by `forward_s`.
         wall_s, engine_s, forward_s: seconds of all, of measuring, and of one plain forward of the scored samples.
         notes: sentences for the user.
+        n_sweep_notes: how many of them the sweep said, whose scores a profile's own follow.
         details: further numbers of the engine.
         further: what only this task has: `profile`, `quantize`, the numbers of a comparison or of an export.
         version: of this record.
@@ -64,6 +65,7 @@ class RunRecord:
     fingerprint: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    n_sweep_notes: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     further: dict[str, Any] = field(default_factory=dict)

@@ -28,16 +28,16 @@ from qvl_hydra.reports.profile import PLANS, profile_sections
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.files import read_table, write_json, write_parquet
 from qvl_hydra.runs.folder import RunFolder
-from qvl_hydra.runs.record import RunRecord, record_of, write_record
+from qvl_hydra.runs.record import RunRecord, write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
-from qvl_hydra.tasks import sweep
 from qvl_hydra.tasks.beforehand import storable, terms_of
 from qvl_hydra.tasks.candidates import MEASURED, best_measured
-from qvl_hydra.tasks.decide import Decision, evaluation_samples, fetch, of_profile, shared
+from qvl_hydra.tasks.decide import Decision, evaluation_samples
 from qvl_hydra.tasks.family_costs import measure_families
 from qvl_hydra.tasks.keep_lists import Lists, compare_lists
 from qvl_hydra.tasks.prepare import Prepared, prepare
+from qvl_hydra.tasks.scored import of_profile, of_selected, scored_by, shared
 
 FRONT = 9  # plans between the cheapest and the one that loses least, where no values are given
 SMALL_LOSS = 0.1  # of the cheapest plan's predicted loss: the plan that is exported loses less, at the fewest bits
@@ -145,15 +145,12 @@ def plans_of(settings: Settings, folder: RunFolder, screen: Screen, further: Seq
         ProfileError: scores without one of the schemes; a budget that nothing meets.
         QvlHydraError: what the sweep raises.
     """
-    if settings.profile.scores is None:
-        sweep.run(settings, folder, screen, further)
-        record = record_of(folder.path)
-    else:
-        record = fetch(settings, settings.profile.scores, folder.path)
+    record = scored_by(settings, folder, screen, further)
     prepared = prepare(settings, further)
     schemes = {scheme.name: scheme for scheme in prepared.schemes}
-    tables = _tables(folder.path, str(record.scheme), list(schemes))
     operators = find_operators(prepared.model.module, settings.component.name)
+    found = _tables(folder.path, str(record.scheme), list(schemes))
+    tables = {name: of_selected(settings, operators, table) for name, table in found.items()}
     wanted = settings.profile
     units = units_from_scores(operators, tables, wanted.choices, wanted.spaces, shared(record))
     units = storable(settings, units, schemes)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.calibration.held_out import held_out, seen_by
 from qvl_hydra.calibration.sample import Sample, samples_sha
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.estimators.positions import without_answer
-from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.costs import ERROR, LEAVE
@@ -30,20 +25,16 @@ from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.files import read_table, write_json
 from qvl_hydra.runs.folder import RunFolder
-from qvl_hydra.runs.record import RunRecord, record_of
+from qvl_hydra.runs.record import RunRecord
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
-from qvl_hydra.tasks import sweep
 from qvl_hydra.tasks.beforehand import require_bound, storable, terms_of
 from qvl_hydra.tasks.candidates import MEASURED, best_measured
 from qvl_hydra.tasks.prepare import Prepared, prepare
-from qvl_hydra.tasks.sweep import versions
-from qvl_hydra.tracking.read import find_runs
+from qvl_hydra.tasks.scored import of_selected, scored_by, shared
 
 BISECTIONS = 8
 EVALUATION = "evaluation.json"  # which samples profiles were measured on
-# Of the sweep, copied beside the profile.
-KEPT = ("scores.parquet", "sample_scores.parquet", "families.parquet", "experts.parquet", "calibration.json")
 
 
 @dataclass(frozen=True)
@@ -79,22 +70,16 @@ class Decision:
 def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
     """Read or measure scores, and select the profile of the budget.
 
-    The sweep's tables end up in the folder either way.
-
     Raises:
         ProfileError: scores of another scheme, component or model; a budget that nothing meets.
         QvlHydraError: what the sweep raises.
     """
-    if settings.profile.scores is None:
-        sweep.run(settings, folder, screen)
-        record = record_of(folder.path)
-    else:
-        record = fetch(settings, settings.profile.scores, folder.path)
+    record = scored_by(settings, folder, screen)
     prepared = prepare(settings)
     scheme = prepared.schemes[0]
     notes = _compare_settings(settings, record, scheme, prepared)
-    table = read_table(folder.path / "scores.parquet")
     operators = find_operators(prepared.model.module, settings.component.name)
+    table = of_selected(settings, operators, read_table(folder.path / "scores.parquet"))
     units = units_from_scores(operators, {scheme.name: table}, (scheme.name, LEAVE), shared=shared(record))
     units = storable(settings, units, {scheme.name: scheme})
     scored = table.dropna(subset=["metric"]).iloc[0]
@@ -137,12 +122,6 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
         quantizers=quantizers,
         notes=(*notes, *_kept_notes(units)),
     )
-
-
-def shared(record: RunRecord) -> bool:
-    """Whether the scores of operators are those of their whole units."""
-    row = BACKENDS.get(record.backend or "")
-    return row is not None and row.shares
 
 
 def _held_bound(
@@ -221,39 +200,6 @@ def evaluation_samples(settings: Settings, prepared: Prepared, folder: Path) -> 
         how = "the figures at it are of all text" if lacking == len(samples) else "the others were measured on"
         notes.append(f"{lacking} of {len(samples)} held-out samples have no answer: {how}")
     return samples, notes
-
-
-def fetch(settings: Settings, reference: str, into: Path) -> RunRecord:
-    """Copy the tables of a sweep, from a folder or from the tracker, and give its `run.json`."""
-    path = Path(reference).expanduser()
-    reference = str(path.parent) if path.name == "scores.parquet" else reference
-    found = find_runs(settings.tracking, [reference], None, None, into / "source").folders
-    if len(found) != 1:
-        names = ", ".join(str(source) for source, _ in found[:5])
-        raise ProfileError(f"profile.scores={reference} holds {len(found)} sweeps ({names}); give one of them")
-    source, scheme = found[0]
-    record = record_of(source)
-    others = [path.name for path in source.glob("scores_*.parquet")]
-    for name in (*KEPT, *others):
-        origin = source / (f"scores_{scheme}.parquet" if scheme and name == "scores.parquet" else name)
-        if origin.exists():
-            shutil.copyfile(origin, into / name)
-    further = {**record.further, "source": reference}
-    return dataclasses.replace(record, scheme=scheme or record.scheme, further=further)
-
-
-def of_profile(sweep: RunRecord, task: str, said: Mapping[str, Any], notes: Sequence[str], wall_s: float) -> RunRecord:
-    """The sweep's record with what a profile says beside it, and this run's own times."""
-    return dataclasses.replace(
-        sweep,
-        task=task,
-        status="complete",
-        further={**sweep.further, task: dict(said)},
-        wall_s=wall_s,
-        peak_memory_bytes=peak_memory_bytes(),
-        versions=versions(),
-        notes=[*sweep.notes, *notes],
-    )
 
 
 def _compare_settings(

@@ -27,9 +27,10 @@ from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import choose
 from qvl_hydra.tasks.beforehand import refuse_beforehand
-from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples, of_profile, shared
+from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples
 from qvl_hydra.tasks.family_costs import measure_families
 from qvl_hydra.tasks.keep_lists import Lists, compare_lists
+from qvl_hydra.tasks.scored import of_profile, shared
 
 FIGURE = Path("figures") / "profile_spectrum.png"
 

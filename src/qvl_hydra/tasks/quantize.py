@@ -36,7 +36,8 @@ from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import choose
 from qvl_hydra.tasks.beforehand import refuse_beforehand, require_inc_able
-from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples, of_profile
+from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples
+from qvl_hydra.tasks.scored import of_profile
 
 # module, distribution and our extra of what each driver needs
 PACKAGES = {

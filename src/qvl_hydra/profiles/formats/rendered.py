@@ -37,7 +37,8 @@ def require_linear(profile: Profile, format_name: str, experts: bool = False) ->
         globs = [glob for glob in ("*patch_embed*", "*experts*") if fnmatch.filter(others, glob)]
         raise ProfileError(
             f"{format_name} quantizes Linear modules only and cannot express {', '.join(others)}; "
-            f"leave them out of the sweep with operators.exclude={globs}, so that they stay as they are"
+            f"leave them as they are with operators.exclude={globs} (with this run's folder as profile.scores nothing "
+            "is scored again)"
         )
 
 
