@@ -14,11 +14,12 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from qvl_hydra.entry.compose import scheme_settings
 from qvl_hydra.errors import CalibrationError, MissingExtraError, OperatorError, ProfileError
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
-from qvl_hydra.tasks import profile, quantize
+from qvl_hydra.tasks import profile, quantize, sweep
 from qvl_hydra.tasks.beforehand import refuse_beforehand
 from qvl_hydra.tracking import content
 from tests.program import composed
@@ -121,6 +122,26 @@ def test_scores_from_a_folder_give_the_same_profile(profiled: tuple[Settings, Pa
     assert any("measured on 4 scored samples" in note for note in said)
     assert own["notes"][: own["n_sweep_notes"]] == begun["notes"][: begun["n_sweep_notes"]]
     assert sum("measured on 4 scored samples" in note for note in own["notes"]) == 1
+
+
+def test_scores_in_a_further_scheme_give_its_profile(tmp_path: Path) -> None:
+    """As a sweep in that scheme alone does; the first scheme's stay beside."""
+    both = settings_of("strategy=kl", "quant=w8a8_static", "quant.also=[w4a16]")
+    sweep.run(both, RunFolder(tmp_path / "both"), screen()[0], [scheme_settings("w4a16")])
+    own = settings_of("strategy=kl", "task=profile", "quant=w4a16", "profile.families=2")
+    profile.run(own, RunFolder(tmp_path / "own"), screen()[0])
+    given = dataclasses.replace(own.profile, scores=str(tmp_path / "both"))
+    profile.run(dataclasses.replace(own, profile=given), RunFolder(tmp_path / "given"), screen()[0])
+    for name in ("profile.json", "run.json"):
+        first, second = (json.loads((tmp_path / place / name).read_text()) for place in ("own", "given"))
+        assert {key: first.get(key) for key in ("high", "low", "scheme", "predicted")} == {
+            key: second.get(key) for key in ("high", "low", "scheme", "predicted")
+        }
+    first, second = (pd.read_parquet(tmp_path / place / "families.parquet") for place in ("own", "given"))
+    pd.testing.assert_frame_equal(first, second)
+    first, second = (pd.read_parquet(tmp_path / place) for place in
+                     ("both/scores.parquet", "given/scores_w8a8_static.parquet"))  # fmt: skip
+    pd.testing.assert_frame_equal(first, second)
 
 
 def test_operators_left_out_of_scores_at_hand_stay_as_they_are(

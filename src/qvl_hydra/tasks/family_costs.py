@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qvl_hydra.profiles.families import family_plans, name_of
+from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.profiles.families import families, family_plans, name_of
 from qvl_hydra.profiles.measure import measure_profiles, steps
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.runs.files import read_table, write_parquet
@@ -10,8 +11,8 @@ from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
 from qvl_hydra.tasks.keep_lists import Lists
+from qvl_hydra.tasks.scored import FAMILIES, SCORES, of_selected
 
-FILE = "families.parquet"
 MEASURED = ("kl_answer_alone", "kl_answer_won", "exact_match_alone", "exact_match_won")
 
 
@@ -27,37 +28,32 @@ def measure_families(settings: Settings, lists: Lists, folder: RunFolder, screen
     Returns:
         Sentences for the user.
     """
-    path = folder.path / FILE
-    if not path.exists():  # scores of a run from before there were families
-        return []
-    table = read_table(path).drop(columns=list(MEASURED), errors="ignore")  # an earlier profile's
-    write_parquet(path, table)
-    if not settings.profile.families:
+    found = find_operators(lists.prepared.model.module, settings.component.name)
+    scores = of_selected(settings, found, read_table(folder.path / SCORES))
+    scheme = lists.prepared.schemes[0]
+    table = families(scores, read_table(folder.path / "sample_scores.parquet"), scheme.name, shared)
+    write_parquet(folder.path / FAMILIES, table)
+    count = min(settings.profile.families, len(table))
+    if not count:
         return []
     operators = tuple(op for unit in lists.units for op in unit.members)
-    scheme, high = lists.prepared.schemes[0], frozenset(op.path for op in operators)
+    high = frozenset(op.path for op in operators)
     kept = Profile(scheme, operators, high, settings.profile.high_bits, "families")
-    everything, *others = family_plans(read_table(folder.path / "scores.parquet"), table, kept, shared)
-    pairs = list(zip(others[::2], others[1::2], strict=True))
-    # Of scores of an earlier sweep this run may have left some operators out.
-    chosen = [row for row, (alone, _) in enumerate(pairs) if alone.low][: settings.profile.families]
-    if not chosen:
-        return []
-    plans = [everything, *(plan for row in chosen for plan in pairs[row])]
+    plans = family_plans(scores, table.head(count), kept, shared)
     model, component = lists.prepared.model, settings.component.name
-    with screen.working(steps(model, plans, lists.samples, component), f"measuring {len(chosen)} families"):
-        every, *found = measure_profiles(
+    with screen.working(steps(model, plans, lists.samples, component), f"measuring {count} families"):
+        every, *others = measure_profiles(
             model, plans, lists.quantizers, lists.samples, component, screen.step, folder
         )
-    for row, alone, left in zip(chosen, found[::2], found[1::2], strict=True):
+    for row, (alone, left) in enumerate(zip(others[::2], others[1::2], strict=True)):
         table.loc[row, list(MEASURED)] = (
             max(alone.kl_answer, 0.0),  # a KL of 0 is -1e-9
             every.kl_answer - left.kl_answer,
             alone.exact_match,
             left.exact_match - every.exact_match,
         )
-    write_parquet(path, table)
-    measured = table.loc[chosen].to_dict("records")
+    write_parquet(folder.path / FAMILIES, table)
+    measured = table.head(count).to_dict("records")
     rows = [
         [name_of(row), str(row["n_ops"]), f"{row['kl_answer_alone']:.3g}", f"{row['kl_answer_won']:.3g}",
          f"{row['exact_match_alone']:.3f}", f"{row['exact_match_won']:+.3f}"]
@@ -70,6 +66,6 @@ def measure_families(settings: Settings, lists: Lists, folder: RunFolder, screen
     )
     best = max(measured, key=lambda row: float(row["kl_answer_won"]))
     return [
-        f"everything in {scheme.name} loses {every.kl_answer:.3g} nats at the answer; of the {len(chosen)} largest "
+        f"everything in {scheme.name} loses {every.kl_answer:.3g} nats at the answer; of the {count} largest "
         f"families leaving {name_of(best)} wins most of it: {best['kl_answer_won']:.3g}"
     ]

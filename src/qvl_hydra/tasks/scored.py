@@ -14,6 +14,8 @@ from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.operators.discover import Operator, select_operators
+from qvl_hydra.profiles.families import families
+from qvl_hydra.runs.files import read_table, write_parquet
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.runs.record import RunRecord, record_of
 from qvl_hydra.screen import Screen
@@ -22,8 +24,9 @@ from qvl_hydra.tasks import sweep
 from qvl_hydra.tasks.sweep import versions
 from qvl_hydra.tracking.read import find_runs
 
+SCORES, FAMILIES, EXPERTS = "scores.parquet", "families.parquet", "experts.parquet"
 # Of the sweep, copied beside the profile.
-KEPT = ("scores.parquet", "sample_scores.parquet", "families.parquet", "experts.parquet", "calibration.json")
+KEPT = (SCORES, "sample_scores.parquet", EXPERTS, "calibration.json")
 OF_PLANS = ("profile", "quantize")  # what plans add to the sweep's record
 
 
@@ -84,7 +87,10 @@ def of_profile(sweep: RunRecord, task: str, said: Mapping[str, Any], notes: Sequ
 
 
 def _fetch(settings: Settings, reference: str, into: Path) -> RunRecord:
-    """Copy the tables of a sweep, from a folder or from the tracker, and give its `run.json`."""
+    """Copy the tables of a sweep, from a folder or from the tracker, and give its `run.json`.
+
+    Those of a scheme of `quant.also` become the main ones where the reference or this run's own scheme says so.
+    """
     path = Path(reference).expanduser()
     reference = str(path.parent) if path.name == "scores.parquet" else reference
     found = find_runs(settings.tracking, [reference], None, None, into / "source").folders
@@ -93,13 +99,20 @@ def _fetch(settings: Settings, reference: str, into: Path) -> RunRecord:
         raise ProfileError(f"profile.scores={reference} holds {len(found)} sweeps ({names}); give one of them")
     source, scheme = found[0]
     record = _sweep_record(source)
-    others = [path.name for path in source.glob("scores_*.parquet")]
-    for name in (*KEPT, *others):
-        origin = source / (f"scores_{scheme}.parquet" if scheme and name == "scores.parquet" else name)
-        if origin.exists():
-            shutil.copyfile(origin, into / name)
+    for path in [*(source / name for name in KEPT), *source.glob("scores_*.parquet")]:
+        if path.exists():
+            shutil.copyfile(path, into / path.name)
+    wanted = scheme or settings.quant.name
+    if wanted != record.scheme and (own := into / f"scores_{wanted}.parquet").exists():  # of `quant.also`
+        (into / SCORES).rename(into / f"scores_{record.scheme}.parquet")
+        own.rename(into / SCORES)
+        (into / EXPERTS).unlink(missing_ok=True)
+        scheme = wanted
+    record = dataclasses.replace(record, scheme=scheme or record.scheme)
+    samples = read_table(into / "sample_scores.parquet")
+    write_parquet(into / FAMILIES, families(read_table(into / SCORES), samples, record.scheme, shared(record)))
     further = {**record.further, "source": reference}
-    return dataclasses.replace(record, scheme=scheme or record.scheme, further=further)
+    return dataclasses.replace(record, further=further)
 
 
 def _sweep_record(folder: Path) -> RunRecord:
