@@ -24,11 +24,14 @@ def tracked(settings: TrackingSettings, folder: Path, sweep: str | None = None) 
 
 def test_run_comes_back_with_its_scores(settings: TrackingSettings, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
+    further = write_run(tmp_path / "further", seed=1) / "scores.parquet"
+    further.rename(folder / "scores_w4a16.parquet")
     run_id = tracked(settings, folder)
     found = find_runs(settings, [run_id], None, None, tmp_path / "into")
     ((place, scheme),) = found.folders
     assert scheme is None
-    pd.testing.assert_frame_equal(pd.read_parquet(place / "scores.parquet"), pd.read_parquet(folder / "scores.parquet"))
+    for name in ("scores.parquet", "scores_w4a16.parquet"):
+        pd.testing.assert_frame_equal(pd.read_parquet(place / name), pd.read_parquet(folder / name))
     assert json.loads((place / "run.json").read_text()) == json.loads((folder / "run.json").read_text())
     link = run_link(place)
     assert link is not None

@@ -10,5 +10,7 @@ import os
 
 # MLflow reports usage to its makers unless told not to; it reads this once, when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# Of files that a run reads back it draws a bar each.
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # With a server it prints a link after every run; what is printed is the screen's business.
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")

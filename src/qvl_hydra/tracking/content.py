@@ -184,7 +184,7 @@ def _top_table(scores: pd.DataFrame) -> list[str]:
 
 def artifacts(folder: Path) -> tuple[list[Path], list[Path]]:
     """Files that a run writes, by name, as far as they are there: those that are sent, and those that are too large."""
-    named = [folder / name for name in _FILES]
+    named = [*(folder / name for name in _FILES), *sorted(folder.glob("scores_*.parquet"))]  # those of `quant.also`
     inside = [path for name in _FOLDERS for path in sorted((folder / name).rglob("*"))]
     found = [path for path in (*named, *inside) if path.is_file() and path.suffix not in (".tmp", ".lock")]
     large = [path for path in found if path.stat().st_size > LARGEST_ARTIFACT]
