@@ -89,6 +89,7 @@ BEFORE_ANYTHING: list[tuple[str, list[str]]] = [
     ("~model", ["~model: model cannot be left out"]),
     ("strategy.probes", ["'strategy.probes' is no override; expected key=value"]),
     ("operators.include=[", ["'operators.include=[' is no override"]),
+    ("profile.scores=a#w4a16", ["a value that holds = or # needs quotes of its own: \"key='value'\""]),
     ("operators.include='*.mlp.*'", ["expected a list such as [a,b]"]),
     ("operators.max_ops=0", ["operators.max_ops=0; must be 1 or more, or null for no cap"]),
     ("calibration.size=0", ["calibration.size=0; must be 1 or more"]),

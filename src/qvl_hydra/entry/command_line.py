@@ -116,7 +116,8 @@ def _parse(lines: Sequence[str], faults: list[str]) -> list[Override]:
         try:
             (item,) = parser.parse_overrides([line])
         except HydraException:
-            faults.append(f"{line!r} is no override; expected key=value")
+            quotes = "; a value that holds = or # needs quotes of its own: \"key='value'\"" if "=" in line else ""
+            faults.append(f"{line!r} is no override; expected key=value{quotes}")
             continue
         if item.is_sweep_override() and not item.is_discrete_sweep():
             faults.append(f"{line} has no end of values; a sweep takes a,b,c or range(start,stop,step) or glob(*)")
