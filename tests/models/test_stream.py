@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qvl_hydra.blockwise.walker import Walker
@@ -91,6 +93,19 @@ def test_a_weight_that_is_not_there() -> None:
     checkpoint = Checkpoint(load_tiny().description.folder, FAMILIES["qwen2_5_vl"])
     with pytest.raises(ModelError, match=r"no weight model\.language_model\.layers\.99"):
         checkpoint.read("model.language_model.layers.99.mlp.up_proj.weight", (1, 1), torch.device("cpu"), torch.float32)
+
+
+def test_one_file_goes_before_shards_that_lie_beside_it(tmp_path: Path) -> None:
+    """As in transformers: streamed and resident would else be two models, and old shards that are gone a fault."""
+    shard = "model-00001-of-00002.safetensors"
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / shard)
+    index = {"weight_map": {"lm_head.weight": shard, "model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="lacks 1 of its 2 shards"):
+        Checkpoint(tmp_path, FAMILIES["llama"])
+    save_file({"lm_head.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    read = Checkpoint(tmp_path, FAMILIES["llama"]).read("lm_head.weight", (2, 2), torch.device("cpu"), torch.float32)
+    assert torch.equal(read, torch.ones(2, 2))
 
 
 def test_modules_are_made_as_ever_after_parameters_on_meta() -> None:

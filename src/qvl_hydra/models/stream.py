@@ -121,11 +121,11 @@ def _in_shape(stored: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint."""
+    """The weight files of a checkpoint: the whole one before shards that lie beside it, as in transformers."""
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.is_file():
+        return [whole]
     if not index.is_file():
-        if whole.is_file():
-            return [whole]
         raise ModelError(f"{folder} has neither model.safetensors nor an index of shards; other formats are not read")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
