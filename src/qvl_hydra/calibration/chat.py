@@ -134,8 +134,7 @@ def _with_unspoken(turns: list[Turn], images: _Images) -> list[Turn]:
     if images.found:
         raise _NotReadable(f"{len(images.listed)} images more than its turns speak of")
     first = next(number for number, turn in enumerate(turns) if turn.role == "user")
-    before = len(images.listed)
     while images.listed:
         images.take()
-    shown = Turn("user", (*[None] * before, *turns[first].content))
+    shown = Turn("user", (*[None] * len(images.found), *turns[first].content))
     return [*turns[:first], shown, *turns[first + 1 :]]

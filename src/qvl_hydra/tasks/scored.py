@@ -92,7 +92,7 @@ def _fetch(settings: Settings, reference: str, into: Path) -> RunRecord:
     Those of a scheme of `quant.also` become the main ones where the reference or this run's own scheme says so.
     """
     path = Path(reference).expanduser()
-    reference = str(path.parent) if path.name == "scores.parquet" else reference
+    reference = str(path.parent) if path.name == SCORES else reference
     found = find_runs(settings.tracking, [reference], None, None, into / "source").folders
     if len(found) != 1:
         names = ", ".join(str(source) for source, _ in found[:5])
@@ -108,11 +108,11 @@ def _fetch(settings: Settings, reference: str, into: Path) -> RunRecord:
         own.rename(into / SCORES)
         (into / EXPERTS).unlink(missing_ok=True)
         scheme = wanted
-    record = dataclasses.replace(record, scheme=scheme or record.scheme)
+    further = {**record.further, "source": reference}
+    record = dataclasses.replace(record, scheme=scheme or record.scheme, further=further)
     samples = read_table(into / "sample_scores.parquet")
     write_parquet(into / FAMILIES, families(read_table(into / SCORES), samples, record.scheme, shared(record)))
-    further = {**record.further, "source": reference}
-    return dataclasses.replace(record, further=further)
+    return record
 
 
 def _sweep_record(folder: Path) -> RunRecord:
