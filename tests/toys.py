@@ -51,7 +51,7 @@ FORMAT = dataclasses.replace(FORMATS["int"], name="halves", bits=9, weight=halve
 # An estimator over the block walker: the weight's own error, which needs no sample.
 def weight_error(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     """Score every operator by `||Q(W) - W||^2`."""
-    with measuring(job, folder, progress, "weight_error", len(job.scored), keep_states=False) as bench:
+    with measuring(job, folder, progress, "weight_error", keep_states=False) as bench:
         for sample in job.scored:
             scores = [
                 SampleScore(op.path, sample.id, None, error_of(job, op), "weight_error", "weight_error", scheme.name)

@@ -145,6 +145,35 @@ def test_each_scheme_has_its_own_race(job: SweepJob, tmp_path: Path) -> None:
         assert chosen[0] == chosen[1]
 
 
+class Stages:
+    """A progress bar that keeps what each stage had to do and did."""
+
+    def __init__(self) -> None:
+        self.labels: list[str] = []
+        self.left: list[float] = []
+
+    def total(self, steps: float, label: str) -> None:
+        self.labels.append(label)
+        self.left.append(steps)
+
+    def step(self, steps: float = 1) -> None:
+        self.left[-1] -= steps
+
+
+@pytest.mark.parametrize("estimator", ["auto", "sketch", "exact", "gradient"])
+def test_the_bar_names_each_stage_and_is_full_at_its_end(job: SweepJob, tmp_path: Path, estimator: str) -> None:
+    strategy = dataclasses.replace(job.strategy, estimator=estimator, metric="kl")
+    job = dataclasses.replace(job, strategy=strategy, schemes=(SCHEMES["w8a8_static"], SCHEMES["w4a16"]))
+    for _ in range(2):  # the second finds all on disk; its ranges need no walk
+        bar = Stages()
+        native.run(job, RunFolder(tmp_path), bar)
+        assert bar.left[1:] == pytest.approx([0.0] * (len(bar.left) - 1), abs=1e-9)
+        assert len(bar.left) > 1
+    exact = [label for label in bar.labels if label.startswith("exact scores of")]
+    assert all(any(label.endswith(f" in {scheme.name}") for label in exact) == bool(exact) for scheme in job.schemes)
+    assert bool(exact) == (estimator in ("auto", "exact"))
+
+
 def test_several_schemes_share_a_run(job: SweepJob, tmp_path: Path) -> None:
     sketch = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, estimator="sketch"))
     schemes = (SCHEMES["w8a8_static"], SCHEMES["w4a16"])

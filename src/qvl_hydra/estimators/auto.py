@@ -34,7 +34,7 @@ FIRST = 6  # operators that the sketch puts first, whose scores decide most and 
 ROUND = 4  # operators measured together, at least
 QUARTILE = 1.1503  # that of the distances of normal values from their median which three in four are below
 LEAST_SPREAD = 0.05  # of the log ratio of exact and sketch, which a few ratios can make look like nothing
-USUAL = 16  # operators that are measured mostly, for the time left on screen
+USUAL = 16  # operators that are measured mostly
 
 
 def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
@@ -43,7 +43,7 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     Raises:
         EngineError: no sample reaches the component.
     """
-    with measuring(job, folder, progress, "auto", work(job), keep_states=True) as bench:
+    with measuring(job, folder, progress, "auto", keep_states=True) as bench:
         sketch_run.measure(bench)
         if job.shard[1] > 1:
             bench.report.notes.append("the operators that decide are measured exactly when the shards are merged")

@@ -101,7 +101,6 @@ def measuring(
     folder: RunFolder,
     progress: Progress,
     estimator: str,
-    work: float,
     keep_states: bool,
     logits: bool = False,
 ) -> Iterator[Bench]:
@@ -109,7 +108,6 @@ def measuring(
 
     Args:
         estimator: what the report says that scores were measured with.
-        work: of the estimator, in forwards of one sample, for the time left on screen.
         keep_states: keep the states between segments that the sketch needs, where they fit in memory.
         logits: start from the logits even where the vision tower alone is scored.
 
@@ -124,7 +122,7 @@ def measuring(
     own = shard_of(len(scored), job.shard)
     if own.start == own.stop:
         raise EngineError(f"shard={job.shard[0]}/{job.shard[1]} has no sample of {len(scored)}; take fewer shards")
-    progress.total(len(job.calibration.samples) + work, "preparing")
+    progress.total(len(job.calibration.samples), "preparing")
     contexts = walker.contexts(calibration)
     starts = walker.starts(contexts)
     every, first, first_starts = contexts[: len(scored)], contexts[own], starts[own]

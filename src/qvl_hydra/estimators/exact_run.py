@@ -22,7 +22,7 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     Raises:
         EngineError: no sample reaches the component.
     """
-    with measuring(job, folder, progress, "exact", work(job), keep_states=False) as bench:
+    with measuring(job, folder, progress, "exact", keep_states=False) as bench:
         for scheme in job.schemes:
             measure_exact(bench, bench.targets, scheme)
     return bench.report
@@ -50,6 +50,8 @@ def measure_exact(bench: Bench, targets: Sequence[Target], scheme: Scheme, turn:
         return
     walker, contexts, starts = _in_float32(bench)
     base = [op for target in targets for op in target.operators] if job.strategy.direction == "fallback" else []
+    label = f"exact scores of {len(targets)} operators" + (f" in {scheme.name}" if len(job.schemes) > 1 else "")
+    bench.progress.total(len(contexts) * exact_cost(len(targets)), label)
     wave = Wavefront(walker, targets, base, bench.quantizer(scheme), bench.chunk, job.strategy.positions)
     for index, (context, start) in enumerate(zip(contexts, starts, strict=True), bench.first):
         item = f"exact{turn}-{scheme.name}-{index:05d}"

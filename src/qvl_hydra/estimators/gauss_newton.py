@@ -30,7 +30,6 @@ from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.metrics import UNITS
 from qvl_hydra.estimators.probes import Signs, fisher_probes
 from qvl_hydra.estimators.reverse_walk import MakeSampleProbes, reverse_walk
-from qvl_hydra.estimators.sketch_run import work
 from qvl_hydra.estimators.table import CURVATURE_METRICS
 from qvl_hydra.models.memory import row_parts
 from qvl_hydra.operators.discover import Operator
@@ -49,7 +48,7 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     Raises:
         EngineError: no sample reaches the component.
     """
-    with measuring(job, folder, progress, ESTIMATOR, work(job), True, logits=True) as bench:
+    with measuring(job, folder, progress, ESTIMATOR, True, logits=True) as bench:
         reverse_walk(bench, GaussNewton(ESTIMATOR, job.strategy.probes, 1 + len(job.schemes)))
     bench.report.metric = CURVATURE_METRICS[job.strategy.weighting]
     bench.report.unit = UNITS[bench.report.metric]

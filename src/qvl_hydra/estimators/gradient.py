@@ -35,7 +35,7 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     Raises:
         EngineError: no sample reaches the component.
     """
-    with measuring(job, folder, progress, "gradient", work(job), True, logits=True) as bench:
+    with measuring(job, folder, progress, "gradient", True, logits=True) as bench:
         reverse_walk(bench, Gradient("gradient", 1, len(job.schemes)))
     bench.report.metric, bench.report.unit = METRIC, UNITS[METRIC]
     return bench.report

@@ -74,6 +74,8 @@ def cost(probes: int) -> float:
 
 def reverse_walk(bench: Bench, plan: Plan) -> None:
     """Score every target on every scored sample; samples go in groups whose states fit in memory together."""
+    of_all = len(bench.contexts) * cost(plan.probes)
+    bench.progress.total(of_all, f"{plan.name} of {len(bench.targets)} operators")
     for first, end in groups(bench.job, bench.folder, bench.walker, bench.starts, bench.first):
         _measure_group(bench, plan, first, slice(first - bench.first, end - bench.first))
 

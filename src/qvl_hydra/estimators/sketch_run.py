@@ -32,7 +32,7 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     Raises:
         EngineError: no sample reaches the component.
     """
-    with measuring(job, folder, progress, "sketch", work(job), keep_states=True) as bench:
+    with measuring(job, folder, progress, "sketch", keep_states=True) as bench:
         measure(bench)
     return bench.report
 
