@@ -106,8 +106,8 @@ class Screen:
         widths = [max(len(name), *(len(row[place]) for row in rows), 0) for place, name in enumerate(columns)]
         if sum(min(width, WHOLE) + 3 for width in widths) > self.console.width:
             for name, *cells in rows:
-                labelled = zip(columns[1:], cells, strict=True)
-                self.say(f"{name}: " + ", ".join(f"{cell} ({label})" for label, cell in labelled))
+                labelled = [(cell, label) for label, cell in zip(columns[1:], cells, strict=True) if cell]
+                self.say(f"{name}: " + ", ".join(f"{cell} ({label})" for cell, label in labelled))
             return
         shown = Table(box=box.SIMPLE, pad_edge=False)
         for index, column in enumerate(columns):

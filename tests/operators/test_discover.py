@@ -182,6 +182,11 @@ def test_everything_that_names_nothing_is_told_at_once(operators: list[Operator]
     assert "'*.mlp.*'" not in str(caught.value)
 
 
+def test_a_glob_that_is_a_part_of_paths_is_told_what_it_lacks(operators: list[Operator]) -> None:
+    with pytest.raises(OperatorError, match=r"'mlp' matches no operator; '\*mlp\*' matches \d+, such as model\."):
+        select_operators(operators, OperatorSettings(exclude=["mlp"]), 0)
+
+
 def test_filters_that_leave_nothing(operators: list[Operator]) -> None:
     with pytest.raises(OperatorError, match="leave no operator"):
         select_operators(operators, OperatorSettings(include=["lm_head"], exclude=["lm_*"]), 0)

@@ -190,7 +190,7 @@ def test_spaces_are_choices_of_some_operators_alone() -> None:
     assert choices(*both) == {"a.qkv_proj": {"nvfp4"}, "b": {LEAVE}}
     with pytest.raises(ProfileError, match=r"'\*q_proj' cuts a\.qkv_proj in two.*leaves out a\.k_proj"):
         choices(SpaceSettings("*q_proj", ["nvfp4"]))
-    with pytest.raises(ProfileError, match="'c' matches no operator; one is called a.q_proj"):
+    with pytest.raises(ProfileError, match="'c' matches no operator; a path looks like a.k_proj"):
         choices(SpaceSettings("c", ["nvfp4"]))
 
 

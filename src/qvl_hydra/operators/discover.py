@@ -189,9 +189,17 @@ def _matches(op: Operator, globs: Sequence[str]) -> bool:
 
 
 def _unmatched(key: str, globs: Sequence[str], operators: Sequence[Operator]) -> list[str]:
-    example = operators[len(operators) // 2].path
     return [
-        f"operators.{key}: the glob {glob!r} matches no operator; a path looks like {example}"
+        f"operators.{key}: the glob {unmatched(glob, operators)}"
         for glob in globs
         if not any(fnmatch.fnmatchcase(op.path, glob) for op in operators)
     ]
+
+
+def unmatched(glob: str, operators: Sequence[Operator]) -> str:
+    """What is wrong with a glob that matches no operator, and what may have been meant: a part of a path."""
+    meant = f"*{glob.strip('*')}*"
+    found = [op.path for op in operators if fnmatch.fnmatchcase(op.path, meant)]
+    if not found:
+        return f"{glob!r} matches no operator; a path looks like {operators[len(operators) // 2].path}"
+    return f"{glob!r} matches no operator; {meant!r} matches {len(found)}, such as {found[0]}"

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from qvl_hydra.errors import ProfileError
-from qvl_hydra.operators.discover import Operator
+from qvl_hydra.operators.discover import Operator, unmatched
 from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.settings import SpaceSettings
 
@@ -147,8 +147,8 @@ def _spaces(
             if all(inside):
                 found, allowed[name] = True, space.choices
         if not found:
-            one = next(iter(members.values()))[0].path
-            raise ProfileError(f"profile.spaces: {space.match!r} matches no operator; one is called {one}")
+            every = [op for ops in members.values() for op in ops]
+            raise ProfileError(f"profile.spaces: {unmatched(space.match, every)}")
     return allowed
 
 
