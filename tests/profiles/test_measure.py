@@ -15,7 +15,7 @@ from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.profiles.apply import Quantizers, applied
-from qvl_hydra.profiles.measure import Measurement, measure_profiles, steps
+from qvl_hydra.profiles.measure import Measurement, _compared, measure_profiles, steps
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
@@ -110,6 +110,21 @@ def test_samples_without_an_answer_are_judged_at_their_text_where_none_has_one(
     mixed = [*bare, *small_samples[3:5]]
     answered = measure_profiles(small_model, [profile], quantizers, small_samples[3:5], "lm")
     assert measure_profiles(small_model, [profile], quantizers, mixed, "lm") == answered
+
+
+def test_a_small_divergence_does_not_drown_in_rounding() -> None:
+    """The difference of two log-probabilities in float32 is wrong by a tenth here, and now and then negative."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn((2, 5, 5000), generator=draw) * 4
+    labels = torch.full((2, 5), IGNORED)
+    labels[:, 3:] = 1
+    for size in (1e-2, 1e-4):
+        found = logits + torch.randn(logits.shape, generator=draw) * size
+        p, q = logits.double().log_softmax(-1), found.double().log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum(-1)
+        sums = _compared(logits, logits.softmax(-1), found, labels)
+        assert sums.kl == pytest.approx(float(kl.mean(1).sum()), rel=1e-3)
+        assert sums.kl_answer == pytest.approx(float(kl[:, 2:4].mean(1).sum()), rel=1e-3)
 
 
 @torch.no_grad()

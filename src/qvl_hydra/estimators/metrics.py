@@ -75,26 +75,33 @@ def _sums_of_some(
     if labels is None or p is None:
         return squared[:, None]
     chosen = labels >= 0
-    mean = (change * p).sum(-1, keepdim=True)
     of_answer = change[:, chosen].gather(2, labels[chosen][None, :, None].expand(len(change), -1, -1))[..., 0]
-    kl = _divergence(p, change.sub_(mean))
-    if not kl.isfinite().all():  # the change overflows an exponential: rare, and then nothing cancels
-        kl = functional.kl_div(outputs.log_softmax(-1), reference.log_softmax(-1), reduction="none", log_target=True)
-        kl = kl.sum(-1)
-    loss = kl[:, chosen] + mean[:, chosen, 0] - of_answer
+    kl, mean = divergence(reference, p, change)
+    loss = kl[:, chosen] + mean[:, chosen] - of_answer
     sums = [squared, kl.sum(1, dtype=torch.float64), loss.sum(1, dtype=torch.float64)]
     return torch.stack(sums if kinds is None else [*sums, *(squares @ kinds).unbind(1)], dim=1)
 
 
-def _divergence(
-    p: Float[Tensor, "token value"], centred: Float[Tensor, "row token value"]
-) -> Float[Tensor, "row token"]:
-    """KL from the change of the logits less its mean under `p`: `log sum p e^c`, as a sum of terms never negative.
+def divergence(
+    reference: Float[Tensor, "token value"], p: Float[Tensor, "token value"], change: Float[Tensor, "*row token value"]
+) -> tuple[Float[Tensor, "*row token"], Float[Tensor, "*row token"]]:
+    """KL(reference || perturbed) at each token in nats, never negative, and the mean change of the logits.
 
-    The difference of two log-probabilities would lose a small divergence in rounding. `centred` is used up.
+    With the change `c` less its mean under `p` it is `log sum p e^c`, a sum of terms never negative: the difference of
+    two log-probabilities would lose a small divergence in rounding.
+
+    Args:
+        reference: logits.
+        p: their probabilities.
+        change: of the logits; used up.
     """
-    second_order = centred.expm1().sub_(centred).mul_(p)
-    return second_order.sum(-1).log1p()
+    mean = (change * p).sum(-1, keepdim=True)
+    centred = change.sub_(mean)
+    kl = centred.expm1().sub_(centred).mul_(p).sum(-1).log1p()
+    if not kl.isfinite().all():  # the change overflows an exponential: rare, and then nothing cancels
+        perturbed = (reference + centred).log_softmax(-1)
+        kl = functional.kl_div(perturbed, reference.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    return kl, mean[..., 0]
 
 
 def error_counts(tokens: int, labels: Int64[Tensor, "token"] | None) -> list[int]:
@@ -102,9 +109,9 @@ def error_counts(tokens: int, labels: Int64[Tensor, "token"] | None) -> list[int
     return [1] if labels is None else [1, tokens, max(int((labels >= 0).sum()), 1)]
 
 
-def next_token_labels(labels: Int64[Tensor, "token"]) -> Int64[Tensor, "token"]:
+def next_token_labels(labels: Int64[Tensor, "*row token"]) -> Int64[Tensor, "*row token"]:
     """At each position the label of the token that its logits predict."""
-    return functional.pad(labels[1:], (0, 1), value=-100)
+    return functional.pad(labels[..., 1:], (0, 1), value=-100)
 
 
 def token_chunks(tokens: int, bytes_per_token: int, limit: int) -> Iterator[slice]:

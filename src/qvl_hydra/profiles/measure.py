@@ -21,9 +21,10 @@ from torch.nn import functional
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import IGNORED, Sample, samples_sha
 from qvl_hydra.errors import ProfileError
+from qvl_hydra.estimators.metrics import divergence, next_token_labels
 from qvl_hydra.families.record import HEAD
 from qvl_hydra.models.load import LoadedModel
-from qvl_hydra.models.memory import free_memory_bytes
+from qvl_hydra.models.memory import free_memory_bytes, row_parts
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.walk import Batch, walk
 from qvl_hydra.quantization.qdq import OperatorQuantizer
@@ -90,7 +91,7 @@ def measure_profiles(
             samples, while the weights are in memory.
         samples: held-out samples. Those without an answer are left out; where none has one, all are judged at their
             text. With `vision` those without an image are left out.
-        each: called after each segment, `steps(...)` times in all.
+        each: called after each segment of each batch, `steps(...)` times in all.
         folder: where each group of samples is kept as it is measured, for a run that is killed.
 
     Returns:
@@ -115,7 +116,7 @@ def measure_profiles(
             if folder is not None:
                 folder.remember(unit, kept)
         else:
-            for _ in walker.segments:
+            for _ in range(len(group) * len(walker.segments)):
                 each()
         for key, found_here in zip(kinds, kept, strict=True):
             totals[key].add(_Sums(*found_here))
@@ -127,7 +128,7 @@ def measure_profiles(
 def steps(model: LoadedModel, profiles: Sequence[Profile], samples: Sequence[Sample], component: str) -> int:
     """How often `measure_profiles` calls `each`."""
     count = len({profile.key for profile in profiles})
-    return len(_groups(model, count, samples, component)) * len(_walker(model).segments)
+    return sum(map(len, _groups(model, count, samples, component))) * len(_walker(model).segments)
 
 
 def _walker(model: LoadedModel) -> Walker:
@@ -209,10 +210,11 @@ class _Eyes:
 
     def see_logits(self, batch: Batch, output: Callable[[int], Tensor]) -> None:
         reference = output(0).float()
+        p = reference.softmax(-1)
         labels = torch.stack([context.sample.labels for context in batch.contexts]).to(reference.device)
 
         def compared(at: int) -> _Sums:
-            found = _compared(reference, output(at).float() if at else reference, labels)
+            found = _compared(reference, p, output(at).float() if at else reference, labels)
             if self.component == "vision":
                 found.squared = 0.0
             return found
@@ -229,16 +231,19 @@ class _Eyes:
 
 def _compared(
     reference: Float[Tensor, "row token vocab"],
+    p: Float[Tensor, "row token vocab"],
     found: Float[Tensor, "row token vocab"],
     labels: Int64[Tensor, "row token"],
 ) -> _Sums:
-    divergence = _kl(reference, found)
-    asked = functional.pad(labels[:, 1:] != IGNORED, (0, 1))
-    losses, hits = _answers(found, labels)
-    at_answer = (divergence * asked).sum(1) / asked.sum(1)
+    squared, kl = _differences(reference.flatten(0, 1), p.flatten(0, 1), found.flatten(0, 1))
+    kl = kl.view(labels.shape)
+    following = next_token_labels(labels)
+    asked = following != IGNORED
+    losses, hits = _answers(found[asked], following[asked], asked)
+    at_answer = (kl * asked).sum(1) / asked.sum(1)
     return _Sums(
-        squared=float((found - reference).double().square().sum()),
-        kl=float(divergence.mean(1).sum()),
+        squared=squared,
+        kl=float(kl.mean(1).sum()),
         kl_answer=float(at_answer.sum()),
         loss=float(losses.sum()),
         right=int(hits.sum()),
@@ -246,22 +251,32 @@ def _compared(
     )
 
 
-def _kl(
-    reference: Float[Tensor, "row token vocab"], found: Float[Tensor, "row token vocab"]
-) -> Float64[Tensor, "row token"]:
-    """At each token, in nats."""
-    log_p, log_q = reference.log_softmax(-1), found.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(2, dtype=torch.float64)
+def _differences(
+    reference: Float[Tensor, "token vocab"], p: Float[Tensor, "token vocab"], found: Float[Tensor, "token vocab"]
+) -> tuple[float, Float64[Tensor, "token"]]:
+    """The squared change of all logits, and at each token the KL in nats; some tokens at a time."""
+    squared, kl = 0.0, reference.new_empty(len(reference), dtype=torch.float64)
+    for tokens in row_parts(reference):
+        change = found[tokens] - reference[tokens]
+        squared += float(change.square().sum(dtype=torch.float64))
+        kl[tokens] = divergence(reference[tokens], p[tokens], change)[0].double()
+    return squared, kl
 
 
 def _answers(
-    found: Float[Tensor, "row token vocab"], labels: Int64[Tensor, "row token"]
-) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:
-    """Mean loss over the answer tokens of each row, and which rows have every answer token right."""
-    asked = labels[:, 1:] != IGNORED
-    before = found[:, :-1].transpose(1, 2)
-    losses = functional.cross_entropy(before, labels[:, 1:], ignore_index=IGNORED, reduction="none")
-    hits = (found[:, :-1].argmax(-1) == labels[:, 1:]) | ~asked
+    found: Float[Tensor, "answer vocab"], right: Int64[Tensor, "answer"], asked: Bool[Tensor, "row token"]
+) -> tuple[Float64[Tensor, " row"], Bool[Tensor, " row"]]:
+    """Mean loss over the answer tokens of each row, and which rows have every answer token right.
+
+    Args:
+        found: logits where the next token belongs to the answer.
+        right: these tokens.
+        asked: where in the rows they are.
+    """
+    losses = torch.zeros(asked.shape, dtype=torch.float64, device=asked.device)
+    losses[asked] = functional.cross_entropy(found, right, reduction="none").double()
+    hits = torch.ones_like(asked)
+    hits[asked] = found.argmax(-1) == right
     return losses.sum(1) / asked.sum(1), hits.all(1)
 
 

@@ -61,7 +61,7 @@ def walk(
     Args:
         group: of each batch its samples, all of one shape.
         quantizers: see `quantizer_key`; asked for while the weights of their segment are in memory.
-        each: called after each segment.
+        each: called after each segment of each batch.
         see_features: given what leaves the vision tower.
         see_logits: given the logits.
     """
@@ -78,15 +78,15 @@ def walk(
             made = {key: quantizers[key] for key in {key for plan in plans for _, key in plan}}
             for batch in batches:
                 if walker.skips(segment, batch.contexts[0].sample):
-                    continue
-                of_branch = _branch_out(batch, plans)
-                if segment is walker.segments[-1]:
+                    pass
+                elif segment is walker.segments[-1]:
+                    of_branch = _branch_out(batch, plans)
                     see_logits(batch, partial(_output, walker, segment, batch, of_branch, made))
-                    continue
-                batch.state = _advance(walker, segment, batch, of_branch, made)
-                if see_features is not None and segment is walker.stages.vision[-1]:
-                    see_features(batch, batch.of)
-        each()
+                else:
+                    batch.state = _advance(walker, segment, batch, _branch_out(batch, plans), made)
+                    if see_features is not None and segment is walker.stages.vision[-1]:
+                        see_features(batch, batch.of)
+                each()
 
 
 def _output(

@@ -44,7 +44,7 @@ def best_measured(
     with screen.working(steps(model, flat, samples, component), f"measuring {different} candidates"):
         found = iter(measure_profiles(model, flat, quantizers, samples, component, screen.step, folder))
     name = MEASURED[metric]
-    errors = [[max(float(getattr(next(found), name)), 0.0) for _ in own] for own in plans]  # a KL of 0 is -1e-9
+    errors = [[float(getattr(next(found), name)) for _ in own] for own in plans]
     best = [min(range(len(own)), key=own.__getitem__) for own in errors]
     others = sum(index > 0 for index in best)
     less = [1 - own[index] / own[0] for own, index in zip(errors, best, strict=True) if index]

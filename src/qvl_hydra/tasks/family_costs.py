@@ -47,7 +47,7 @@ def measure_families(settings: Settings, lists: Lists, folder: RunFolder, screen
         )
     for row, (alone, left) in enumerate(zip(others[::2], others[1::2], strict=True)):
         table.loc[row, list(MEASURED)] = (
-            max(alone.kl_answer, 0.0),  # a KL of 0 is -1e-9
+            alone.kl_answer,
             every.kl_answer - left.kl_answer,
             alone.exact_match,
             left.exact_match - every.exact_match,
