@@ -400,9 +400,7 @@ class ProfileSettings:
     quantize_with: list[Literal["inc", "compressed_tensors"]] = field(default_factory=list)  # empty: both
 
     def faults(self) -> list[str]:
-        found = []
-        if self.values and not self.choices:
-            found.append("profile.values are budgets of profile.choices=[<scheme>,...,leave], which is empty")
+        found = self._unread()
         for key, name in (("budget", self.budget), ("cost", self.cost)):
             allowed = (*COSTS, ERROR) if key == "budget" else tuple(COSTS)
             if name not in allowed:
@@ -430,6 +428,25 @@ class ProfileSettings:
         for key in ("evaluation_size", "high_bits", "candidates"):
             if getattr(self, key) < 1:
                 found.append(f"profile.{key}={getattr(self, key)}; must be 1 or more")
+        return found
+
+    def _unread(self) -> list[str]:
+        """What is set and would not be read: budgets of two choices with several, and the other way about."""
+        found, own = [], ProfileSettings
+        if not self.choices:
+            if self.values:
+                found.append("profile.values are budgets of profile.choices=[<scheme>,...,leave], which is empty")
+            if self.cost != own.cost:
+                found.append(f"profile.cost={self.cost} is of profile.choices; without take profile.budget={self.cost}")
+            return found
+        if (self.budget, self.value) != (own.budget, own.value):
+            cost = self.budget if self.budget in COSTS else own.cost
+            found.append(
+                f"profile.budget={self.budget}, profile.value={self.value}: with profile.choices take "
+                f"profile.cost={cost} profile.values=[{self.value:g}]"
+            )
+        if self.spectrum:
+            found.append("profile.spectrum is of one scheme; with profile.choices take profile.values")
         return found
 
 

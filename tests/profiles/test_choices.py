@@ -336,9 +336,16 @@ def test_faults_of_choices_are_told() -> None:
     for override, said in (
         ("profile.choices=[leave]", "leaves nothing to choose"),
         ("profile.values=[4]", "profile.values are budgets of profile.choices"),
+        ("profile.cost=seconds", "is of profile.choices; without take profile.budget=seconds"),
+        (
+            "profile.budget=average_bits profile.value=6 profile.choices=[nvfp4]",
+            r"take profile.cost=average_bits profile.values=\[6\]",
+        ),
+        ("profile.value=0.2 profile.choices=[nvfp4]", r"take profile.cost=share profile.values=\[0.2\]"),
+        ("profile.spectrum=[0,1] profile.choices=[nvfp4]", "profile.spectrum is of one scheme"),
     ):
         with pytest.raises(SettingsError, match=said):
-            settings_of(override)
+            settings_of(*override.split())
     with pytest.raises(SettingsError, match="names 'int3'; allowed"):
         with_choices(settings_of("profile.choices=[int3,leave]"))
     first, further = with_choices(settings_of("profile.choices=[mxfp8,nvfp4,leave]"))

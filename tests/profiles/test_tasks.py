@@ -285,12 +285,13 @@ def test_what_spaces_keep_from_a_scheme_need_not_be_written_in_it() -> None:
     refuse_beforehand(settings_of(*asked, "profile.spaces=[{match: '*patch_embed*', choices: [leave]}]"), ())
 
 
-def test_a_checkpoint_gets_a_plan_that_it_can_hold(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tools", ["compressed_tensors", ""])
+def test_a_checkpoint_gets_a_plan_that_it_can_hold(tmp_path: Path, tools: str) -> None:
     """The vision tower's 48 inputs are no whole groups of 32, and the patch embedding is a convolution."""
     pytest.importorskip("compressed_tensors")
     settings = composed(
         *SMALL[3:], "experiment=quantize_mixed", "model=tiny_qwen3_vl", "operators.exclude=null",
-        "profile.choices=[w4a16_g32,w8a8_int]", "profile.values=[6]",
+        "profile.choices=[w4a16_g32,w8a8_int]", "profile.values=[6]", f"profile.quantize_with=[{tools}]",
     )  # fmt: skip
     shown, text = screen()
     quantize.run(settings, RunFolder(tmp_path), shown, [composed("quant=w4a16_g32").quant])
@@ -300,6 +301,19 @@ def test_a_checkpoint_gets_a_plan_that_it_can_hold(tmp_path: Path) -> None:
     said = " ".join(text.getvalue().split())
     assert "cannot be w4a16_g32: a compressed-tensors checkpoint holds whole groups of 32 only, and it has 48" in said
     assert "holds linear modules only, and it is a Conv3d" in said
+    assert list(json.loads((tmp_path / "run.json").read_text())["quantize"]) == ["compressed_tensors"]
+
+
+def test_a_plan_that_no_tool_can_quantize_is_an_error(profiled: tuple[Settings, Path, str], tmp_path: Path) -> None:
+    """Before anything is scored; with scores at hand, when the tools have said so."""
+    odd = ["task=quantize", "quant=w4a16", "quant.weight_symmetric=false"]
+    said = "no tool can quantize.*inc: neural_compressor cannot.*; compressed_tensors: .*zero points"
+    with pytest.raises(ProfileError, match=said):
+        refuse_beforehand(settings_of(*odd), ())
+    pytest.importorskip("compressed_tensors")
+    odd[1:2] = ["quant.weight_bits=4", "quant.weight_group_size=128", "quant.input_bits=null"]
+    with pytest.raises(ProfileError, match=said):
+        quantize.run(settings_of(*odd, f"profile.scores={profiled[1]}"), RunFolder(tmp_path), screen()[0])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is not None, reason="it is installed")

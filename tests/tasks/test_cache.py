@@ -163,7 +163,7 @@ def test_a_further_scheme_measures_itself_only(
 
 
 def test_other_choices_of_a_profile_measure_what_is_new(here: Here, schemes_written: list[str]) -> None:
-    line = f"{PROFILE} profile.budget=average_bits profile.value=6"
+    line = f"{PROFILE} profile.values=[6]"
     here(f"{line} profile.choices=[w4a16,w8a8_int,leave]")
     schemes_written.clear()
     assert "scores in w4a16 are those of" in here(f"{line} profile.choices=[w4a16,fp8_dynamic,leave]")
@@ -176,7 +176,7 @@ def test_other_choices_of_a_profile_measure_what_is_new(here: Here, schemes_writ
 def test_other_choices_leave_a_folder_as_it_was(
     here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = f"{PROFILE} profile.budget=average_bits profile.value=6 hydra.run.dir=outputs/own profile.choices"
+    line = f"{PROFILE} profile.values=[6] hydra.run.dir=outputs/own profile.choices"
     here(f"{line}=[w4a16,leave]")
     before = {path: path.read_bytes() for path in (tmp_path / "outputs" / "own").glob("*.*") if path.suffix != ".log"}
     for choices in ("[w8a8_int,leave]", "[w4a16,w8a8_int]"):

@@ -120,15 +120,8 @@ def require_storable(profile: Profile) -> None:
         ProfileError: naming the operators.
     """
     for part in profile.by_scheme():
-        scheme, reason = part.scheme, None
-        weight = scheme.weight
-        if weight is None:
-            reason = "float weights; take schemes that quantize them"
-        elif scheme.output is not None:
-            reason = "quantized outputs; take a scheme without"
-        elif not weight.symmetric:
-            reason = "weights with zero points; take symmetric ones"
-        if reason:
+        scheme = part.scheme
+        if reason := never_storable(scheme):
             raise ProfileError(f"a compressed-tensors checkpoint holds no {scheme.name}: it has {reason}")
         odd = [(op, why) for op in part.low if (why := not_storable(op, scheme)) is not None]
         if odd:
@@ -136,6 +129,15 @@ def require_storable(profile: Profile) -> None:
                 f"{odd[0][0].path} in {scheme.name}: {odd[0][1]}{f' ({len(odd)} such operators)' * (len(odd) > 1)}; "
                 "take another scheme, or profile.quantize_with=[compressed_tensors], with which they get other choices"
             )
+
+
+def never_storable(scheme: Scheme) -> str | None:
+    """What a checkpoint cannot hold of any operator in a scheme, or None."""
+    if scheme.weight is None:
+        return "float weights; take schemes that quantize them"
+    if scheme.output is not None:
+        return "quantized outputs; take a scheme without"
+    return None if scheme.weight.symmetric else "weights with zero points; take symmetric ones"
 
 
 def not_storable(op: Operator, scheme: Scheme) -> str | None:

@@ -17,9 +17,9 @@ from qvl_hydra.errors import ProfileError
 from qvl_hydra.families.record import Family
 from qvl_hydra.models.load import ModelDescription, describe_model
 from qvl_hydra.operators.discover import Operator, find_operators, select_operators
-from qvl_hydra.profiles.checkpoint import not_storable, require_storable
+from qvl_hydra.profiles.checkpoint import never_storable, not_storable, require_storable
 from qvl_hydra.profiles.costs import ERROR, LEAVE
-from qvl_hydra.profiles.formats.table import FORMATS
+from qvl_hydra.profiles.formats.table import FORMATS, Consumer
 from qvl_hydra.profiles.formats.written import require_able
 from qvl_hydra.profiles.keep_lists import read_keep_list
 from qvl_hydra.profiles.prices import Terms
@@ -109,14 +109,15 @@ def terms_of(settings: Settings, schemes: Mapping[str, Scheme]) -> Terms:
 
 
 def storable(settings: Settings, units: Sequence[Unit], schemes: Mapping[str, Scheme]) -> list[Unit]:
-    """The units without the choices that a checkpoint, where one is asked for by name, could not hold them in."""
-    if not _writes_checkpoint(settings):
+    """The units without the choices that a checkpoint, where one is to be written, could not hold them in.
+
+    Where no tool is asked for by name, one is to be written if it can hold the schemes at all.
+    """
+    tools = settings.profile.quantize_with
+    able = not any(map(never_storable, schemes.values()))
+    if settings.task.name != "quantize" or not (CHECKPOINT in tools or (not tools and able)):
         return list(units)
     return units_without(units, lambda op, choice: not_storable(op, schemes[choice]))
-
-
-def _writes_checkpoint(settings: Settings) -> bool:
-    return settings.task.name == "quantize" and CHECKPOINT in settings.profile.quantize_with
 
 
 def _foreseen(settings: Settings, description: ModelDescription, schemes: Mapping[str, Scheme]) -> list[Unit]:
@@ -145,6 +146,31 @@ def _require_plans(settings: Settings, units: Sequence[Unit], terms: Terms) -> N
         select(units, budget, terms)
 
 
+def _require_words(whole: Profile, row: Consumer, every: Sequence[Operator]) -> None:
+    require_able(whole, row)
+    row.load()(whole, every)
+
+
+def _require_tool(asked: Sequence[str], whole: Profile, every: Sequence[Operator]) -> None:
+    """Refuse what a checkpoint cannot hold where one is asked for by name, and what no tool can do."""
+    try:
+        require_storable(whole)
+    except ProfileError as error:
+        if CHECKPOINT in asked:
+            raise
+        if INC in asked:
+            return
+        try:
+            _require_words(whole, FORMATS["neural_compressor"], every)
+        except ProfileError as other:
+            raise no_tool([f"{INC}: {other}", f"{CHECKPOINT}: {error}"]) from other
+
+
+def no_tool(reasons: Sequence[str]) -> ProfileError:
+    """What task=quantize ends with where each tool says why it cannot."""
+    return ProfileError(f"no tool can quantize the model as the profile says; {'; '.join(reasons)}")
+
+
 def _require_writable(
     settings: Settings, units: Sequence[Unit], schemes: Mapping[str, Scheme], every: Sequence[Operator]
 ) -> None:
@@ -160,10 +186,9 @@ def _require_writable(
         taken.append(scheme)
         whole = Profile(scheme, operators, frozenset({op.path for op in operators} - low), wanted.high_bits, "foreseen")
         for row in formats:
-            require_able(whole, row)
-            row.load()(whole, every)
-        if _writes_checkpoint(settings):
-            require_storable(whole)
+            _require_words(whole, row, every)
+        if settings.task.name == "quantize":
+            _require_tool(wanted.quantize_with, whole, every)
     if len(taken) > 1:
         for row in formats:
             require_able(dataclasses.replace(whole, others={operators[0].path: taken[0]}), row)

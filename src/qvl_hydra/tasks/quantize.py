@@ -35,7 +35,7 @@ from qvl_hydra.runs.record import write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import choose
-from qvl_hydra.tasks.beforehand import refuse_beforehand, require_inc_able
+from qvl_hydra.tasks.beforehand import no_tool, refuse_beforehand, require_inc_able
 from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples
 from qvl_hydra.tasks.scored import of_profile
 
@@ -89,6 +89,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     decision = dataclasses.replace(decision, quantizers=dict(decision.quantizers))  # each tool asks for all of them
     samples, few = evaluation_samples(settings, decision.prepared, folder.path)
     results: dict[str, Agreement] = {}
+    refused: list[str] = []
     notes = [*decision.notes, *few]
     drivers: Sequence[str] = settings.profile.quantize_with or tuple(DRIVERS)
     for name in drivers:
@@ -97,7 +98,10 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
         except (ProfileError, MissingExtraError) as error:
             if settings.profile.quantize_with:
                 raise
-            notes.append(f"{name}: {error}")
+            refused.append(f"{name}: {error}")
+    if not results:
+        raise no_tool(refused)
+    notes += refused
     if "compressed_tensors" in results:
         notes += [*unlike_qdq(decision.profile), *not_loaded(decision.profile)]
     everything = find_operators(decision.prepared.model.module, "full")
