@@ -3,8 +3,8 @@
     python -m benchmarks.decisions
 
 The bundled Qwen2.5-VL, language tower, W8A8 static, units as runtimes fuse them. Three units stay in high precision;
-exact match and KL at the answer on 128 held-out samples. Then the predicted error of random profiles against the
-measured one, as the plain sum of scores and with interactions.
+exact match and KL at the answer on 128 held-out samples. Then, on all bundled models, the predicted error of random
+profiles against the measured one, as the plain sum of exact scores and with the interactions of four probes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from qvl_hydra.scores.table import Scored, score_table
 from qvl_hydra.settings import CalibrationSettings
 
 SEEDS, SAMPLES, HELD_OUT, KEPT, PROFILES = 5, 32, 128, 3, 60
+MODELS = ("tiny_qwen2_5_vl", "tiny_qwen2_vl", "tiny_qwen3_vl")
+PLAIN, TOGETHER = "sum of scores", "with interactions"
 ANSWER = {"metric": "kl", "positions": "answer"}
 
 
@@ -85,14 +87,14 @@ def choices(model: LoadedModel, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def joint(model: LoadedModel, scheme: str) -> dict[str, Any]:
+def joint(model: LoadedModel, scheme: str, seed: int) -> dict[str, Any]:
     """Mean |log(predicted / measured)| of the squared error of random profiles, on the calibration samples."""
-    samples = samples_of(model, 0, "calibration", 8)
+    samples = samples_of(model, seed, "calibration", 8)
     units, *_ = scored_units(model, samples, scheme, estimator="exact", metric="squared_error")
     _, frame, _ = scored_units(model, samples, scheme, estimator="sketch", probes=4, metric="squared_error")
     interactions = interactions_from(frame, units, scheme, "squared_error")
     assert interactions is not None
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     profiles = [
         profile_of(units, rng.random(len(units)) < rng.uniform(0.1, 0.9), SCHEMES[scheme], 16, "random")
         for _ in range(PROFILES)
@@ -105,7 +107,7 @@ def joint(model: LoadedModel, scheme: str) -> dict[str, Any]:
     def off(predicted: list[float]) -> float:
         return float(np.mean(np.abs(np.log(np.array(predicted) / np.array(measured)))))
 
-    return {"scheme": scheme, "sum of scores": off(plain), "with interactions, 4 probes": off(with_them)}
+    return {"seed": seed, "scheme": scheme, PLAIN: off(plain), TOGETHER: off(with_them)}
 
 
 def main() -> None:
@@ -116,10 +118,15 @@ def main() -> None:
         own = [row for row in rows if row["chosen by"] == name]
         mean = float(np.exp(np.mean(np.log([row["kl_answer"] for row in own]))))
         table.add_row(name, *(f"{row['exact_match']:.3f}" for row in own), f"{mean:.3g}")
-    errors = [joint(model, scheme) for scheme in ("w8a8_static", "w4a16")]
-    second = Table(*errors[0])
-    for row in errors:
-        second.add_row(*(value if isinstance(value, str) else f"{value:.3f}" for value in row.values()))
+    errors, second = [], Table("model", "scheme", *(f"seed {seed}" for seed in range(SEEDS)), "mean")
+    for name in MODELS:
+        model = bundled_model(name)
+        for scheme in ("w8a8_static", "w4a16"):
+            own = [{"model": name, **joint(model, scheme, seed)} for seed in range(SEEDS)]
+            errors += own
+            for column in (PLAIN, TOGETHER):
+                values = [row[column] for row in own]
+                second.add_row(name, f"{scheme}, {column}", *(f"{x:.3f}" for x in (*values, float(np.mean(values)))))
     path = save_results("decisions", {"choices": rows, "joint": errors})
     Console(width=120).print(table, second, f"written: {path}")
 

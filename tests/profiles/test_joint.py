@@ -37,6 +37,14 @@ def test_few_draws_of_unrelated_operators_are_a_plain_sum() -> None:
     assert value == pytest.approx(float((effects**2).sum()), rel=0.15)
 
 
+def test_what_sits_in_one_sample_shows_no_interactions() -> None:
+    """Eight samples with four probes each, of which one loses nearly all: its four cosines are noise, not 32 draws."""
+    effects = np.random.default_rng(0).normal(size=(40, 4000))
+    found = drawn(effects, 32)
+    found.signed[:, :4] *= 100
+    assert found.error(set(found.names)) == pytest.approx(float((effects**2).sum()), rel=0.05)
+
+
 def test_nothing_quantized_is_no_error() -> None:
     assert drawn(np.ones((2, 3)), 8).joint(set()) == (0.0, 0.0, 0.0)
 

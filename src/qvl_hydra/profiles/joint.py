@@ -6,8 +6,9 @@ To first order the change of the output is the sum of what each operator does, s
 
 over the quantized operators, with `e_i` their scores and `R_ij` the cosine between what two of them do. A sketch's
 signed sums `s_i`, one a probe and sample, have `E[s_i s_j]` as the product of both effects, so their mean over samples
-and probes gives `R` without a further pass. From few draws the cosines are noisy, so they are drawn towards zero by the
-share of their mean square that noise explains.
+and probes gives `R` without a further pass. From few samples the cosines are noisy, so they are drawn towards zero by
+the share of their mean square that their spread from sample to sample explains: probes of a sample are no further
+samples, since what is lost sits in few of these.
 """
 
 from __future__ import annotations
@@ -43,42 +44,67 @@ class Interactions:
 
     def error(self, quantized: Collection[str]) -> float:
         """The predicted error with exactly these rows quantized."""
-        chosen = np.array([name in quantized for name in self.names])
-        return _joint(self.signed[chosen], np.maximum(self.scores[chosen], 0.0)) if chosen.any() else 0.0
+        signed, scores = self._of(quantized)
+        return _joint(signed, scores, _kept(signed, self.samples)) if len(scores) else 0.0
 
     def joint(self, quantized: Collection[str]) -> tuple[float, float, float]:
         """The predicted error with exactly these rows quantized, and an interval of 95 % over samples."""
-        chosen = np.array([name in quantized for name in self.names])
-        if not chosen.any():
+        signed, scores = self._of(quantized)
+        if not len(scores):
             return 0.0, 0.0, 0.0
-        signed, scores = self.signed[chosen], np.maximum(self.scores[chosen], 0.0)
-        value = _joint(signed, scores)
+        kept = _kept(signed, self.samples)
+        value = _joint(signed, scores, kept)
         rng = np.random.default_rng(0)
         groups = [np.flatnonzero(self.samples == sample) for sample in np.unique(self.samples)]
         if len(groups) < 2:
             return value, float("nan"), float("nan")
         drawn = [
-            _joint(signed[:, np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])], scores)
+            _joint(
+                signed[:, np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])],
+                scores,
+                kept,
+            )
             for _ in range(RESAMPLES)
         ]
         spread = float(np.std(np.log(np.maximum(drawn, 1e-300))))
         return value, value * float(np.exp(-1.96 * spread)), value * float(np.exp(1.96 * spread))
 
+    def _of(self, quantized: Collection[str]) -> tuple[Float[Array, "row draw"], Float[Array, " row"]]:
+        """Signed sums and scores of these rows."""
+        chosen = np.array([name in quantized for name in self.names])
+        return self.signed[chosen], np.maximum(self.scores[chosen], 0.0)
 
-def _joint(signed: Float[Array, "row draw"], scores: Float[Array, " row"]) -> float:
-    """E over all rows given."""
-    length = np.sqrt((signed**2).mean(1))
-    unit = signed / np.where(length > 0, length, 1.0)[:, None]
-    draws = signed.shape[1]
-    cosines = unit @ unit.T / draws
+
+def _joint(signed: Float[Array, "row draw"], scores: Float[Array, " row"], kept: float) -> float:
+    """E over all rows given, with so much of the cosines."""
+    unit = _unit(signed)
+    cosines = unit @ unit.T / signed.shape[1]
     np.fill_diagonal(cosines, 0.0)
-    rows = len(scores)
-    if rows < 2:
-        return float(scores.sum())
-    mean_square = (cosines**2).sum() / (rows * (rows - 1))
-    kept = max(0.0, 1.0 - 1.0 / (draws * mean_square)) if mean_square > 0 else 0.0
     root = np.sqrt(scores)
     return max(float(scores.sum() + kept * (root @ cosines @ root)), 0.0)
+
+
+def _kept(signed: Float[Array, "row draw"], samples: Shaped[Array, " draw"]) -> float:
+    """The share of the cosines' mean square that their spread from sample to sample leaves; none from one sample."""
+    unit, rows, names = _unit(signed), len(signed), np.unique(samples)
+    total, squares = np.zeros((rows, rows)), np.zeros((rows, rows))
+    for name in names:
+        own = unit[:, samples == name]
+        product = own @ own.T
+        total += product
+        squares += product**2
+    between = ~np.eye(rows, dtype=bool)
+    square, count = (total[between] ** 2).sum(), len(names)
+    if count < 2 or square == 0:
+        return 0.0
+    noise = (squares[between].sum() - square / count) * count / (count - 1)
+    return max(0.0, 1.0 - float(noise / square))
+
+
+def _unit(signed: Float[Array, "row draw"]) -> Float[Array, "row draw"]:
+    """Each row with a mean square of one."""
+    length = np.sqrt((signed**2).mean(1, keepdims=True))
+    return signed / np.where(length > 0, length, 1.0)
 
 
 def interactions_of(
