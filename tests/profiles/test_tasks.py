@@ -198,7 +198,6 @@ def test_predictions_with_interactions_stand_beside_the_sum(tmp_path: Path) -> N
     assert table["predicted_joint"].notna().all()
     whole = table[table["n_high"] == 0].iloc[0]
     assert whole["predicted_low"] < whole["predicted_joint"] < whole["predicted_high"]
-    assert whole["predicted_joint"] != whole["predicted"]
 
 
 def test_scores_of_another_scheme_or_component_are_refused(

@@ -48,7 +48,10 @@ class Interactions:
         return _joint(signed, scores, _kept(signed, self.samples)) if len(scores) else 0.0
 
     def joint(self, quantized: Collection[str]) -> tuple[float, float, float]:
-        """The predicted error with exactly these rows quantized, and an interval of 95 % over samples."""
+        """The predicted error with exactly these rows quantized, and an interval of 95 % over samples.
+
+        In it both what operators lose and their cosines vary from sample to sample.
+        """
         signed, scores = self._of(quantized)
         if not len(scores):
             return 0.0, 0.0, 0.0
@@ -58,14 +61,10 @@ class Interactions:
         groups = [np.flatnonzero(self.samples == sample) for sample in np.unique(self.samples)]
         if len(groups) < 2:
             return value, float("nan"), float("nan")
-        drawn = [
-            _joint(
-                signed[:, np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])],
-                scores,
-                kept,
-            )
-            for _ in range(RESAMPLES)
-        ]
+        each, drawn = scores / np.maximum((signed**2).mean(1), 1e-300), []
+        for _ in range(RESAMPLES):
+            some = signed[:, np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])]
+            drawn.append(_joint(some, each * (some**2).mean(1), kept))
         spread = float(np.std(np.log(np.maximum(drawn, 1e-300))))
         return value, value * float(np.exp(-1.96 * spread)), value * float(np.exp(1.96 * spread))
 
