@@ -440,10 +440,11 @@ class ProfileSettings:
                 found.append(f"profile.cost={self.cost} is of profile.choices; without take profile.budget={self.cost}")
             return found
         if (self.budget, self.value) != (own.budget, own.value):
-            cost = self.budget if self.budget in COSTS else own.cost
+            instead = f"profile.cost={self.budget} profile.values=[{self.value:g}]"
+            if self.budget == ERROR:
+                instead = "profile.cost and profile.values"
             found.append(
-                f"profile.budget={self.budget}, profile.value={self.value}: with profile.choices take "
-                f"profile.cost={cost} profile.values=[{self.value:g}]"
+                f"profile.budget={self.budget} and its value are of one scheme; with profile.choices take {instead}"
             )
         if self.spectrum:
             found.append("profile.spectrum is of one scheme; with profile.choices take profile.values")
