@@ -299,7 +299,7 @@ def compare(name: str, seed: int, names: tuple[str, ...], peers: tuple[str, ...]
             value = next(measured)
             rows.append(
                 {"model": name, "seed": seed, "choices": list(names), "way": way, "target": target,
-                 "bits": profile.average_bits, "kl_answer": max(value.kl_answer, 0.0),
+                 "bits": profile.average_bits, "kl_answer": value.kl_answer,
                  "exact_match": value.exact_match, "seconds": plans[way][1], "bytes": plans[way][2]}
             )  # fmt: skip
     return rows

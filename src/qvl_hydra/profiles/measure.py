@@ -31,7 +31,7 @@ from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.runs.folder import RunFolder
 
 BATCH_LOGITS = 2**26  # numbers in one batch's logits at most: 256 MiB in float32, and a few copies of it
-SMALLEST_KL = 1e-9  # nats, below which rounding is all there is
+SMALLEST_KL = 1e-9  # nats: what is less is no loss
 STATE_BYTES = 1 << 30  # of all rows between two segments
 
 
