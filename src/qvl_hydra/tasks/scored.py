@@ -107,7 +107,7 @@ def _fetch(settings: Settings, reference: str, into: Path) -> RunRecord:
         (into / SCORES).rename(into / f"scores_{record.scheme}.parquet")
         own.rename(into / SCORES)
         (into / EXPERTS).unlink(missing_ok=True)
-        scheme = wanted
+        scheme, record = wanted, dataclasses.replace(record, details={})  # they are of the other scheme
     further = {**record.further, "source": reference}
     record = dataclasses.replace(record, scheme=scheme or record.scheme, further=further)
     samples = read_table(into / "sample_scores.parquet")
