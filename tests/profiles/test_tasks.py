@@ -137,7 +137,8 @@ def test_scores_in_a_further_scheme_give_its_profile(tmp_path: Path) -> None:
         assert {key: first.get(key) for key in ("high", "low", "scheme", "predicted")} == {
             key: second.get(key) for key in ("high", "low", "scheme", "predicted")
         }
-    assert first["details"] and "details" not in second  # the sweep's are of the first scheme
+    assert first["details"]
+    assert "details" not in second  # the sweep's are of the first scheme
     first, second = (pd.read_parquet(tmp_path / place / "families.parquet") for place in ("own", "given"))
     pd.testing.assert_frame_equal(first, second)
     first, second = (pd.read_parquet(tmp_path / place) for place in
