@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.jobs import Silent, make_job, save_results
+from benchmarks.jobs import BUNDLED, Silent, make_job, save_results
 from benchmarks.peers import peer_scores
 from qvl_hydra.backends.torch import run
 from qvl_hydra.calibration.encode import load_processor
@@ -52,7 +52,6 @@ from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.scores.table import Scored, score_table
 from qvl_hydra.settings import CalibrationSettings, ModelSettings
 
-MODELS = ("tiny_qwen2_5_vl", "tiny_qwen2_vl", "tiny_qwen3_vl")
 CHOICES = (("w4a16", "w8a8_int"), ("w4a16", "fp8_dynamic"), ("nvfp4", "fp8_dynamic"))
 ON_GPU = "nvfp4"  # what ModelOpt computes on a GPU alone
 TARGETS = (4.75, 5.5, 6.5, 7.5, 9.0)  # ModelOpt's effective bits
@@ -69,7 +68,7 @@ Plan = dict[str, str]  # choice of each operator
 
 def model_of(name: str) -> LoadedModel:
     """A bundled model by name, or a checkpoint folder."""
-    if name in MODELS:
+    if name in BUNDLED:
         settings = ModelSettings(name, f"bundled:{name}", name.removeprefix("tiny_"))
     else:
         settings = ModelSettings(Path(name).name, name, None)
@@ -336,7 +335,7 @@ def summary(rows: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=list(BUNDLED))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folder", help="a checkpoint folder instead of the bundled models")
     parser.add_argument("--peers", nargs="*", default=list(SEARCHES), choices=SEARCHES)

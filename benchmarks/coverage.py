@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.jobs import SCHEMES, Silent, bundled_model, bundled_samples, make_job, save_results
+from benchmarks.jobs import BUNDLED, SCHEMES, Silent, bundled_model, bundled_samples, make_job, save_results
 from qvl_hydra.backends.torch import run
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.scores.interval import intervals
@@ -28,7 +28,7 @@ KINDS = (
 def main() -> None:
     rows: list[dict[str, Any]] = []
     table = Table("model", "scheme", "estimator", "metric", "positions", *(f"{count} samples" for count in COUNTS))
-    for name in ("tiny_qwen2_5_vl", "tiny_qwen2_vl", "tiny_qwen3_vl"):
+    for name in BUNDLED:
         model = bundled_model(name)
         samples = bundled_samples(model, SAMPLES)
         for scheme in ("w8a8_static", "w4a16"):

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.jobs import SCHEMES, Silent, bundled_model, make_job, save_results
+from benchmarks.jobs import BUNDLED, SCHEMES, Silent, bundled_model, make_job, save_results
 from benchmarks.peers import peer_scores
 from qvl_hydra.backends.torch import run
 from qvl_hydra.calibration.encode import load_processor
@@ -38,7 +38,6 @@ from qvl_hydra.scores.table import Scored, score_table
 from qvl_hydra.settings import CalibrationSettings
 
 SEEDS, SAMPLES, HELD_OUT, KEPT, PROFILES = 5, 32, 128, 3, 60
-MODELS = ("tiny_qwen2_5_vl", "tiny_qwen2_vl", "tiny_qwen3_vl")
 PLAIN, TOGETHER = "sum of scores", "with interactions"
 ANSWER = {"metric": "kl", "positions": "answer"}
 
@@ -119,7 +118,7 @@ def main() -> None:
         mean = float(np.exp(np.mean(np.log([row["kl_answer"] for row in own]))))
         table.add_row(name, *(f"{row['exact_match']:.3f}" for row in own), f"{mean:.3g}")
     errors, second = [], Table("model", "scheme", *(f"seed {seed}" for seed in range(SEEDS)), "mean")
-    for name in MODELS:
+    for name in BUNDLED:
         model = bundled_model(name)
         for scheme in ("w8a8_static", "w4a16"):
             own = [{"model": name, **joint(model, scheme, seed)} for seed in range(SEEDS)]

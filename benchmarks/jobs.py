@@ -24,6 +24,7 @@ from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.scores.table import Scored, score_table
 from qvl_hydra.settings import BackendSettings, CalibrationSettings, ModelSettings, StrategySettings
 
+BUNDLED = ("tiny_qwen2_5_vl", "tiny_qwen2_vl", "tiny_qwen3_vl")
 RESULTS = Path(__file__).parent / "results"
 SCHEMES = {
     "w8a8_static": Scheme("w8a8_static", WeightFormat(8), ActivationFormat(8)),
