@@ -243,6 +243,9 @@ CHECKPOINT = "profile.quantize_with=[compressed_tensors]"
         (["profile.compare_with=[nowhere]"], "profile.compare_with=nowhere is neither"),
         (["component=vision", "quant=nvfp4", "operators.include=['*patch_embed*']"], "no operator can be"),
         (["task=quantize", "quant=inc_static", CHECKPOINT], "no inc_static: it has quantized outputs"),
+        (["task=quantize", "quant=w4a16", "profile.quantize_with=[inc]"], "cannot express this weight format"),
+        (["task=quantize", "profile.choices=[w8a8_static,w8a16]", "profile.quantize_with=[inc]"],
+         "neural_compressor is written for one scheme"),
         (["task=profile", "quant=w8a8_int", "profile.formats=[modelopt]", "profile.choices=[w8a8_int,w8a16]"],
          "modelopt is written for one scheme, and this profile has"),
         (["task=profile", "quant=fp8_dynamic", "profile.formats=[neural_compressor]"], "has float8_e4m3"),
@@ -315,6 +318,20 @@ def test_a_plan_that_no_tool_can_quantize_is_an_error(profiled: tuple[Settings, 
     odd[1:2] = ["quant.weight_bits=4", "quant.weight_group_size=128", "quant.input_bits=null"]
     with pytest.raises(ProfileError, match=said):
         quantize.run(settings_of(*odd, f"profile.scores={profiled[1]}"), RunFolder(tmp_path), screen()[0])
+
+
+@pytest.mark.inc
+def test_neural_compressor_is_given_no_plan_of_several_schemes(tmp_path: Path) -> None:
+    """It would put all of them into the first."""
+    pytest.importorskip("neural_compressor")
+    pytest.importorskip("compressed_tensors")
+    settings = settings_of(
+        "task=quantize", "quant=w8a8_static", "profile.choices=[w8a8_static,w4a16_g32]", "profile.values=[7.5]"
+    )
+    shown, text = screen()
+    quantize.run(settings, RunFolder(tmp_path), shown, [composed("quant=w4a16_g32").quant])
+    assert list(json.loads((tmp_path / "run.json").read_text())["quantize"]) == ["compressed_tensors"]
+    assert "inc: neural_compressor is written for one scheme, and this profile has" in text.getvalue()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is not None, reason="it is installed")

@@ -35,6 +35,7 @@ from qvl_hydra.tasks.prepare import processor_of, schemes_of
 from qvl_hydra.tasks.sweep import ranking_metric
 
 CHECKPOINT, INC = "compressed_tensors", "inc"  # entries of `profile.quantize_with`
+INC_FORMAT = "neural_compressor"  # what the latter is given
 
 
 def refuse_beforehand(settings: Settings, further: Sequence[QuantSettings]) -> None:
@@ -152,18 +153,21 @@ def _require_words(whole: Profile, row: Consumer, every: Sequence[Operator]) -> 
 
 
 def _require_tool(asked: Sequence[str], whole: Profile, every: Sequence[Operator]) -> None:
-    """Refuse what a checkpoint cannot hold where one is asked for by name, and what no tool can do."""
-    try:
-        require_storable(whole)
-    except ProfileError as error:
-        if CHECKPOINT in asked:
-            raise
-        if INC in asked:
-            return
+    """Refuse what a tool that is asked for by name cannot do, or where none is, what no tool can."""
+    checks = {
+        INC: lambda: _require_words(whole, FORMATS[INC_FORMAT], every),
+        CHECKPOINT: lambda: require_storable(whole),
+    }
+    reasons = []
+    for tool in asked or checks:
         try:
-            _require_words(whole, FORMATS["neural_compressor"], every)
-        except ProfileError as other:
-            raise no_tool([f"{INC}: {other}", f"{CHECKPOINT}: {error}"]) from other
+            checks[tool]()
+        except ProfileError as error:
+            if asked:
+                raise
+            reasons.append(f"{tool}: {error}")
+    if len(reasons) == len(checks):
+        raise no_tool(reasons)
 
 
 def no_tool(reasons: Sequence[str]) -> ProfileError:
@@ -190,5 +194,6 @@ def _require_writable(
         if settings.task.name == "quantize":
             _require_tool(wanted.quantize_with, whole, every)
     if len(taken) > 1:
-        for row in formats:
+        given = [FORMATS[INC_FORMAT]] if settings.task.name == "quantize" and INC in wanted.quantize_with else []
+        for row in (*formats, *given):
             require_able(dataclasses.replace(whole, others={operators[0].path: taken[0]}), row)

@@ -24,7 +24,8 @@ from qvl_hydra.models.forward import reference_output
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import applied
 from qvl_hydra.profiles.checkpoint import not_loaded, unlike_qdq, write_checkpoint
-from qvl_hydra.profiles.formats.written import write_formats
+from qvl_hydra.profiles.formats.table import FORMATS
+from qvl_hydra.profiles.formats.written import require_able, write_formats
 from qvl_hydra.profiles.profile import Profile, describe
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.reports.quantize import quantize_sections
@@ -35,7 +36,7 @@ from qvl_hydra.runs.record import write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import choose
-from qvl_hydra.tasks.beforehand import no_tool, refuse_beforehand, require_inc_able
+from qvl_hydra.tasks.beforehand import INC_FORMAT, no_tool, refuse_beforehand, require_inc_able
 from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples
 from qvl_hydra.tasks.scored import of_profile
 
@@ -122,6 +123,7 @@ def _with_inc(settings: Settings, decision: Decision, samples: Sequence[Sample],
     if model.device.type != "cpu":
         raise ProfileError(f"Neural Compressor's INT8 runs on the CPU, not on {model.device}; take backend.device=cpu")
     require_inc_able(model.family, find_operators(model.module, component), component)
+    require_able(decision.profile, FORMATS[INC_FORMAT])
     made = quantize_with_inc(model, decision.profile, decision.prepared.calibration.samples, component, folder)
 
     def outputs(module: nn.Module) -> Callable[[Sample], Tensor]:
