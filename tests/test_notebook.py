@@ -13,7 +13,10 @@ import pytest
 
 import qvl_hydra
 from qvl_hydra.errors import QvlHydraError
+from qvl_hydra.settings import TrackingSettings
+from qvl_hydra.tracking.record import open_run, send_run
 from tests.made_up_runs import write_run
+from tests.program import with_store
 
 PAGE = Path(__file__).parents[1] / "docs" / "notebook.md"
 
@@ -46,6 +49,18 @@ def test_schemes_stand_one_below_the_other(tmp_path: Path) -> None:
     assert len(found) == 2 * len(table)
     by_scheme = dict(list(found.groupby("scheme")["score"].sum().items()))
     assert by_scheme.pop("w4a16") == pytest.approx(2 * next(iter(by_scheme.values())))
+
+
+def test_a_tracked_run_is_read_as_its_folder_is(tmp_path: Path) -> None:
+    settings = TrackingSettings(f"sqlite:///{with_store(tmp_path / 'store')}/mlflow.db")
+    folder = write_run(tmp_path / "run", seed=0)
+    pd.DataFrame({"chooser": ["scores"], "n_high": [3], "kl_answer": [0.1]}).to_parquet(folder / "profiles.parquet")
+    (folder / "profile.json").write_text('{"budget": "share=0.1"}')
+    open_run(settings, folder, name="run", tags={}, sweep=None)
+    found, own = qvl_hydra.read(send_run(folder, settings), settings.uri), qvl_hydra.read(folder)
+    assert (found.record, found.settings, found.profile) == (own.record, own.settings, own.profile)
+    for name in ("scores", "sample_scores", "profiles"):
+        pd.testing.assert_frame_equal(getattr(found, name), getattr(own, name))
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

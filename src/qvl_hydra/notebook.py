@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ class Run:
     """What one run left.
 
     Attributes:
-        folder: its files; of a tracked run a download of them.
+        folder: its files; of a tracked run a download of those that are read, until the program ends.
         record: `run.json`.
         settings: the resolved settings, as `config.yaml` holds them.
         scores: one row an operator and scheme, in data order: op, scheme, component, block, role, score, interval, rank
@@ -54,7 +57,7 @@ def read(run: str | Path, uri: str | None = None) -> Run:
     if not folder.is_dir():
         try:
             settings = TrackingSettings(uri)
-            ((folder, _), *_) = find_runs(settings, [str(run)], None, None, Path(tempfile.mkdtemp())).folders
+            ((folder, _), *_) = find_runs(settings, [str(run)], None, None, _copies()).folders
         except ValueError as error:
             raise QvlHydraError(f"the run {run} has no scores to read") from error
     if not (folder / "run.json").is_file():
@@ -69,6 +72,14 @@ def read(run: str | Path, uri: str | None = None) -> Run:
         profiles=_table(folder / "profiles.parquet"),
         profile=read_json(folder / "profile.json"),
     )
+
+
+@functools.cache
+def _copies() -> Path:
+    """Where runs of the store are copied to, until the program ends."""
+    folder = Path(tempfile.mkdtemp(prefix="qvl_hydra_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _scores(folder: Path, record: RunRecord) -> pd.DataFrame | None:

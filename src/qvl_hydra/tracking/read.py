@@ -20,7 +20,10 @@ from qvl_hydra.tracking.store import experiment_id, open_client, told, tracking_
 
 MOST = 500  # runs of one search
 UI_MODE = "workflowType=machine_learning"  # the UI shows runs of models, not traces of agents
-NEEDED = ("run.json", "config.yaml", "sample_scores.parquet", "experts.parquet", "calibration.json")
+NEEDED = (
+    "run.json", "config.yaml", "sample_scores.parquet", "experts.parquet", "calibration.json", "profile.json",
+    "profiles.parquet",
+)  # fmt: skip
 
 
 @dataclass
