@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import qvl_hydra
 from qvl_hydra.errors import QvlHydraError
 from qvl_hydra.settings import TrackingSettings
+from qvl_hydra.tracking.content import PROFILE_CURVES
 from qvl_hydra.tracking.record import open_run, send_run
 from tests.made_up_runs import write_run
 from tests.program import with_store
@@ -54,8 +56,10 @@ def test_schemes_stand_one_below_the_other(tmp_path: Path) -> None:
 def test_a_tracked_run_is_read_as_its_folder_is(tmp_path: Path) -> None:
     settings = TrackingSettings(f"sqlite:///{with_store(tmp_path / 'store')}/mlflow.db")
     folder = write_run(tmp_path / "run", seed=0)
-    pd.DataFrame({"chooser": ["scores"], "n_high": [3], "kl_answer": [0.1]}).to_parquet(folder / "profiles.parquet")
-    (folder / "profile.json").write_text('{"budget": "share=0.1"}')
+    measured = pd.DataFrame({"chooser": ["scores"], "n_high": [3]} | {curve: [0.1] for curve in PROFILE_CURVES})
+    measured.to_parquet(folder / "profiles.parquet")
+    plan = {"budget": "share=0.1", "scheme": "w4a16", "n_operators": 9, "n_high": 3, "average_bits": 8.0, "high": []}
+    (folder / "profile.json").write_text(json.dumps(plan))
     open_run(settings, folder, name="run", tags={}, sweep=None)
     found, own = qvl_hydra.read(send_run(folder, settings), settings.uri), qvl_hydra.read(folder)
     assert (found.record, found.settings, found.profile) == (own.record, own.settings, own.profile)

@@ -143,8 +143,13 @@ def test_the_cheapest_plan_is_the_least_budget() -> None:
     prices, size = prices_of(units, BITS, TERMS), size_of(units, BITS)
     least, most = frontier(units, prices, size, 2)
     assert set(assign(units, prices, most * size).values()) == {LEAVE}
-    with pytest.raises(ProfileError, match="not even the cheapest choice of every unit is that small"):
+    with pytest.raises(ProfileError, match="the cheapest plan has") as refused:
         select(units, Budget("average_bits", least * 0.99), TERMS)
+    told = float(str(refused.value).split("has ")[1].split(";")[0])
+    assert least <= told < least * 1.001
+    assert select(units, Budget("average_bits", told), TERMS)
+    with pytest.raises(ProfileError, match="the cheapest plan has"):
+        select(units, Budget("weight_bytes", 0.0), TERMS)
 
 
 DEVICE = DeviceSettings("made up", bandwidth_gb_s=1000.0, tera_ops={"bf16": 100.0, "fp8": 200.0})

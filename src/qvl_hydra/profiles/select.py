@@ -31,6 +31,7 @@ from qvl_hydra.quantization.scheme import Scheme
 _SCALE = 1e6
 _TIGHT = 1e4  # larger ones make HiGHS repair its own solutions
 APART = 0.1  # of the units: how far apart plans of one budget are that are measured against each other
+NAMED = 3  # units that a message tells the reasons of
 _SLACK = 1e-9  # of the largest price: what a budget is overrun by that rounding alone overruns
 
 Prices = Sequence[Mapping[str, float]]  # of each unit, by choice
@@ -83,9 +84,9 @@ def several(
         plans = [_fewest(units, budget.value, terms)]
     else:
         prices = prices_of(units, COSTS[budget.kind], terms)
-        limit = budget.value * size_of(units, COSTS[budget.kind])
+        size = size_of(units, COSTS[budget.kind])
         while len(plans) < count:
-            plan = assign(units, prices, limit, str(budget), plans)
+            plan = assign(units, prices, budget.value * size, plans, str(budget), size)
             if plan is None:
                 break
             plans.append(plan)
@@ -125,13 +126,18 @@ def undominated(unit: Unit, prices: Mapping[str, float]) -> list[str]:
 
 
 def assign(
-    units: Sequence[Unit], prices: Prices, limit: float, budget: str = "", others: Sequence[Plan] = ()
+    units: Sequence[Unit],
+    prices: Prices,
+    limit: float,
+    others: Sequence[Plan] = (),
+    budget: str = "",
+    size: float = 1.0,
 ) -> Plan | None:
     """The choice of every unit with the lowest sum of deciding scores whose prices sum to the limit at most.
 
     Args:
-        budget: the limit in the words of the user.
         others: plans that it must differ from, in `APART` of the units each.
+        budget, size: the limit in the words of the user, and what prices are divided by to be in their unit.
 
     Returns:
         None where no plan is that different from the others.
@@ -143,7 +149,7 @@ def assign(
     least = math.fsum(own[choices[0]] for own, choices in zip(prices, options, strict=True))
     largest = max(max(own.values()) for own in prices) or 1.0
     if least > limit + _SLACK * max(largest, abs(limit)):
-        raise _too_small(units, budget, least / limit if limit > 0 else math.inf)
+        raise _too_small(units, budget, least / size)
     score = [[unit.decides(choice) for choice in own] for unit, own in zip(units, options, strict=True)]
     price = [[own[choice] for choice in choices] for own, choices in zip(prices, options, strict=True)]
     return _solve(units, options, score, price, limit - least, others)
@@ -265,16 +271,19 @@ def _silent() -> Iterator[None]:
         os.close(kept)
 
 
-def _too_small(units: Sequence[Unit], budget: str, ratio: float) -> ProfileError:
-    said = f"a budget of {budget}"
+def _too_small(units: Sequence[Unit], budget: str, least: float) -> ProfileError:
+    cheapest = f"a budget of {budget} is too small: the cheapest plan has {_rounded_up(least)}"
     stay = [unit for unit in units if unit.stays and unit.reasons]
     if not stay:
-        return ProfileError(
-            f"{said}: not even the cheapest choice of every unit is that small, by {ratio:.4g} times; raise the "
-            "budget, or offer cheaper choices"
-        )
-    reasons = "; ".join(f"{unit.name} ({'; '.join(dict.fromkeys(unit.reasons.values()))})" for unit in stay[:5])
+        return ProfileError(f"{cheapest}; raise the budget, or offer cheaper choices")
+    reasons = "; ".join(f"{unit.name} ({'; '.join(dict.fromkeys(unit.reasons.values()))})" for unit in stay[:NAMED])
+    more = f"; and {len(stay) - NAMED} more" if len(stay) > NAMED else ""
     return ProfileError(
-        f"{said}: {len(stay)} units without a score must stay in high precision and cost more than that: {reasons}; "
-        "raise the budget, or score them"
+        f"{cheapest}, since what has no score stays in high precision: {reasons}{more}; raise the budget, or score them"
     )
+
+
+def _rounded_up(value: float) -> str:
+    """Four digits that are not below the value, so that a budget of just as much is met."""
+    text = f"{value:.4g}"
+    return text if float(text) >= value else f"{value * 1.0005:.4g}"
