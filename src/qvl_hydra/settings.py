@@ -126,7 +126,7 @@ class StrategySettings:
     metric: Literal["auto", "squared_error", "kl", "loss_change"] = "auto"  # auto: kl, of features squared_error
     positions: Literal["answer", "text", "all"] = "all"  # output positions that are compared
     confidence_batches: int | None = None  # batches of calibration.batch_size samples that are scored; null: all
-    probes: int = 1  # sketch: backward passes a sample; samples are worth more
+    probes: int = 2  # sketch: backward passes a sample; samples are worth more
     split_positions: bool = False  # sketch, auto: squared errors apart where image, text and answer are predicted
     reduction: Literal["shrunk", "split", "sequence", "token"] = "shrunk"  # sketch: how tokens are summed
     top_k: int = 20  # auto: the most sensitive operators, which shall be the right ones; at most half of all

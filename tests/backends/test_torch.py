@@ -13,12 +13,12 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from benchmarks.jobs import SCHEMES, Silent, make_job
+from benchmarks.jobs import SCHEMES, Silent, make_job, with_strategy
 from qvl_hydra.backends import torch as native
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import EngineError
-from qvl_hydra.estimators import auto, bench, sketch_run
+from qvl_hydra.estimators import auto, bench, exact_run, sketch_run
 from qvl_hydra.estimators.first_order import OperatorChange
 from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.models.load import LoadedModel, describe_model, load_model
@@ -75,10 +75,10 @@ def test_a_killed_run_goes_on_and_ends_the_same_bit_for_bit(job: SweepJob, tmp_p
 
 
 def test_a_race_killed_in_any_round_goes_on_as_it_would_have(job: SweepJob, tmp_path: Path) -> None:
-    strict = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, missed=0.001))
+    strict = with_strategy(job, missed=0.001)
     undisturbed, _, whole = scores(strict, tmp_path / "whole")
     rounds = {path.name.split("-")[0] for path in whole.parts.glob("exact*.parquet")}
-    assert len(rounds) >= 3, "a race of several rounds"
+    assert len(rounds) >= 2, "a race of several rounds"
     parts = len(list(whole.parts.glob("*.parquet")))
     for writes in range(parts - 3 * len(rounds) + 1, parts):
         path = tmp_path / str(writes)
@@ -245,6 +245,44 @@ def test_samples_in_several_groups_score_alike(job: SweepJob, tmp_path: Path, mo
     keys = ["op", "sample", "probe"]
     apart, together = (f.sort_values(keys, ignore_index=True).drop(columns=APART) for f in (apart, together))
     pd.testing.assert_frame_equal(apart, together, rtol=1e-4)
+
+
+@pytest.mark.parametrize("component", ["lm", "full"])
+def test_a_kept_reference_changes_no_score(
+    job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, component: str
+) -> None:
+    """Bit for bit; the samples have images, but for the last."""
+    ids = torch.tensor([5, 6, 7, 8])
+    text = Sample("text", ids, torch.arange(4).expand(3, -1), ids, None, None)
+    job = make_job(job.model, (*job.scored[:2], text), job.scheme, component, estimator="auto", probes=1)
+    found = [scores(job, tmp_path / "known")[0]]
+    monkeypatch.setattr(auto, "reference_states", lambda _: None)
+    found.append(scores(job, tmp_path / "kept")[0])
+    monkeypatch.setattr(exact_run, "fitting", lambda *_: 0)
+    walked: list[str] = []
+    weights = Walker.weights
+    monkeypatch.setattr(Walker, "weights", lambda walker, segment: walked.append("") or weights(walker, segment))
+    found.append(scores(job, tmp_path / "walked")[0])
+    for frame in found[1:]:
+        pd.testing.assert_frame_equal(found[0], frame, check_exact=True)
+    again = len(walked)
+    walked.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(Walker, "weights", lambda walker, segment: walked.append("") or weights(walker, segment))
+    scores(job, tmp_path / "counted")
+    assert len(walked) < again
+
+
+@pytest.mark.parametrize("direction", ["requantize", "fallback"])
+def test_samples_that_pass_over_every_operator_lose_nothing(job: SweepJob, tmp_path: Path, direction: str) -> None:
+    ids = torch.tensor([5, 6, 7, 8])
+    text = Sample("text", ids, torch.arange(4).expand(3, -1), ids, None, None)
+    job = make_job(job.model, (job.scored[0], text), job.scheme, "full", estimator="exact", direction=direction)
+    job = dataclasses.replace(job, operators=tuple(op for op in job.operators if op.component == "vision")[:3])
+    frame, _, _ = scores(job, tmp_path)
+    by_sample = {str(name): part["value"] for name, part in frame.groupby("sample")}
+    assert (by_sample["text"] == 0).all()
+    assert (by_sample[job.scored[0].id] != 0).any()
 
 
 def test_the_timed_forward_keeps_no_logits(job: SweepJob) -> None:

@@ -1,11 +1,12 @@
 """The default estimator: the sketch of all operators, then exact scores where they decide.
 
 Measured exactly are the few operators that the sketch puts first, a control drawn at random, and then, in rounds, those
-most likely to be on the wrong side of the border of the top k. An unmeasured operator with the sketch `s` is on the
-wrong side with probability `Phi(-|log(s f / border)| / tau)`, where `f` brings the sketch to the exact scores and `tau`
-is the spread of their log ratio, both from what has been measured: the median, and a quartile that a few outliers do
-not move, since the largest effects are measured first, and of them a first-order sketch is wrong as of no others. The
-race ends when the sum of these probabilities, the expected number of operators that are wrongly in or out, is below
+most likely to be on the wrong side of the border of the top k: half of those whose scores it would take for the others
+to be sure, since what is measured also says how good the sketch is. An unmeasured operator with the sketch `s` is on
+the wrong side with probability `Phi(-|log(s f / border)| / tau)`, where `f` brings the sketch to the exact scores and
+`tau` is the spread of their log ratio, both from what has been measured: the median, and a quartile that a few outliers
+do not move, since the largest effects are measured first, and of them a first-order sketch is wrong as of no others.
+The race ends when the sum of these probabilities, the expected number of operators that are wrongly in or out, is below
 `strategy.missed`. Where the errors are too large for a first-order effect, `tau` is large, and more is measured.
 """
 
@@ -21,7 +22,7 @@ from scipy.stats import norm, spearmanr
 
 from qvl_hydra.estimators import sketch_run
 from qvl_hydra.estimators.bench import Bench, measuring
-from qvl_hydra.estimators.exact_run import exact_cost, measure_exact
+from qvl_hydra.estimators.exact_run import Exact, exact_cost, reference_states
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.reverse_walk import cost
 from qvl_hydra.operators.targets import make_targets
@@ -31,7 +32,7 @@ from qvl_hydra.runs.folder import RunFolder
 CONTROLS = "controls"  # where a run keeps which operators were drawn, by scheme
 RACES = "races"  # where it keeps how each scheme's race ended
 FIRST = 6  # operators that the sketch puts first, whose scores decide most and whose errors are largest
-ROUND = 4  # operators measured together, at least
+ROUND = 4  # operators measured together at least, where as many are wanted
 QUARTILE = 1.1503  # that of the distances of normal values from their median which three in four are below
 LEAST_SPREAD = 0.05  # of the log ratio of exact and sketch, which a few ratios can make look like nothing
 USUAL = 16  # operators that are measured mostly
@@ -44,12 +45,14 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
         EngineError: no sample reaches the component.
     """
     with measuring(job, folder, progress, "auto", keep_states=True) as bench:
+        known = reference_states(bench)
         sketch_run.measure(bench)
         if job.shard[1] > 1:
             bench.report.notes.append("the operators that decide are measured exactly when the shards are merged")
             return bench.report
+        wavefronts = Exact(bench, keep=True, known=known)
         for scheme in job.schemes:
-            _race(bench, scheme)
+            _race(bench, wavefronts, scheme)
     bench.report.details |= folder.recall(RACES)[job.scheme.name]
     return bench.report
 
@@ -60,7 +63,7 @@ def work(job: SweepJob) -> float:
     return len(job.scored) * (cost(sketch_run.sketch_of(job).probes) + len(job.schemes) * exact_cost(measured))
 
 
-def _race(bench: Bench, scheme: Scheme) -> None:
+def _race(bench: Bench, wavefronts: Exact, scheme: Scheme) -> None:
     strategy = bench.job.strategy
     sketched = _means(bench, scheme, "sketch")
     names = [target.name for target in bench.targets if sketched.get(target.name, 0.0) > 0]
@@ -75,15 +78,16 @@ def _race(bench: Bench, scheme: Scheme) -> None:
     exact: dict[str, float] = {}
     while chosen:
         together = [target for target in bench.targets if target.name in chosen]
-        measure_exact(bench, together, scheme, f"{turn:02d}")
+        wavefronts.measure(together, scheme, f"{turn:02d}")
         turn += 1
         measured |= chosen  # a run that was killed may have left more, which must not change what follows
         exact = {name: value for name, value in _means(bench, scheme, "exact").items() if name in measured}
         wrong = wrong_side({name: sketched[name] for name in names}, exact, k)
         missed = sum(wrong.values())
-        ranked = sorted(wrong, key=lambda name: -wrong[name])
-        # Of those expected wrong as many again: a wavefront of few operators costs nearly what one of many does.
-        chosen = set(ranked[: max(ROUND, math.ceil(2 * missed))]) if missed > strategy.missed else set()
+        surest = sorted(wrong, key=lambda name: wrong[name])
+        sure = int(np.searchsorted(np.cumsum([wrong[name] for name in surest]), strategy.missed, side="right"))
+        wanted = len(surest) - sure
+        chosen = set(surest[len(surest) - max(min(ROUND, wanted), math.ceil(wanted / 2)) :])
     ended = _ended(sketched, exact, controls, k, missed)
     bench.folder.remember(RACES, bench.folder.recall(RACES, {}) | {scheme.name: ended})
 

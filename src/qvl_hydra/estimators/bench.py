@@ -158,13 +158,18 @@ def group_size(job: SweepJob, folder: RunFolder, walker: Walker, starts: Sequenc
     """Samples whose states between all segments fit in memory together; a resumed run keeps its own."""
     kept = folder.recall("sketch_group")
     if kept is None:
-        limit = STREAMED_STATE_BYTES if job.model.streamed else free_memory_bytes() // 4
-        if job.device.type == "cuda":
-            limit = int(torch.cuda.mem_get_info(job.device)[0] * 0.3)
-        largest = max(start.numel() * start.element_size() for start in starts)
-        kept = max(1, min(len(starts), limit // (largest * (len(walker.segments) + 1))))
+        kept = max(1, fitting(job, walker, starts))
         folder.remember("sketch_group", kept)
     return int(kept)
+
+
+def fitting(job: SweepJob, walker: Walker, starts: Sequence[State]) -> int:
+    """Of how many samples the states between all segments fit in memory."""
+    limit = STREAMED_STATE_BYTES if job.model.streamed else free_memory_bytes() // 4
+    if job.device.type == "cuda":
+        limit = int(torch.cuda.mem_get_info(job.device)[0] * 0.3)
+    largest = max(start.numel() * start.element_size() for start in starts)
+    return min(len(starts), limit // (largest * (len(walker.segments) + 1)))
 
 
 def groups(

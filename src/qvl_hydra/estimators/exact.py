@@ -1,8 +1,9 @@
 """The exact estimator: a wavefront of perturbed copies.
 
-One walk through the blocks carries the reference state and one perturbed copy for each target already passed, as
-further rows. At each segment all rows advance, and the copies of the segment's own targets start. A copy never computes
-what lies before its target, and each segment's weights are touched once a sample: about N/2 forwards for N operators.
+One walk through the blocks carries one perturbed copy for each target already passed, as rows, beside the reference. At
+each segment all of them advance, and the copies of the segment's own targets start. A copy never computes what lies
+before its target, and each segment's weights are touched once a sample: about N/2 forwards for N operators, and one for
+the reference, whose states can be kept for further walks.
 
 Two directions, both from Neural Compressor's `mse_v2` (`strategy/mse_v2.py`, `adaptor/torch_utils/util.py`):
 `requantize` starts a copy from the float state with the target quantized; `fallback` walks a base state with everything
@@ -56,6 +57,10 @@ class Wavefront:
     chunk: RowChunk
     positions: str = "all"
 
+    def targets_in(self, segment: Segment) -> list[Target]:
+        """The targets that start in a segment."""
+        return [target for target in self.targets if any(segment.holds(op.path) for op in target.operators)]
+
 
 class RowChunk:
     """How many rows advance together. On CUDA it halves when memory runs out, and the work goes on."""
@@ -81,11 +86,15 @@ class RowChunk:
 
 
 @torch.no_grad()
-def score_sample(wave: Wavefront, context: Context, start: State) -> dict[str, dict[str, float]]:
+def score_sample(
+    wave: Wavefront, context: Context, start: State, kept: list[State] | None = None
+) -> dict[str, dict[str, float]]:
     """Metrics of every target on one sample.
 
     Args:
         start: the component's input, one row.
+        kept: the reference behind each segment, as an earlier walk of the sample left it; what is new is added. The
+            same scores come with it and without (None).
 
     Returns:
         For each target its metrics: what quantizing it does to the output (`requantize`), or what restoring it gains
@@ -94,35 +103,50 @@ def score_sample(wave: Wavefront, context: Context, start: State) -> dict[str, d
     """
     walker = wave.walker
     fallback = bool(wave.base)
-    # Row 0 is the reference; in `fallback` row 1 is the base with everything quantized; then one row a started target.
-    rows = start.repeat(2 if fallback else 1, 1, 1)
+    *inner, last = (segment for segment in walker.segments if not walker.skips(segment, context.sample))
+    reference = start
+    rows = start if fallback else start[:0]  # in `fallback` row 0 is the base with everything quantized
     started: list[Target] = []
     flips = _Flips(walker)
-    values: Tensor | None = None
-    for segment in walker.segments:
-        if walker.skips(segment, context.sample):
-            continue
-        own = [t for t in wave.targets if any(segment.holds(op.path) for op in t.operators)]
-        base_row = rows[1:2] if fallback else rows[:1]
-        rows = torch.cat([rows, base_row.expand(len(own), -1, -1)]) if own else rows
+    for index, segment in enumerate(inner):
+        own = wave.targets_in(segment)
+        rows = _with_copies(rows, rows[:1] if fallback else reference, len(own))
         started += own
+        known = None if kept is None or index == len(kept) else kept[index]
+        if known is not None and not len(rows):
+            reference = known
+            continue
         with walker.weights(segment):
-            places = _quantized_rows(wave, segment, own, rows.shape[0])
-            if segment is walker.segments[-1]:
-                values = _compare(wave, segment, context, rows, places)
-            else:
-                run = partial(_run, wave, segment, context, places)
-                rows = wave.chunk.advance(rows, partial(flips.counted, segment, run))
-    assert values is not None
+            run = partial(_run, wave, segment, context)
+            reference = flips.of_reference(segment, run({}, reference, 0)) if known is None else known
+            if len(rows):
+                copies = partial(run, _quantized_rows(wave, segment, own, len(rows)))
+                rows = wave.chunk.advance(rows, partial(flips.counted, segment, copies))
+        if kept is not None and known is None:
+            reference = reference.clone()  # as the walk of ranges does: kept where they were made, states leave holes
+            kept.append(reference)
+    own = wave.targets_in(last)
+    rows = _with_copies(rows, rows[:1] if fallback else reference, len(own))
+    started += own
+    with walker.weights(last):
+        values = _compare(wave, last, context, reference, rows, _quantized_rows(wave, last, own, len(rows)))
     scores = _by_target(wave, values, started, fallback)
     if flips.mixtures and not fallback:
-        for row, target in enumerate(started, 1):
+        for row, target in enumerate(started):
             scores[target.name][FLIPS] = flips.share(row)
     return scores
 
 
+def _with_copies(rows: State, base: State, count: int) -> State:
+    """The rows, and so many copies of one behind them."""
+    if not count:
+        return rows
+    copies = base.repeat(count, 1, 1)
+    return torch.cat([rows, copies]) if len(rows) else copies
+
+
 class _Flips:
-    """How many tokens each row sends to another expert than the float row does."""
+    """How many tokens each row sends to another expert than the reference does."""
 
     def __init__(self, walker: Walker) -> None:
         self.walker = walker
@@ -131,19 +155,27 @@ class _Flips:
         self._changed: Counter[int] = Counter()
         self._seen: Counter[int] = Counter()
 
+    def of_reference(self, segment: Segment, result: Tensor) -> Tensor:
+        """Take note of what the float row chose in a segment that it has just run through."""
+        for path in filter(segment.holds, self.mixtures):
+            self._float[path] = self._chosen(path, 1)[0]
+        return result
+
     def counted(self, segment: Segment, run: Callable[[State, int], Tensor], rows: State, first: int) -> Tensor:
-        """Run a chunk of rows, the first of them in float, and count."""
+        """Run a chunk of rows and count."""
         result = run(rows, first)
         for path in filter(segment.holds, self.mixtures):
-            product: Any = self.walker.module.get_submodule(path)
-            chosen = product.chosen.view(len(rows), -1, product.active)
-            if first == 0:
-                self._float[path] = chosen[0]
-            stayed = (chosen[..., None] == self._float[path][:, None]).any(-1)
+            stayed = (self._chosen(path, len(rows))[..., None] == self._float[path][:, None]).any(-1)
             for row, changed in enumerate((~stayed).flatten(1).sum(-1).tolist(), first):
                 self._changed[row] += changed
                 self._seen[row] += stayed[0].numel()
         return result
+
+    def _chosen(self, path: str, rows: int) -> Tensor:
+        """Experts of each row's tokens, (row, token, choice)."""
+        product: Any = self.walker.module.get_submodule(path)
+        chosen: Tensor = product.chosen.view(rows, -1, product.active)
+        return chosen
 
     def share(self, row: int) -> float:
         """Of a row's choices behind its operator, those that are others."""
@@ -157,7 +189,7 @@ def _by_target(
     names += SPLIT if values.shape[1] > len(names) else ()
     # A target that the sample passed over (the vision tower without an image) changes nothing in it.
     scores = {target.name: dict.fromkeys(names, 0.0) for target in wave.targets}
-    gains = values[:1] - values[1:] if fallback else values
+    gains = values[:1] - values[1:] if fallback else values[: len(started)]
     for target, gain in zip(started, gains.tolist(), strict=True):
         scores[target.name] = dict(zip(names, gain, strict=True))
     return scores
@@ -165,7 +197,7 @@ def _by_target(
 
 @dataclass(frozen=True)
 class _Places:
-    """Which rows of a segment's state an operator quantizes: all of them but the float ones, or just the listed."""
+    """Which rows of a segment's state an operator quantizes."""
 
     quantizer: OperatorQuantizer
     rows: Tensor  # bool, one a row
@@ -176,9 +208,7 @@ def _quantized_rows(wave: Wavefront, segment: Segment, own: Sequence[Target], co
     found: dict[str, _Places] = {}
     for op in wave.base:
         if segment.holds(op.path):
-            mask = torch.ones(count, dtype=torch.bool)
-            mask[0] = False
-            found[op.path] = _Places(wave.quantizer(op), mask)
+            found[op.path] = _Places(wave.quantizer(op), torch.ones(count, dtype=torch.bool))
     first = count - len(own)
     for index, target in enumerate(own):
         for op in target.operators:
@@ -225,12 +255,14 @@ def _mixed_forward(quantizer: OperatorQuantizer, mask: Tensor, count: int) -> Ca
 
 
 def _compare(
-    wave: Wavefront, segment: Segment, context: Context, rows: State, places: Mapping[str, _Places]
+    wave: Wavefront, segment: Segment, context: Context, reference: State, rows: State, places: Mapping[str, _Places]
 ) -> Float64[Tensor, "row metric"]:
-    """Run the last segment and compare every row with row 0; outputs of all rows are never in memory together.
+    """Run the last segment and compare every row with the reference; outputs of all are never in memory together.
 
     The head works on each token by itself, so its tokens are taken in chunks; the merger of the vision tower does not.
     """
+    if not len(rows):  # the sample passed over all targets
+        rows = reference
     is_text = wave.walker.component != "vision"
     labels = next_token_labels(context.sample.labels).to(rows.device) if is_text else None
     kinds = None
@@ -239,17 +271,16 @@ def _compare(
     if labels is not None:
         counted = scored_positions(context.sample, context.places[0], wave.positions).to(rows.device)
         if not bool(counted.all()):
-            rows, labels = rows[:, counted], labels[counted]
+            reference, rows, labels = reference[:, counted], rows[:, counted], labels[counted]
     a_token = wave.walker.module.lm_head.out_features * 4 * min(wave.chunk.size, rows.shape[0])
     sums: list[Tensor] = []
     for tokens in token_chunks(rows.shape[1], a_token, OUTPUT_BYTES[rows.device.type]) if is_text else [slice(None)]:
-        part = rows[:, tokens]
-        reference = _run(wave, segment, context, places, part[:1], 0)[0]
+        output = _run(wave, segment, context, {}, reference[:, tokens], 0)[0]
         here = [None if all_of is None else all_of[tokens] for all_of in (labels, kinds)]
 
-        def compare(x: State, at: int, reference: Tensor = reference, here: list[Tensor | None] = here) -> Tensor:
-            return error_sums(reference, _run(wave, segment, context, places, x, at + 1), *here)
+        def compare(x: State, at: int, output: Tensor = output, here: list[Tensor | None] = here) -> Tensor:
+            return error_sums(output, _run(wave, segment, context, places, x, at), *here)
 
-        sums.append(wave.chunk.advance(part[1:], compare))
+        sums.append(wave.chunk.advance(rows[:, tokens], compare))
     counts = error_counts(rows.shape[1], labels) + ([] if kinds is None else [1] * kinds.shape[1])
     return torch.stack(sums).sum(0) / torch.tensor(counts, device=rows.device, dtype=torch.float64)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from qvl_hydra.blockwise.walker import Context, Walker
-from qvl_hydra.estimators.bench import Bench, measuring
+from qvl_hydra.blockwise.walker import Walker
+from qvl_hydra.estimators.bench import Bench, fitting, measuring
 from qvl_hydra.estimators.exact import Wavefront, score_sample
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.families.stages import State
@@ -23,8 +23,9 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
         EngineError: no sample reaches the component.
     """
     with measuring(job, folder, progress, "exact", keep_states=False) as bench:
+        exact = Exact(bench, keep=len(job.schemes) > 1)
         for scheme in job.schemes:
-            measure_exact(bench, bench.targets, scheme)
+            exact.measure(bench.targets, scheme)
     return bench.report
 
 
@@ -38,43 +39,68 @@ def exact_cost(targets: int) -> float:
     return targets / 2 + 2
 
 
-def measure_exact(bench: Bench, targets: Sequence[Target], scheme: Scheme, turn: str = "") -> None:
-    """Score targets in a scheme by the wavefront; what is on disk already is not measured again.
+def reference_states(bench: Bench) -> list[list[State]] | None:
+    """For each sample the states behind its segments, where the walk that observed ranges went as a reference does.
+
+    It did so in float32 and on a CPU, where samples walk one by one. A sample that passes over a segment has none.
+    """
+    walker = bench.walker
+    if bench.states is None or walker.dtype != torch.float32 or bench.job.device.type != "cpu":
+        return None
+    passing = [any(walker.skips(segment, context.sample) for segment in walker.segments) for context in bench.contexts]
+    return [[] if passes else states[1:] for passes, states in zip(passing, bench.states, strict=True)]
+
+
+class Exact:
+    """Exact scores of a bench's samples, some targets after others.
+
+    All of it is in float32: a difference of two outputs drowns in bfloat16's rounding of both. Weights of another dtype
+    are converted segment by segment.
 
     Args:
-        turn: names the work items of targets that are measured after others.
+        keep: keep the reference's states for further wavefronts where they fit in memory. Those of mixtures are not, of
+            which the choices of experts would have to be kept, too.
+        known: what `reference_states` gave.
     """
-    job = bench.job
-    targets = [target for target in targets if bench.offered(target, scheme)]
-    if not targets:  # all failed
-        return
-    walker, contexts, starts = _in_float32(bench)
-    base = [op for target in targets for op in target.operators] if job.strategy.direction == "fallback" else []
-    label = f"exact scores of {len(targets)} operators" + (f" in {scheme.name}" if len(job.schemes) > 1 else "")
-    bench.progress.total(len(contexts) * exact_cost(len(targets)), label)
-    wave = Wavefront(walker, targets, base, bench.quantizer(scheme), bench.chunk, job.strategy.positions)
-    for index, (context, start) in enumerate(zip(contexts, starts, strict=True), bench.first):
-        item = f"exact{turn}-{scheme.name}-{index:05d}"
-        if not bench.folder.done(item):
-            results = score_sample(wave, context, start)
-            bench.folder.write_finite(
-                item,
-                [
-                    SampleScore(op, context.sample.id, None, value, metric, "exact", scheme.name)
-                    for op, values in results.items()
-                    for metric, value in values.items()
-                ],
-            )
-        bench.progress.step(exact_cost(len(targets)))
 
+    def __init__(self, bench: Bench, keep: bool, known: list[list[State]] | None = None) -> None:
+        self.bench = bench
+        self.walker, self.contexts, self.starts = bench.walker, bench.contexts, bench.starts
+        if bench.walker.dtype != torch.float32:
+            self.walker = Walker(bench.job.model, bench.job.component, torch.float32)
+            self.contexts = self.walker.contexts([context.sample for context in bench.contexts])
+            self.starts = self.walker.starts(self.contexts)
+        keep = keep and all(op.experts == 1 for op in self.walker.operators)
+        keep = keep and fitting(bench.job, self.walker, self.starts) >= len(self.contexts)
+        self._kept: list[list[State] | None] = [[] if keep else None for _ in self.contexts]
+        if keep and known is not None:
+            self._kept = list(known)
 
-def _in_float32(bench: Bench) -> tuple[Walker, list[Context], list[State]]:
-    """Walker, contexts and inputs in float32: a difference of two outputs drowns in bfloat16's rounding of both.
+    def measure(self, targets: Sequence[Target], scheme: Scheme, turn: str = "") -> None:
+        """Score targets in a scheme by the wavefront; what is on disk already is not measured again.
 
-    Weights of another dtype are converted segment by segment.
-    """
-    if bench.walker.dtype == torch.float32:
-        return bench.walker, bench.contexts, bench.starts
-    walker = Walker(bench.job.model, bench.job.component, torch.float32)
-    contexts = walker.contexts([context.sample for context in bench.contexts])
-    return walker, contexts, walker.starts(contexts)
+        Args:
+            turn: names the work items of targets that are measured after others.
+        """
+        bench, job = self.bench, self.bench.job
+        targets = [target for target in targets if bench.offered(target, scheme)]
+        if not targets:  # all failed
+            return
+        base = [op for target in targets for op in target.operators] if job.strategy.direction == "fallback" else []
+        label = f"exact scores of {len(targets)} operators" + (f" in {scheme.name}" if len(job.schemes) > 1 else "")
+        bench.progress.total(len(self.contexts) * exact_cost(len(targets)), label)
+        wave = Wavefront(self.walker, targets, base, bench.quantizer(scheme), bench.chunk, job.strategy.positions)
+        samples = zip(self.contexts, self.starts, self._kept, strict=True)
+        for index, (context, start, kept) in enumerate(samples, bench.first):
+            item = f"exact{turn}-{scheme.name}-{index:05d}"
+            if not bench.folder.done(item):
+                results = score_sample(wave, context, start, kept)
+                bench.folder.write_finite(
+                    item,
+                    [
+                        SampleScore(op, context.sample.id, None, value, metric, "exact", scheme.name)
+                        for op, values in results.items()
+                        for metric, value in values.items()
+                    ],
+                )
+            bench.progress.step(exact_cost(len(targets)))

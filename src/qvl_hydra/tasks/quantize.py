@@ -142,6 +142,9 @@ def _with_compressed_tensors(
 ) -> Agreement:
     model = decision.prepared.model
     _require_package("compressed_tensors", "writing a checkpoint, and loading it in transformers")
+    from loguru import logger
+
+    logger.disable("compressed_tensors")  # it warns of every operator whose last block is smaller
     write_checkpoint(model, decision.profile, decision.quantizers, folder)
     reader = model.family.load_class()
     with contextlib.redirect_stderr(io.StringIO()):  # four bars of its own; the last belongs to the first forward
