@@ -145,7 +145,7 @@ LIMITS: list[tuple[str, object, object]] = [
     ("operators__blocks", "", "0,2-2"),
     ("strategy__confidence_batches", 0, 1),
     ("strategy__probes", 0, 1),
-    ("strategy__max_probes", 0, 1),  # strategy.probes is 1
+    ("strategy__max_probes", 0, 2),  # strategy.probes is 2
     ("strategy__top_k", 0, 1),
     ("strategy__top_k", 0, 1),
     ("strategy__missed", 0, 0.01),
