@@ -234,7 +234,7 @@ CHECKPOINT = "profile.quantize_with=[compressed_tensors]"
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["profile.budget=average_bits", "profile.value=7"], "a budget of average_bits=7 is too small: the cheapest plan has"),
+        (["profile.budget=average_bits", "profile.value=7"], "average_bits=7 is too small: the cheapest plan has"),
         (["quant=w4a16", "profile.choices=[w4a16,leave]", "profile.values=[6,3]"], "a budget of average_bits=3"),
         (["profile.choices=[w8a8_static,leave]", "profile.spaces=[{match: '*q_proj', choices: [leave]}]"], "in two"),
         (["profile.cost=measured_seconds", "profile.costs=nowhere", "profile.choices=[w8a8_static,leave]"], "no costs"),
