@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
-import functools
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -144,16 +141,8 @@ def make_job(
         backend=BackendSettings("torch"),
         fuse=False,
         seed=0,
-        workdir=Path(tempfile.mkdtemp(dir=_scratch())),
+        workdir=RESULTS / "engine",
     )
-
-
-@functools.cache
-def _scratch() -> Path:
-    """Where engines may leave their own files, until the program ends."""
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def measure(job: SweepJob, engine: Engine = run, column: str = "score") -> tuple[dict[str, float], EngineReport]:

@@ -42,6 +42,12 @@ def job(tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...]) -> SweepJob:
     return make_job(tiny_model, tiny_samples[:3], SCHEMES["w8a8_static"], estimator="auto", probes=2)
 
 
+def text_alone() -> Sample:
+    """A sample without an image."""
+    ids = torch.tensor([5, 6, 7, 8])
+    return Sample("text", ids, torch.arange(4).expand(3, -1), ids, None, None)
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing may catch it."""
 
@@ -252,8 +258,7 @@ def test_a_kept_reference_changes_no_score(
     job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, component: str
 ) -> None:
     """Bit for bit; the samples have images, but for the last."""
-    ids = torch.tensor([5, 6, 7, 8])
-    text = Sample("text", ids, torch.arange(4).expand(3, -1), ids, None, None)
+    text = text_alone()
     job = make_job(job.model, (*job.scored[:2], text), job.scheme, component, estimator="auto", probes=1)
     found = [scores(job, tmp_path / "known")[0]]
     monkeypatch.setattr(auto, "reference_states", lambda _: None)
@@ -275,8 +280,7 @@ def test_a_kept_reference_changes_no_score(
 
 @pytest.mark.parametrize("direction", ["requantize", "fallback"])
 def test_samples_that_pass_over_every_operator_lose_nothing(job: SweepJob, tmp_path: Path, direction: str) -> None:
-    ids = torch.tensor([5, 6, 7, 8])
-    text = Sample("text", ids, torch.arange(4).expand(3, -1), ids, None, None)
+    text = text_alone()
     job = make_job(job.model, (job.scored[0], text), job.scheme, "full", estimator="exact", direction=direction)
     job = dataclasses.replace(job, operators=tuple(op for op in job.operators if op.component == "vision")[:3])
     frame, _, _ = scores(job, tmp_path)
@@ -302,8 +306,7 @@ def test_the_timed_forward_keeps_no_logits(job: SweepJob) -> None:
 
 
 def test_text_alone_does_not_reach_the_vision_tower(tiny_model: LoadedModel, tmp_path: Path) -> None:
-    ids = torch.tensor([5, 6, 7, 8])
-    text = Sample("text", ids, torch.arange(4).expand(3, -1), ids, None, None)
+    text = text_alone()
     with pytest.raises(EngineError, match="image"):
         scores(make_job(tiny_model, (text,), SCHEMES["w8a8_static"], "vision"), tmp_path / "vision")
     _, _, folder = scores(make_job(tiny_model, (text,), SCHEMES["w8a8_static"], "full"), tmp_path / "full")

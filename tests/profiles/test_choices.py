@@ -71,7 +71,7 @@ def test_no_assignment_within_the_budget_loses_less(seed: int, cost: str) -> Non
     row = COSTS[cost]
     prices, size = prices_of(units, row, terms), size_of(units, row)
     value = float(rng.uniform(*frontier(units, prices, size, 2)))
-    plan = assign(units, prices, value * size)
+    plan = assign(units, prices, Budget(cost, value), size)
     spent = sum(own[plan[unit.name]] for unit, own in zip(units, prices, strict=True))
     lost = sum(unit.scores[plan[unit.name]] for unit in units)
     best = min(
@@ -142,7 +142,7 @@ def test_the_cheapest_plan_is_the_least_budget() -> None:
     units = random_units(np.random.default_rng(0), 12)
     prices, size = prices_of(units, BITS, TERMS), size_of(units, BITS)
     least, most = frontier(units, prices, size, 2)
-    assert set(assign(units, prices, most * size).values()) == {LEAVE}
+    assert set(assign(units, prices, Budget("average_bits", most), size).values()) == {LEAVE}
     with pytest.raises(ProfileError, match="the cheapest plan has") as refused:
         select(units, Budget("average_bits", least * 0.99), TERMS)
     told = float(str(refused.value).split("has ")[1].split(";")[0])
@@ -239,7 +239,7 @@ def test_a_thousand_units_with_six_choices_are_solved() -> None:
         prices.append({f"c{k}": float(k + 3) * weight_values(op) for k in range(6)})
         units.append(Unit(op.path, (op,), {f"c{k}": float(rng.exponential() * 4.0**-k) for k in range(6)}))
     limit = 5.0 * 1000 * 64 * 64
-    plan = assign(units, prices, limit)
+    plan = assign(units, prices, Budget("average_bits", limit), 1.0)
     assert sum(own[plan[unit.name]] for unit, own in zip(units, prices, strict=True)) <= limit * (1 + 1e-9)
 
 

@@ -103,15 +103,17 @@ def score_sample(
     """
     walker = wave.walker
     fallback = bool(wave.base)
-    *inner, last = (segment for segment in walker.segments if not walker.skips(segment, context.sample))
+    segments = [segment for segment in walker.segments if not walker.skips(segment, context.sample)]
     reference = start
     rows = start if fallback else start[:0]  # in `fallback` row 0 is the base with everything quantized
     started: list[Target] = []
     flips = _Flips(walker)
-    for index, segment in enumerate(inner):
+    for index, segment in enumerate(segments):
         own = wave.targets_in(segment)
         rows = _with_copies(rows, rows[:1] if fallback else reference, len(own))
         started += own
+        if segment is segments[-1]:
+            break
         known = None if kept is None or index == len(kept) else kept[index]
         if known is not None and not len(rows):
             reference = known
@@ -125,11 +127,8 @@ def score_sample(
         if kept is not None and known is None:
             reference = reference.clone()  # as the walk of ranges does: kept where they were made, states leave holes
             kept.append(reference)
-    own = wave.targets_in(last)
-    rows = _with_copies(rows, rows[:1] if fallback else reference, len(own))
-    started += own
-    with walker.weights(last):
-        values = _compare(wave, last, context, reference, rows, _quantized_rows(wave, last, own, len(rows)))
+    with walker.weights(segment):
+        values = _compare(wave, segment, context, reference, rows, _quantized_rows(wave, segment, own, len(rows)))
     scores = _by_target(wave, values, started, fallback)
     if flips.mixtures and not fallback:
         for row, target in enumerate(started):

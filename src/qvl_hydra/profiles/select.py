@@ -86,7 +86,7 @@ def several(
         prices = prices_of(units, COSTS[budget.kind], terms)
         size = size_of(units, COSTS[budget.kind])
         while len(plans) < count:
-            plan = assign(units, prices, budget.value * size, plans, str(budget), size)
+            plan = assign(units, prices, budget, size, plans)
             if plan is None:
                 break
             plans.append(plan)
@@ -126,18 +126,13 @@ def undominated(unit: Unit, prices: Mapping[str, float]) -> list[str]:
 
 
 def assign(
-    units: Sequence[Unit],
-    prices: Prices,
-    limit: float,
-    others: Sequence[Plan] = (),
-    budget: str = "",
-    size: float = 1.0,
+    units: Sequence[Unit], prices: Prices, budget: Budget, size: float, others: Sequence[Plan] = ()
 ) -> Plan | None:
-    """The choice of every unit with the lowest sum of deciding scores whose prices sum to the limit at most.
+    """The choice of every unit with the lowest sum of deciding scores whose prices sum to the budget at most.
 
     Args:
+        size: what prices are divided by to be in the budget's unit.
         others: plans that it must differ from, in `APART` of the units each.
-        budget, size: the limit in the words of the user, and what prices are divided by to be in their unit.
 
     Returns:
         None where no plan is that different from the others.
@@ -145,6 +140,7 @@ def assign(
     Raises:
         ProfileError: not even the cheapest choices are that small.
     """
+    limit = budget.value * size
     options = [undominated(unit, own) for unit, own in zip(units, prices, strict=True)]
     least = math.fsum(own[choices[0]] for own, choices in zip(prices, options, strict=True))
     largest = max(max(own.values()) for own in prices) or 1.0
@@ -271,7 +267,7 @@ def _silent() -> Iterator[None]:
         os.close(kept)
 
 
-def _too_small(units: Sequence[Unit], budget: str, least: float) -> ProfileError:
+def _too_small(units: Sequence[Unit], budget: Budget, least: float) -> ProfileError:
     cheapest = f"a budget of {budget} is too small: the cheapest plan has {_rounded_up(least)}"
     stay = [unit for unit in units if unit.stays and unit.reasons]
     if not stay:
