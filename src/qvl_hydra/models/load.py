@@ -23,7 +23,7 @@ from transformers import AutoConfig, PretrainedConfig
 from qvl_hydra.errors import ModelError
 from qvl_hydra.families.record import Family
 from qvl_hydra.families.table import FAMILIES
-from qvl_hydra.models.memory import GIB, free_memory_bytes
+from qvl_hydra.models.memory import GIB, free_memory_bytes, keep_freed_memory
 from qvl_hydra.models.stream import Checkpoint, Drawn, parameters_on_meta, weights_of
 from qvl_hydra.settings import ModelSettings
 
@@ -276,6 +276,8 @@ def load_model(description: ModelDescription, device: torch.device, seed: int) -
         checkpoint.require(description.skeleton)
         module = _streamed_model(description, device) if streamed else _pretrained_model(description).to(device)
     module.requires_grad_(False).eval()
+    if device.type == "cpu" and not streamed:  # which saves memory, not time
+        keep_freed_memory()
     sha = model_sha(description, device, seed)
     return LoadedModel(module, description, device, sha, checkpoint if streamed else None)
 
