@@ -6,7 +6,7 @@ each, padded at the end, where a causal model lets no other token see it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +40,7 @@ class Walker:
     Args:
         dtype: what the walk computes in; None is the model's own. In another, a segment's weights are converted while
             it is walked.
+        kept: paths of operators whose weights are not converted.
 
     Attributes:
         prefix: walked in float to make the input of the component (vision tower and join, for `lm`).
@@ -47,9 +48,12 @@ class Walker:
         operators: all of the component's, in the order in which data meets them.
     """
 
-    def __init__(self, model: LoadedModel, component: str, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: LoadedModel, component: str, dtype: torch.dtype | None = None, kept: Iterable[str] = ()
+    ) -> None:
         self.model = model
         self.dtype = dtype or model.dtype
+        self._kept = frozenset(f"{path}.weight" for path in kept)
         self.module: Any = model.module
         self.component = component
         self.family = model.family
@@ -60,7 +64,7 @@ class Walker:
 
     def weights(self, segment: Segment) -> AbstractContextManager[None]:
         """Have the segment's weights in memory for a while."""
-        return self.model.weights(segment.roots, self.dtype)
+        return self.model.weights(segment.roots, self.dtype, self._kept)
 
     def usable(self, sample: Sample) -> bool:
         """Whether the sample reaches the component at all: the vision tower needs an image."""

@@ -163,13 +163,13 @@ def group_size(job: SweepJob, folder: RunFolder, walker: Walker, starts: Sequenc
     return int(kept)
 
 
-def fitting(job: SweepJob, walker: Walker, starts: Sequence[State]) -> int:
-    """Of how many samples the states between all segments fit in memory."""
+def fitting(job: SweepJob, walker: Walker, starts: Sequence[State], beside: int = 0) -> int:
+    """Of how many samples the states between all segments fit in memory, and so many bytes of each beside them."""
     limit = STREAMED_STATE_BYTES if job.model.streamed else free_memory_bytes() // 4
     if job.device.type == "cuda":
         limit = int(torch.cuda.mem_get_info(job.device)[0] * 0.3)
     largest = max(start.numel() * start.element_size() for start in starts)
-    return min(len(starts), limit // (largest * (len(walker.segments) + 1)))
+    return min(len(starts), limit // (largest * (len(walker.segments) + 1) + beside))
 
 
 def groups(

@@ -23,6 +23,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from qvl_hydra.blockwise.walker import Context, Walker
+from qvl_hydra.estimators.differences import Differences, Forward
 from qvl_hydra.estimators.metrics import error_counts, error_sums, next_token_labels, output_metrics, token_chunks
 from qvl_hydra.estimators.positions import predicted_kinds, scored_positions
 from qvl_hydra.families.stages import Segment, State
@@ -48,6 +49,7 @@ class Wavefront:
         quantizer: makes an operator's quantizer while its weights are in memory.
         chunk: rows advanced together; halved when CUDA runs out of memory.
         positions: whose outputs are compared, see `scored_positions`.
+        differences: of this sample, where products of copies are not taken in float32.
     """
 
     walker: Walker
@@ -56,6 +58,7 @@ class Wavefront:
     quantizer: QuantizerOf
     chunk: RowChunk
     positions: str = "all"
+    differences: Differences | None = None
 
     def targets_in(self, segment: Segment) -> list[Target]:
         """The targets that start in a segment."""
@@ -119,10 +122,12 @@ def score_sample(
             reference = known
             continue
         with walker.weights(segment):
-            run = partial(_run, wave, segment, context)
-            reference = flips.of_reference(segment, run({}, reference, 0)) if known is None else known
+            if known is None or wave.differences is not None:  # of which copies need what its operators are given
+                reference = flips.of_reference(segment, _advance_reference(wave, segment, context, reference))
+            else:
+                reference = known
             if len(rows):
-                copies = partial(run, _quantized_rows(wave, segment, own, len(rows)))
+                copies = partial(_run, wave, segment, context, _quantized_rows(wave, segment, own, len(rows)))
                 rows = wave.chunk.advance(rows, partial(flips.counted, segment, copies))
         if kept is not None and known is None:
             reference = reference.clone()  # as the walk of ranges does: kept where they were made, states leave holes
@@ -220,21 +225,28 @@ def _quantized_rows(wave: Wavefront, segment: Segment, own: Sequence[Target], co
     return found
 
 
+def _advance_reference(wave: Wavefront, segment: Segment, context: Context, state: State) -> State:
+    """Run the reference through a segment."""
+    if wave.differences is None:
+        return segment.run(state, context)
+    return wave.differences.advance(wave.walker, segment, context, state)
+
+
 def _run(
     wave: Wavefront, segment: Segment, context: Context, places: Mapping[str, _Places], rows: State, first: int
 ) -> Tensor:
     """Advance a chunk of rows through a segment, each operator quantized in its rows."""
     count = rows.shape[0]
-    forwards: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {}
-    for path, place in places.items():
-        mask = place.rows[first : first + count]
-        if mask.any():
-            forwards[path] = _mixed_forward(place.quantizer, mask, count)
+    masks = {path: place.rows[first : first + count] for path, place in places.items()}
+    quantized = {path: (places[path].quantizer, mask) for path, mask in masks.items() if mask.any()}
+    forwards = {path: _mixed_forward(*own, count) for path, own in quantized.items()}
+    if wave.differences is not None:
+        forwards |= wave.differences.of_copies(segment, count, quantized)
     with replaced_forwards(wave.walker.module, forwards):
         return segment.run(rows, context)
 
 
-def _mixed_forward(quantizer: OperatorQuantizer, mask: Tensor, count: int) -> Callable[[nn.Module, Tensor], Tensor]:
+def _mixed_forward(quantizer: OperatorQuantizer, mask: Tensor, count: int) -> Forward:
     """The operator's forward with some rows quantized and the others in float."""
     if bool(mask.all()):
         return lambda module, x: quantized_operator(module, x, quantizer)
@@ -274,7 +286,7 @@ def _compare(
     a_token = wave.walker.module.lm_head.out_features * 4 * min(wave.chunk.size, rows.shape[0])
     sums: list[Tensor] = []
     for tokens in token_chunks(rows.shape[1], a_token, OUTPUT_BYTES[rows.device.type]) if is_text else [slice(None)]:
-        output = _run(wave, segment, context, {}, reference[:, tokens], 0)[0]
+        output = _advance_reference(wave, segment, context, reference[:, tokens])[0]
         here = [None if all_of is None else all_of[tokens] for all_of in (labels, kinds)]
 
         def compare(x: State, at: int, output: Tensor = output, here: list[Tensor | None] = here) -> Tensor:

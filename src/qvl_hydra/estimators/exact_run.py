@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.estimators.bench import Bench, fitting, measuring
+from qvl_hydra.estimators.differences import Differences, by_difference
 from qvl_hydra.estimators.exact import Wavefront, score_sample
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.families.stages import State
+from qvl_hydra.operators.kinds import outputs
 from qvl_hydra.operators.targets import Target, make_targets
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder, SampleScore
@@ -54,27 +57,55 @@ def reference_states(bench: Bench) -> list[list[State]] | None:
 class Exact:
     """Exact scores of a bench's samples, some targets after others.
 
-    All of it is in float32: a difference of two outputs drowns in bfloat16's rounding of both. Weights of another dtype
-    are converted segment by segment.
+    The reference, and of copies all that is no product, is in float32 whatever the model's dtype: a difference of two
+    outputs drowns in bfloat16's rounding of both. Weights of another dtype are converted segment by segment, but for
+    those of operators whose products are taken as differences, see `differences`.
 
     Args:
-        keep: keep the reference's states for further wavefronts where they fit in memory. Those of mixtures are not, of
-            which the choices of experts would have to be kept, too.
+        keep: keep the reference's states for further wavefronts, of as many samples as fit in memory; with differences
+            also what its operators gave. Of mixtures nothing is kept, as the choices of experts would have to be, too.
         known: what `reference_states` gave.
     """
 
     def __init__(self, bench: Bench, keep: bool, known: list[list[State]] | None = None) -> None:
         self.bench = bench
         self.walker, self.contexts, self.starts = bench.walker, bench.contexts, bench.starts
+        self._differing: list[str] = []
         if bench.walker.dtype != torch.float32:
-            self.walker = Walker(bench.job.model, bench.job.component, torch.float32)
-            self.contexts = self.walker.contexts([context.sample for context in bench.contexts])
-            self.starts = self.walker.starts(self.contexts)
-        keep = keep and all(op.experts == 1 for op in self.walker.operators)
-        keep = keep and fitting(bench.job, self.walker, self.starts) >= len(self.contexts)
-        self._kept: list[list[State] | None] = [[] if keep else None for _ in self.contexts]
-        if keep and known is not None:
+            self._differing = by_difference(bench.walker.operators, bench.walker.dtype, bench.job.strategy.direction)
+            whole = Walker(bench.job.model, bench.job.component, torch.float32)
+            self.contexts = whole.contexts([context.sample for context in bench.contexts])
+            self.starts = whole.starts(self.contexts)
+            self.walker = Walker(bench.job.model, bench.job.component, torch.float32, self._differing)
+        keeping = 0
+        if keep and all(op.experts == 1 for op in self.walker.operators):
+            keeping = fitting(bench.job, self.walker, self.starts, self._outputs_bytes())
+        self._kept: list[list[State] | None] = [[] if i < keeping else None for i in range(len(self.contexts))]
+        self._outputs: list[dict[str, Tensor] | None] = [None if kept is None else {} for kept in self._kept]
+        if keeping == len(self.contexts) and known is not None:
             self._kept = list(known)
+        if self._differing and keeping:
+            self._walk_references(whole, keeping)
+
+    @torch.no_grad()
+    def _walk_references(self, whole: Walker, count: int) -> None:
+        """Keep what the first samples' references give, a segment at a time: its weights are converted once for all."""
+        inner = whole.segments[:-1]
+        self.bench.progress.total(len(inner), "reference of exact scores")
+        for segment in inner:
+            with whole.weights(segment):
+                for index, context in enumerate(self.contexts[:count]):
+                    kept = self._kept[index]
+                    if kept is not None and not whole.skips(segment, context.sample):
+                        state = kept[-1] if kept else self.starts[index]
+                        differences = Differences(self._differing, self._outputs[index])
+                        kept.append(differences.advance(whole, segment, context, state))
+            self.bench.progress.step(1)
+
+    def _outputs_bytes(self) -> int:
+        """Of what one sample's reference gives at the operators whose products are differences."""
+        modules = [self.walker.module.get_submodule(path) for path in self._differing]
+        return 4 * max(context.sample.longest for context in self.contexts) * sum(outputs(m) for m in modules)
 
     def measure(self, targets: Sequence[Target], scheme: Scheme, turn: str = "") -> None:
         """Score targets in a scheme by the wavefront; what is on disk already is not measured again.
@@ -89,12 +120,14 @@ class Exact:
         base = [op for target in targets for op in target.operators] if job.strategy.direction == "fallback" else []
         label = f"exact scores of {len(targets)} operators" + (f" in {scheme.name}" if len(job.schemes) > 1 else "")
         bench.progress.total(len(self.contexts) * exact_cost(len(targets)), label)
-        wave = Wavefront(self.walker, targets, base, bench.quantizer(scheme), bench.chunk, job.strategy.positions)
-        samples = zip(self.contexts, self.starts, self._kept, strict=True)
-        for index, (context, start, kept) in enumerate(samples, bench.first):
-            item = f"exact{turn}-{scheme.name}-{index:05d}"
+        for index, (context, start) in enumerate(zip(self.contexts, self.starts, strict=True)):
+            item = f"exact{turn}-{scheme.name}-{bench.first + index:05d}"
             if not bench.folder.done(item):
-                results = score_sample(wave, context, start, kept)
+                wave = Wavefront(
+                    self.walker, targets, base, bench.quantizer(scheme), bench.chunk, job.strategy.positions,
+                    Differences(self._differing, self._outputs[index]) if self._differing else None,
+                )  # fmt: skip
+                results = score_sample(wave, context, start, self._kept[index])
                 bench.folder.write_finite(
                     item,
                     [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
@@ -84,15 +84,24 @@ class LoadedModel:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.description.settings.dtype]
 
-    def weights(self, roots: Sequence[str], dtype: torch.dtype | None = None) -> AbstractContextManager[None]:
+    def weights(
+        self, roots: Sequence[str], dtype: torch.dtype | None = None, kept: Container[str] = ()
+    ) -> AbstractContextManager[None]:
         """Have the weights below these module paths in memory, in this dtype, for a while.
 
         Costs nothing for a resident model in its own dtype.
+
+        Args:
+            kept: names of parameters that keep the model's own dtype.
         """
         wanted = dtype or self.dtype
         if self.checkpoint is None and wanted == self.dtype:
             return nullcontext()
-        return weights_of(self.module, roots, self.checkpoint, self.device, wanted)
+
+        def dtype_of(name: str) -> torch.dtype:
+            return self.dtype if name in kept else wanted
+
+        return weights_of(self.module, roots, self.checkpoint, self.device, self.dtype, dtype_of)
 
     @property
     def family(self) -> Family:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -160,14 +160,17 @@ def weights_of(
     roots: Sequence[str],
     checkpoint: Checkpoint | Drawn | None,
     device: torch.device,
-    dtype: torch.dtype,
+    own: torch.dtype,
+    dtype_of: Callable[[str], torch.dtype],
 ) -> Iterator[None]:
-    """Have the weights below `roots` in memory, in `dtype`, for a while.
+    """Have the weights below `roots` in memory for a while.
 
     Args:
         module: the whole model.
         roots: module paths.
         checkpoint: where they are read; None for a resident model, whose own weights are converted.
+        own: dtype of the model, to which weights on disk are rounded first.
+        dtype_of: from a parameter's name to the dtype that it is to have.
     """
     taken: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
@@ -176,11 +179,11 @@ def weights_of(
                 for name, parameter in list(owner._parameters.items()):
                     if parameter is not None:
                         taken.append((owner, name, parameter))
-                        if checkpoint is None:
-                            read = parameter.to(dtype)
-                        else:
-                            read = checkpoint.read(f"{path}.{name}", parameter.shape, device, dtype)
-                        owner._parameters[name] = nn.Parameter(read, requires_grad=False)
+                        weight: Tensor = parameter
+                        if checkpoint is not None:
+                            weight = checkpoint.read(f"{path}.{name}", parameter.shape, device, own)
+                        weight = weight.to(dtype_of(f"{path}.{name}"))
+                        owner._parameters[name] = nn.Parameter(weight, requires_grad=False)
         yield
     finally:
         for owner, name, parameter in taken:

@@ -1,0 +1,96 @@
+"""Models in bfloat16: products of what differs, against a walk that is in float32 throughout."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from benchmarks.jobs import SCHEMES, Silent, bundled_samples, make_job
+from qvl_hydra.backends import torch as native
+from qvl_hydra.estimators import exact_run
+from qvl_hydra.estimators.differences import by_difference
+from qvl_hydra.estimators.job import SweepJob
+from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.runs.folder import RunFolder
+from tests.conftest import load_tiny
+from tests.families.shapes import SHAPES, load_made_up, made_up_checkpoint, samples_of
+
+
+def scores(job: SweepJob, path: Path) -> pd.DataFrame:
+    folder = RunFolder(path)
+    native.run(job, folder, Silent())
+    return folder.frame()
+
+
+@pytest.mark.parametrize(
+    ("name", "component", "scheme", "metric"),
+    [
+        ("tiny_qwen2_5_vl", "full", "w8a8_static", "kl"),
+        ("tiny_qwen3_vl", "full", "w8a8_dynamic", "squared_error"),
+        ("tiny_qwen2_vl", "vision", "inc_static", "squared_error"),
+        ("tiny_qwen2_5_vl", "lm", "w4a16", "squared_error"),
+    ],
+)
+def test_an_effect_loses_some_thousandths_of_itself(
+    name: str, component: str, scheme: str, metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_tiny(name, dtype="bfloat16")
+    job = make_job(model, bundled_samples(model, 2), SCHEMES[scheme], component, estimator="exact", metric=metric)
+    job = dataclasses.replace(job, operators=job.operators[::3], fuse=component == "lm")
+    found = scores(job, tmp_path / "differences").set_index(["op", "sample", "metric"])["value"]
+    monkeypatch.setattr(exact_run, "by_difference", lambda *_: [])
+    whole = scores(job, tmp_path / "float32").set_index(["op", "sample", "metric"])["value"]
+    off = (found / whole).loc[:, :, metric].sub(1).abs()
+    assert 0 < off.median() < 0.005
+    assert off.max() < 0.05
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_family_walks_so_and_what_is_kept_changes_no_score(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float32 throughout; and bit for bit: references kept, walked again, and of a model that is streamed."""
+    folder = made_up_checkpoint(name, tmp_path / "model")
+
+    def found(tag: str, placement: str = "resident") -> pd.Series:
+        model = load_made_up(folder, dtype="bfloat16", placement=placement)
+        component = "full" if model.family.visual else "lm"
+        job = make_job(model, samples_of(folder), SCHEMES["w8a8_static"], component, estimator="exact", metric="kl")
+        job = dataclasses.replace(job, schemes=(SCHEMES["w8a8_static"], SCHEMES["w4a16"]))  # several: states are kept
+        return scores(job, tmp_path / tag).set_index(["op", "sample", "metric", "scheme"])["value"].sort_index()
+
+    kept, streamed = found("kept"), found("streamed", "streamed")
+    monkeypatch.setattr(exact_run, "fitting", lambda *_: 0)
+    walked = found("walked")
+    monkeypatch.setattr(exact_run, "by_difference", lambda *_: [])
+    whole = found("float32")
+    pd.testing.assert_series_equal(kept, walked, check_exact=True)
+    pd.testing.assert_series_equal(kept, streamed, check_exact=True)
+    ratio = (kept / whole).loc[:, :, "kl"].dropna()  # a sample without an image loses nothing in the vision tower
+    assert len(ratio) > len(kept) / 20
+    if "experts" in name:
+        pd.testing.assert_series_equal(kept, whole, check_exact=True)
+    else:
+        assert 0 < ratio.sub(1).abs().median() < 0.01
+        assert ratio.sub(1).abs().max() < 0.2
+
+
+def test_a_race_in_rounds_walks_kept_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_tiny(dtype="bfloat16")
+    job = make_job(model, bundled_samples(model, 2), SCHEMES["w8a8_static"], estimator="auto", missed=0.01)
+    kept = scores(job, tmp_path / "kept")
+    monkeypatch.setattr(exact_run, "fitting", lambda *_: 1)
+    pd.testing.assert_frame_equal(kept, scores(job, tmp_path / "one_kept"), check_exact=True)
+
+
+def test_what_is_walked_in_float32() -> None:
+    operators = find_operators(load_tiny().module, "full")
+    assert len(by_difference(operators, torch.bfloat16, "requantize")) == len(operators) - 1, "but for the convolution"
+    assert not by_difference(operators, torch.float32, "requantize")
+    assert not by_difference(operators, torch.float16, "requantize")
+    assert not by_difference(operators, torch.bfloat16, "fallback")
+    assert not by_difference([dataclasses.replace(operators[1], experts=4)], torch.bfloat16, "requantize")
