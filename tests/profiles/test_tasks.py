@@ -166,6 +166,13 @@ def test_operators_left_out_of_scores_at_hand_stay_as_they_are(
     assert len(decided["high"]) == 2
     assert len(decided["low"]) == 4
     assert all(".mlp." in path for path in decided["low"])
+    none = dataclasses.replace(several, values=[1.0])
+    with pytest.raises(ProfileError, match="is too small"):
+        profile.run(dataclasses.replace(chosen, profile=none), RunFolder(tmp_path / "refused"), screen()[0])
+    again = dataclasses.replace(several, scores=str(tmp_path / "refused"))  # has the scores that it was to decide by
+    profile.run(dataclasses.replace(chosen, profile=again), RunFolder(tmp_path / "again"), screen()[0])
+    first, second = (json.loads((tmp_path / place / "profile.json").read_text()) for place in ("several", "again"))
+    assert first == second
     foreign = dataclasses.replace(settings.operators, exclude=["*vision*"])
     wrong = dataclasses.replace(settings, operators=foreign, profile=given)
     with pytest.raises(OperatorError, match="the glob '\\*vision\\*' matches no operator"):

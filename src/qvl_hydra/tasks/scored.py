@@ -17,7 +17,7 @@ from qvl_hydra.operators.discover import Operator, select_operators
 from qvl_hydra.profiles.families import families
 from qvl_hydra.runs.files import read_table, write_parquet
 from qvl_hydra.runs.folder import RunFolder
-from qvl_hydra.runs.record import RunRecord, record_of
+from qvl_hydra.runs.record import RunRecord, record_of, write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import sweep
@@ -112,6 +112,7 @@ def _fetch(settings: Settings, reference: str, into: Path) -> RunRecord:
     record = dataclasses.replace(record, scheme=scheme or record.scheme, further=further)
     samples = read_table(into / "sample_scores.parquet")
     write_parquet(into / FAMILIES, families(read_table(into / SCORES), samples, record.scheme, shared(record)))
+    write_record(into, dataclasses.replace(record, task=settings.task.name))  # should no plan follow
     return record
 
 
