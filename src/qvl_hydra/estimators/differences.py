@@ -92,7 +92,7 @@ class Differences:
                     last[:] = x, (rows - given).flatten(0, 1).to(weight.dtype)
                 y = product(module, last[1], weight).to(x.dtype).view(count, *gave.shape).add_(gave)
                 if path in quantized:
-                    quantizer, chosen = quantized[path]
+                    quantizer, chosen = quantized[path][0], quantized[path][1].to(x.device)
                     own = rows[chosen].flatten(0, 1)
                     change = quantized_operator(module, own, quantizer)
                     change -= apply_operator(module, own, self._weight(path, module))

@@ -81,7 +81,8 @@ def _compare(settings: Settings, folder: RunFolder, screen: Screen, found: Found
     read = runs.named([read_run(path, scheme=scheme) for path, scheme in found.folders])
     if len(read) < 2:
         reasons = "".join(f"\n  - {name}: {reason}" for name, reason in found.missing.items())
-        raise ComparisonError(f"{len(read)} runs with scores were found; two are needed{reasons}")
+        found_runs = "one run" if read else "no run"
+        raise ComparisonError(f"{found_runs} with scores was found; two are needed{reasons}")
     comparison = compare(
         read,
         _reference(read, wanted),

@@ -150,9 +150,10 @@ def _refuse_family(settings: Settings, family: Family) -> None:
     if (exports or BACKENDS[settings.backend.name].towers) and not family.towers:
         able = ", ".join(row.name for row in FAMILIES.values() if row.towers)
         what = "task=export_onnx" if exports else f"backend={settings.backend.name}"
+        instead = "backend=torch scores it without a graph" if exports else "take backend=torch"
         faults.append(
             f"{what} takes the towers of a model apart, which is written for {able}, not for {family.name} "
-            "(docs/onnx.md); take backend=torch"
+            f"(docs/onnx.md); {instead}"
         )
     if faults:
         raise ModelError("; ".join(faults))
