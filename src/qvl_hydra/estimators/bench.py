@@ -165,7 +165,9 @@ def group_size(job: SweepJob, folder: RunFolder, walker: Walker, starts: Sequenc
 
 def fitting(job: SweepJob, walker: Walker, starts: Sequence[State], beside: int = 0) -> int:
     """Of how many samples the states between all segments fit in memory, and so many bytes of each beside them."""
-    limit = STREAMED_STATE_BYTES if job.model.streamed else free_memory_bytes() // 4
+    limit = free_memory_bytes() // 4
+    if job.model.streamed:
+        limit = min(limit, STREAMED_STATE_BYTES)
     if job.device.type == "cuda":
         limit = int(torch.cuda.mem_get_info(job.device)[0] * 0.3)
     largest = max(start.numel() * start.element_size() for start in starts)
