@@ -13,7 +13,7 @@ from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.kinds import mixture
-from qvl_hydra.quantization.apply import OperatorObserver, replaced_forwards, unread_output
+from qvl_hydra.quantization.apply import Forward, OperatorObserver, replaced_forwards, unread_output
 from qvl_hydra.quantization.formats.record import QuantParams
 from qvl_hydra.quantization.scheme import Scheme
 
@@ -106,7 +106,7 @@ def _advance(
 ) -> None:
     """Take a batch's states through a segment, in place; every sample is observed by itself."""
 
-    def forward_of(path: str, seen: list[OperatorObserver]) -> Callable[[nn.Module, Tensor], Tensor]:
+    def forward_of(path: str, seen: list[OperatorObserver]) -> Forward:
         def forward(target: nn.Module, x: Tensor) -> Tensor:
             y: Tensor = unread_output(target, x) if path == unread else type(target).forward(target, x)
             census.see(path, x, None if path == unread else y)

@@ -13,7 +13,7 @@ of float32 on a CPU that has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,8 @@ from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.kinds import apply_operator, product
-from qvl_hydra.quantization.apply import replaced_forwards
+from qvl_hydra.quantization.apply import Forward, replaced_forwards
 from qvl_hydra.quantization.qdq import OperatorQuantizer, quantized_operator
-
-Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
 def by_difference(operators: Sequence[Operator], dtype: torch.dtype, direction: str) -> list[str]:
@@ -92,7 +90,8 @@ class Differences:
                     last[:] = x, (rows - given).flatten(0, 1).to(weight.dtype)
                 y = product(module, last[1], weight).to(x.dtype).view(count, *gave.shape).add_(gave)
                 if path in quantized:
-                    quantizer, chosen = quantized[path][0], quantized[path][1].to(x.device)
+                    quantizer, mask = quantized[path]
+                    chosen = mask.to(x.device)
                     own = rows[chosen].flatten(0, 1)
                     change = quantized_operator(module, own, quantizer)
                     change -= apply_operator(module, own, self._weight(path, module))

@@ -23,14 +23,14 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from qvl_hydra.blockwise.walker import Context, Walker
-from qvl_hydra.estimators.differences import Differences, Forward
+from qvl_hydra.estimators.differences import Differences
 from qvl_hydra.estimators.metrics import error_counts, error_sums, next_token_labels, output_metrics, token_chunks
 from qvl_hydra.estimators.positions import predicted_kinds, scored_positions
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.kinds import apply_operator, some_copies
 from qvl_hydra.operators.targets import Target
-from qvl_hydra.quantization.apply import replaced_forwards
+from qvl_hydra.quantization.apply import Forward, replaced_forwards
 from qvl_hydra.quantization.qdq import OperatorQuantizer, quantized_operator
 from qvl_hydra.scores.shrink import SPLIT
 

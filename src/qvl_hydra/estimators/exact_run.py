@@ -70,13 +70,11 @@ class Exact:
     def __init__(self, bench: Bench, keep: bool, known: list[list[State]] | None = None) -> None:
         self.bench = bench
         self.walker, self.contexts, self.starts = bench.walker, bench.contexts, bench.starts
-        self._differing: list[str] = []
+        self._differing = by_difference(bench.walker.operators, bench.walker.dtype, bench.job.strategy.direction)
         if bench.walker.dtype != torch.float32:
-            self._differing = by_difference(bench.walker.operators, bench.walker.dtype, bench.job.strategy.direction)
-            whole = Walker(bench.job.model, bench.job.component, torch.float32)
-            self.contexts = whole.contexts([context.sample for context in bench.contexts])
-            self.starts = whole.starts(self.contexts)
-            self.walker = Walker(bench.job.model, bench.job.component, torch.float32, self._differing)
+            self.walker = Walker(bench.job.model, bench.job.component, torch.float32)
+            self.contexts = self.walker.contexts([context.sample for context in bench.contexts])
+            self.starts = self.walker.starts(self.contexts)
         keeping = 0
         if keep and all(op.experts == 1 for op in self.walker.operators):
             keeping = fitting(bench.job, self.walker, self.starts, self._outputs_bytes())
@@ -84,22 +82,24 @@ class Exact:
         self._outputs: list[dict[str, Tensor] | None] = [None if kept is None else {} for kept in self._kept]
         if keeping == len(self.contexts) and known is not None:
             self._kept = list(known)
-        if self._differing and keeping:
-            self._walk_references(whole, keeping)
+        if self._differing:
+            if keeping:
+                self._walk_references(keeping)
+            self.walker = Walker(bench.job.model, bench.job.component, torch.float32, self._differing)
 
     @torch.no_grad()
-    def _walk_references(self, whole: Walker, count: int) -> None:
+    def _walk_references(self, count: int) -> None:
         """Keep what the first samples' references give, a segment at a time: its weights are converted once for all."""
-        inner = whole.segments[:-1]
+        inner = self.walker.segments[:-1]
         self.bench.progress.total(len(inner), "reference of exact scores")
         for segment in inner:
-            with whole.weights(segment):
+            with self.walker.weights(segment):
                 for index, context in enumerate(self.contexts[:count]):
                     kept = self._kept[index]
-                    if kept is not None and not whole.skips(segment, context.sample):
+                    if kept is not None and not self.walker.skips(segment, context.sample):
                         state = kept[-1] if kept else self.starts[index]
                         differences = Differences(self._differing, self._outputs[index])
-                        kept.append(differences.advance(whole, segment, context, state))
+                        kept.append(differences.advance(self.walker, segment, context, state))
             self.bench.progress.step(1)
 
     def _outputs_bytes(self) -> int:

@@ -19,7 +19,7 @@ from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.kinds import apply_operator, input_gradient, outputs
 from qvl_hydra.operators.targets import Target
-from qvl_hydra.quantization.apply import replaced_forwards, unread_output
+from qvl_hydra.quantization.apply import Forward, replaced_forwards, unread_output
 
 MakeProbes = Callable[[State], Sequence[State]]
 SamplesOf = Callable[[int], Sequence[slice]]  # from tokens in all, one behind the other, to those of each sample
@@ -113,7 +113,7 @@ def step_back(
     """
     taps: dict[str, Sequence[Tap]] = {}
 
-    def forward_of(path: str) -> Callable[[nn.Module, Tensor], Tensor]:
+    def forward_of(path: str) -> Forward:
         def forward(module: nn.Module, x: Tensor) -> Tensor:
             with torch.no_grad():
                 tokens = x.detach().flatten(0, 1) if x.dim() == 3 else x.detach()

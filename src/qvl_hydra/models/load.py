@@ -97,11 +97,7 @@ class LoadedModel:
         wanted = dtype or self.dtype
         if self.checkpoint is None and wanted == self.dtype:
             return nullcontext()
-
-        def dtype_of(name: str) -> torch.dtype:
-            return self.dtype if name in kept else wanted
-
-        return weights_of(self.module, roots, self.checkpoint, self.device, self.dtype, dtype_of)
+        return weights_of(self.module, roots, self.checkpoint, self.device, self.dtype, wanted, kept)
 
     @property
     def family(self) -> Family:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -161,16 +161,17 @@ def weights_of(
     checkpoint: Checkpoint | Drawn | None,
     device: torch.device,
     own: torch.dtype,
-    dtype_of: Callable[[str], torch.dtype],
+    dtype: torch.dtype,
+    kept: Container[str],
 ) -> Iterator[None]:
-    """Have the weights below `roots` in memory for a while.
+    """Have the weights below `roots` in memory, in `dtype`, for a while.
 
     Args:
         module: the whole model.
         roots: module paths.
         checkpoint: where they are read; None for a resident model, whose own weights are converted.
         own: dtype of the model, to which weights on disk are rounded first.
-        dtype_of: from a parameter's name to the dtype that it is to have.
+        kept: names of parameters that stay in the model's dtype.
     """
     taken: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
@@ -182,7 +183,7 @@ def weights_of(
                         weight: Tensor = parameter
                         if checkpoint is not None:
                             weight = checkpoint.read(f"{path}.{name}", parameter.shape, device, own)
-                        weight = weight.to(dtype_of(f"{path}.{name}"))
+                        weight = weight.to(own if f"{path}.{name}" in kept else dtype)
                         owner._parameters[name] = nn.Parameter(weight, requires_grad=False)
         yield
     finally:

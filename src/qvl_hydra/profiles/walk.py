@@ -16,7 +16,7 @@ from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.kinds import apply_operator, some_copies
 from qvl_hydra.profiles.apply import quantizer_key
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantization.apply import replaced_forwards
+from qvl_hydra.quantization.apply import Forward, replaced_forwards
 from qvl_hydra.quantization.qdq import OperatorQuantizer, quantized_operator
 
 ROW_TOKENS = {"cpu": 2048, "cuda": 32768}  # advanced together; beyond them products no longer get faster
@@ -158,7 +158,7 @@ def _run(
         return segment.run(rows, batch.contexts[0])
 
 
-def _mixed_forward(wanted: Sequence[OperatorQuantizer | None]) -> Callable[[nn.Module, Tensor], Tensor]:
+def _mixed_forward(wanted: Sequence[OperatorQuantizer | None]) -> Forward:
     """The forward of an operator whose input holds as many branches, one behind the other, each in its own scheme."""
     places: dict[int, list[int]] = {}
     for place, quantizer in enumerate(wanted):

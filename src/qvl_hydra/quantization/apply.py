@@ -21,12 +21,13 @@ from qvl_hydra.quantization.observers import RangeObserver
 from qvl_hydra.quantization.qdq import OperatorQuantizer, qdq_weight, quantized_operator
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme
 
+Forward = Callable[[nn.Module, Tensor], Tensor]  # of a sub-module and its input
 Ranges = Mapping[str, tuple[QuantParams | None, QuantParams | None]]  # operator path -> input, output
 
 
 @contextmanager
 def replaced_forwards(
-    module: nn.Module, forwards: Mapping[str, Callable[[nn.Module, Tensor], Tensor]]
+    module: nn.Module, forwards: Mapping[str, Forward]
 ) -> Iterator[None]:
     """Let sub-modules compute with other functions for a while; the module itself stays as it is.
 
@@ -55,7 +56,7 @@ def unread_output(module: nn.Module, x: Float[Tensor, "*token in"]) -> Float[Ten
 def quantized(module: nn.Module, quantizers: Mapping[str, OperatorQuantizer]) -> Iterator[None]:
     """Let the operators named compute in their schemes; afterwards the model is bit for bit as before."""
 
-    def forward_of(quantizer: OperatorQuantizer) -> Callable[[nn.Module, Tensor], Tensor]:
+    def forward_of(quantizer: OperatorQuantizer) -> Forward:
         return lambda target, x: quantized_operator(target, x, quantizer)
 
     with replaced_forwards(module, {path: forward_of(quantizer) for path, quantizer in quantizers.items()}):
@@ -119,7 +120,7 @@ def observe_ranges(
     """
     observers = {path: OperatorObserver(scheme) for path in paths}
 
-    def forward_of(observer: OperatorObserver) -> Callable[[nn.Module, Tensor], Tensor]:
+    def forward_of(observer: OperatorObserver) -> Forward:
         def forward(target: nn.Module, x: Tensor) -> Tensor:
             y = type(target).forward(target, x)
             observer.observe(target, x, y)

@@ -81,8 +81,7 @@ def _compare(settings: Settings, folder: RunFolder, screen: Screen, found: Found
     read = runs.named([read_run(path, scheme=scheme) for path, scheme in found.folders])
     if len(read) < 2:
         reasons = "".join(f"\n  - {name}: {reason}" for name, reason in found.missing.items())
-        found_runs = "one run" if read else "no run"
-        raise ComparisonError(f"{found_runs} with scores was found; two are needed{reasons}")
+        raise ComparisonError(f"{'one' if read else 'no'} run with scores was found; two are needed{reasons}")
     comparison = compare(
         read,
         _reference(read, wanted),
