@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
+from qvl_hydra.blockwise.differences import Differences
 from qvl_hydra.blockwise.walker import Context, Walker
-from qvl_hydra.estimators.differences import Differences
 from qvl_hydra.estimators.metrics import error_counts, error_sums, next_token_labels, output_metrics, token_chunks
 from qvl_hydra.estimators.positions import predicted_kinds, scored_positions
 from qvl_hydra.families.stages import Segment, State

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qvl_hydra.blockwise.differences import Differences, by_difference
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.estimators.bench import Bench, fitting, measuring
-from qvl_hydra.estimators.differences import Differences, by_difference
 from qvl_hydra.estimators.exact import Wavefront, score_sample
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.families.stages import State

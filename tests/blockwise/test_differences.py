@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.jobs import SCHEMES, Silent, bundled_samples, make_job
 from qvl_hydra.backends import torch as native
+from qvl_hydra.blockwise.differences import by_difference
 from qvl_hydra.estimators import exact_run
-from qvl_hydra.estimators.differences import by_difference
 from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.runs.folder import RunFolder
