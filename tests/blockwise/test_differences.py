@@ -15,6 +15,10 @@ from qvl_hydra.blockwise.differences import by_difference
 from qvl_hydra.estimators import exact_run
 from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.profiles import measure
+from qvl_hydra.profiles.apply import Quantizers
+from qvl_hydra.profiles.measure import Measurement, measure_profiles
+from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.runs.folder import RunFolder
 from tests.conftest import load_tiny
 from tests.families.shapes import SHAPES, load_made_up, made_up_checkpoint, samples_of
@@ -79,6 +83,34 @@ def test_every_family_walks_so_and_what_is_kept_changes_no_score(
         assert ratio.sub(1).abs().max() < 0.2
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_profiles_of_every_family_walk_so(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of two schemes, bit for bit streamed, and against float32 throughout; of weights alone, as inputs flip."""
+    folder = made_up_checkpoint(name, tmp_path / "model")
+    schemes = [SCHEMES["w4a16"], SCHEMES["w8a16"]]
+
+    def found(placement: str = "resident") -> list[Measurement]:
+        model = load_made_up(folder, dtype="bfloat16", placement=placement)
+        component = "full" if model.family.visual else "lm"
+        operators, samples = tuple(find_operators(model.module, component)), samples_of(folder)
+        high = [frozenset(op.path for op in operators[shift::3]) for shift in range(3)]
+        others = {op.path: schemes[1] for op in operators[::2]}
+        plans = [Profile(schemes[0], operators, kept, 16, "test", others=others) for kept in high]
+        quantizers = Quantizers(model, operators, samples, component, schemes)
+        return measure_profiles(model, plans, quantizers, samples, component)
+
+    own = found()
+    assert own == found("streamed")
+    monkeypatch.setattr(measure, "by_difference", lambda *_: [])
+    whole = found()
+    if "experts" in name:
+        assert own == whole
+    else:
+        assert own != whole
+        for one, other in zip(own, whole, strict=True):
+            assert vars(one) == pytest.approx(vars(other), rel=0.05)
+
+
 def test_a_race_in_rounds_walks_kept_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_tiny(dtype="bfloat16")
     job = make_job(model, bundled_samples(model, 2), SCHEMES["w8a8_static"], estimator="auto", missed=0.01)
@@ -89,8 +121,7 @@ def test_a_race_in_rounds_walks_kept_references(tmp_path: Path, monkeypatch: pyt
 
 def test_what_is_walked_in_float32() -> None:
     operators = find_operators(load_tiny().module, "full")
-    assert len(by_difference(operators, torch.bfloat16, "requantize")) == len(operators) - 1, "but for the convolution"
-    assert not by_difference(operators, torch.float32, "requantize")
-    assert not by_difference(operators, torch.float16, "requantize")
-    assert not by_difference(operators, torch.bfloat16, "fallback")
-    assert not by_difference([dataclasses.replace(operators[1], experts=4)], torch.bfloat16, "requantize")
+    assert len(by_difference(operators, torch.bfloat16)) == len(operators) - 1, "but for the convolution"
+    assert not by_difference(operators, torch.float32)
+    assert not by_difference(operators, torch.float16)
+    assert not by_difference([dataclasses.replace(operators[1], experts=4)], torch.bfloat16)

@@ -1,14 +1,14 @@
 """Products of copies as what they add to the reference's, for models in bfloat16.
 
 The reference walks in float32. At an operator's output a copy differs from it by the product of what differs at the
-input, and where the operator is quantized in that copy, by what this changes:
+input, whether both are in float or both in the operator's scheme:
 
-    y = y0 + W (x - x0) [+ Q(W) Q(x) - W x]
+    y = W x0 + W (x - x0)        y = Q(W) Q(x0) + Q(W) (Q(x) - Q(x0))
 
-`W` is in bfloat16 as it is, and the difference is rounded to bfloat16 relative to itself, so that an effect loses some
-thousandths of itself; of a product of all of `x` the rounding would be as large as the effect. Norms, attention and
-activations stay in float32, as does what a copy's own operator changes. Products in bfloat16 take a fifth of the time
-of float32 on a CPU that has them.
+What the reference gives is in float32, once for all copies. The difference and the weight beside it are in bfloat16,
+each rounded relative to itself, so that an effect loses some thousandths of itself; of a product of all of `x` the
+rounding would be as large as the effect. Norms, attention and activations stay in float32. Products in bfloat16 take a
+fifth of the time of float32 on a CPU that has them.
 """
 
 from __future__ import annotations
@@ -22,47 +22,54 @@ from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.kinds import apply_operator, product
-from qvl_hydra.quantization.apply import Forward, replaced_forwards
-from qvl_hydra.quantization.qdq import OperatorQuantizer, quantized_operator
+from qvl_hydra.quantization.apply import Compute, Forward, mixed_forward, replaced_forwards
+from qvl_hydra.quantization.qdq import OperatorQuantizer, qdq_activation, quantized_operator
+
+CONVERTED = 1 << 26  # weights of an operator that are converted to float32 at once
 
 
-def by_difference(operators: Sequence[Operator], dtype: torch.dtype, direction: str) -> list[str]:
-    """Paths of the operators whose products are taken so; none where all is in float32.
+def by_difference(operators: Sequence[Operator], dtype: torch.dtype) -> list[str]:
+    """Paths of the operators whose products can be taken so; none where all is in float32.
 
-    That is for models of another dtype; for `fallback`, whose scores are small differences of large effects; and for
-    mixtures, where a copy's token goes to other experts than the reference's.
+    That is for models of another dtype, and for mixtures, where a copy's token goes to other experts than the
+    reference's.
     """
-    if dtype != torch.bfloat16 or direction == "fallback" or any(op.experts > 1 for op in operators):
+    if dtype != torch.bfloat16 or any(op.experts > 1 for op in operators):
         return []
     return [op.path for op in operators if op.kind == "Linear"]
 
 
 class Differences:
-    """What the linear operators of a segment were given by one sample's reference, and what they gave.
+    """What the linear operators of a segment were given by the reference, and what they gave.
 
     Args:
-        paths: of the operators whose products are differences.
+        paths: of the operators whose products are differences; without any, all that walks is in float32.
         outputs: what they gave, by path, as an earlier walk of the sample left it; what is new is added. None: nothing
             is kept, and each walk of the reference takes its products again.
     """
 
     def __init__(self, paths: Sequence[str], outputs: dict[str, Tensor] | None = None) -> None:
         self.paths, self.outputs = paths, outputs
+        self._segment: Segment | None = None
+        self._weights: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]] = {}  # the segment's, in another dtype
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
-        self._weights: dict[str, Tensor] = {}
+        self._in_scheme: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # the same, with the operator in a scheme
+        self._last: tuple[Tensor, Tensor] | None = None  # an input, and how it differs: operators that share one follow
 
     def advance(self, walker: Walker, segment: Segment, context: Context, state: State) -> State:
-        """Run the reference through a segment; what was seen in another is let go.
+        """Run the reference through a segment; what was seen before is let go.
 
         Of the last segment nothing is kept: it may be given a part of the tokens at a time.
         """
-        self._seen, self._weights = {}, {}
+        self._seen, self._in_scheme, self._last = {}, {}, None
+        if segment is not self._segment:
+            self._segment, self._weights = segment, {}
         kept = {} if self.outputs is None or segment is walker.segments[-1] else self.outputs
 
         def forward_of(path: str) -> Forward:
             def forward(module: nn.Module, x: Tensor) -> Tensor:
                 if path not in kept:
-                    kept[path] = apply_operator(module, x, self._weight(path, module))
+                    kept[path] = self._of_reference(module, x)
                 self._seen[path] = x.flatten(0, -2), kept[path].flatten(0, -2)
                 return kept[path]
 
@@ -72,38 +79,66 @@ class Differences:
             return segment.run(state, context)
 
     def of_copies(
-        self, segment: Segment, count: int, quantized: Mapping[str, tuple[OperatorQuantizer, Tensor]]
+        self, segment: Segment, quantizers: Mapping[str, Sequence[OperatorQuantizer | None]]
     ) -> dict[str, Forward]:
-        """Forwards of a segment's operators for so many copies, once the reference has run through it.
+        """Forwards of a segment's operators for copies of the reference that has just run through it.
 
         Args:
-            quantized: for some paths a quantizer, and bool, one a copy, in which of them it is used.
+            quantizers: of some operators, for each copy its quantizer or None for float; the others are in float.
         """
-        last: list[Tensor] = []  # the last input, and how it differs: operators that share an input follow each other
+        return {
+            path: mixed_forward(quantizers.get(path, [None]), self._of_copies(path))
+            for path in filter(segment.holds, self.paths)
+        }
 
-        def forward_of(path: str) -> Forward:
-            def forward(module: nn.Module, x: Tensor) -> Tensor:
-                weight: Tensor = module.weight  # type: ignore[assignment]
-                given, gave = self._seen[path]
-                rows = x.reshape(count, *given.shape)
-                if not last or last[0] is not x:
-                    last[:] = x, (rows - given).flatten(0, 1).to(weight.dtype)
-                y = product(module, last[1], weight).to(x.dtype).view(count, *gave.shape).add_(gave)
-                if path in quantized:
-                    quantizer, mask = quantized[path]
-                    chosen = mask.to(x.device)
-                    own = rows[chosen].flatten(0, 1)
-                    change = quantized_operator(module, own, quantizer)
-                    change -= apply_operator(module, own, self._weight(path, module))
-                    y[chosen] += change.view(-1, *gave.shape)
-                return y.view(*x.shape[:-1], -1)
+    def _of_reference(self, module: nn.Module, x: Tensor) -> Tensor:
+        """An operator's own output in float32; a head with a large vocabulary is converted some rows at a time."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if weight.numel() <= CONVERTED:
+            return apply_operator(module, x, self._in(torch.float32, weight))
+        parts = weight.split(max(1, CONVERTED // weight.shape[1]))
+        y = torch.cat([product(module, x, part.float()) for part in parts], dim=-1)
+        return y if module.bias is None else y + module.bias.float()  # type: ignore[operator]
 
-            return forward
+    def _of_copies(self, path: str) -> Compute:
+        def compute(module: nn.Module, x: Tensor, quantizer: OperatorQuantizer | None) -> Tensor:
+            if quantizer is not None and quantizer.scheme.output is not None:  # what is added up is rounded once more
+                return quantized_operator(module, x, quantizer)
+            given, gave = self._seen[path] if quantizer is None else self._reference_in(path, module, quantizer)
+            change = self._change(x, given, quantizer)
+            if quantizer is not None and not change.any():  # copies that start here
+                return gave.repeat(len(change) // len(given), 1).view(*x.shape[:-1], -1)
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            if quantizer is not None and quantizer.weight is not None:
+                weight = self._in(torch.bfloat16, quantizer.weight)
+            y = product(module, change, weight).float().view(-1, *gave.shape).add_(gave)
+            return y.view(*x.shape[:-1], -1)
 
-        return {path: forward_of(path) for path in filter(segment.holds, self.paths)}
+        return compute
 
-    def _weight(self, path: str, module: nn.Module) -> Tensor:
-        """In float32; converted once while the segment is in memory."""
-        if path not in self._weights:
-            self._weights[path] = module.weight.float()  # type: ignore[operator, union-attr, assignment]
-        return self._weights[path]
+    def _change(self, x: Tensor, given: Tensor, quantizer: OperatorQuantizer | None) -> Tensor:
+        """How copies' input differs from the reference's, as the operator sees both."""
+        if quantizer is not None:
+            x = qdq_activation(x, quantizer.scheme.input, quantizer.input)
+        elif self._last is not None and self._last[0] is x:
+            return self._last[1]
+        change = (x.reshape(-1, *given.shape) - given).flatten(0, 1).to(torch.bfloat16)
+        if quantizer is None:
+            self._last = x, change
+        return change
+
+    def _reference_in(self, path: str, module: nn.Module, quantizer: OperatorQuantizer) -> tuple[Tensor, Tensor]:
+        """The reference's input as an operator in a scheme sees it, and what the operator gives."""
+        key = path, id(quantizer)
+        if key not in self._in_scheme:
+            given, _ = self._seen[path]
+            rounded = qdq_activation(given, quantizer.scheme.input, quantizer.input)
+            self._in_scheme[key] = rounded, quantized_operator(module, given, quantizer)
+        return self._in_scheme[key]
+
+    def _in(self, dtype: torch.dtype, weight: Tensor) -> Tensor:
+        """A weight of the segment in a dtype; converted once."""
+        key = dtype, id(weight)
+        if key not in self._weights:
+            self._weights[key] = weight, weight.to(dtype)  # both, so that no other weight gets its id
+        return self._weights[key][1]

@@ -43,6 +43,7 @@ class Walker:
         kept: paths of operators whose weights are not converted.
 
     Attributes:
+        kept: these paths.
         prefix: walked in float to make the input of the component (vision tower and join, for `lm`).
         segments: the component's own.
         operators: all of the component's, in the order in which data meets them.
@@ -53,7 +54,8 @@ class Walker:
     ) -> None:
         self.model = model
         self.dtype = dtype or model.dtype
-        self._kept = frozenset(f"{path}.weight" for path in kept)
+        self.kept = tuple(kept)
+        self._kept = frozenset(f"{path}.weight" for path in self.kept)
         self.module: Any = model.module
         self.component = component
         self.family = model.family

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float64
-from torch import Tensor, nn
+from torch import Tensor
 
 from qvl_hydra.blockwise.differences import Differences
 from qvl_hydra.blockwise.walker import Context, Walker
@@ -28,13 +28,13 @@ from qvl_hydra.estimators.metrics import error_counts, error_sums, next_token_la
 from qvl_hydra.estimators.positions import predicted_kinds, scored_positions
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
-from qvl_hydra.operators.kinds import apply_operator, some_copies
 from qvl_hydra.operators.targets import Target
-from qvl_hydra.quantization.apply import Forward, replaced_forwards
-from qvl_hydra.quantization.qdq import OperatorQuantizer, quantized_operator
+from qvl_hydra.quantization.apply import mixed_forward, replaced_forwards
+from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.scores.shrink import SPLIT
 
 QuantizerOf = Callable[[Operator], OperatorQuantizer]
+Rows = Mapping[str, Sequence[OperatorQuantizer | None]]  # of some operators, for each row its quantizer or None
 FLIPS = "routing_flips"  # share of the choices of experts that a quantized operator changes
 OUTPUT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # outputs of all rows of a chunk together
 
@@ -199,29 +199,19 @@ def _by_target(
     return scores
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Which rows of a segment's state an operator quantizes."""
-
-    quantizer: OperatorQuantizer
-    rows: Tensor  # bool, one a row
-
-
-def _quantized_rows(wave: Wavefront, segment: Segment, own: Sequence[Target], count: int) -> dict[str, _Places]:
-    """For each operator of the segment that is quantized in some row: its quantizer and those rows."""
-    found: dict[str, _Places] = {}
+def _quantized_rows(wave: Wavefront, segment: Segment, own: Sequence[Target], count: int) -> Rows:
+    """For each operator of the segment that is quantized in some row, of each row its quantizer, or None for float."""
+    found: dict[str, list[OperatorQuantizer | None]] = {}
     for op in wave.base:
         if segment.holds(op.path):
-            found[op.path] = _Places(wave.quantizer(op), torch.ones(count, dtype=torch.bool))
-    first = count - len(own)
-    for index, target in enumerate(own):
+            found[op.path] = [wave.quantizer(op)] * count
+    for row, target in enumerate(own, count - len(own)):
         for op in target.operators:
             if op.path in found:
-                found[op.path].rows[first + index] = False
+                found[op.path][row] = None
             else:
-                mask = torch.zeros(count, dtype=torch.bool)
-                mask[first + index] = True
-                found[op.path] = _Places(wave.quantizer(op), mask)
+                found[op.path] = [None] * count
+                found[op.path][row] = wave.quantizer(op)
     return found
 
 
@@ -232,41 +222,19 @@ def _advance_reference(wave: Wavefront, segment: Segment, context: Context, stat
     return wave.differences.advance(wave.walker, segment, context, state)
 
 
-def _run(
-    wave: Wavefront, segment: Segment, context: Context, places: Mapping[str, _Places], rows: State, first: int
-) -> Tensor:
+def _run(wave: Wavefront, segment: Segment, context: Context, quantizers: Rows, rows: State, first: int) -> Tensor:
     """Advance a chunk of rows through a segment, each operator quantized in its rows."""
-    count = rows.shape[0]
-    masks = {path: place.rows[first : first + count] for path, place in places.items()}
-    quantized = {path: (places[path].quantizer, mask) for path, mask in masks.items() if mask.any()}
-    forwards = {path: _mixed_forward(*own, count) for path, own in quantized.items()}
+    count = len(rows)
+    own = {path: of_rows[first : first + count] for path, of_rows in quantizers.items()}
+    forwards = {path: mixed_forward(wanted) for path, wanted in own.items() if any(wanted)}
     if wave.differences is not None:
-        forwards |= wave.differences.of_copies(segment, count, quantized)
+        forwards |= wave.differences.of_copies(segment, own)
     with replaced_forwards(wave.walker.module, forwards):
         return segment.run(rows, context)
 
 
-def _mixed_forward(quantizer: OperatorQuantizer, mask: Tensor, count: int) -> Forward:
-    """The operator's forward with some rows quantized and the others in float."""
-    if bool(mask.all()):
-        return lambda module, x: quantized_operator(module, x, quantizer)
-
-    def forward(module: nn.Module, x: Tensor) -> Tensor:
-        inputs = x.reshape(count, x.shape[0] // count, *x.shape[1:])  # vision rows arrive packed one behind the other
-        chosen = mask.to(x.device)
-        part = inputs[chosen].flatten(0, 1)
-        y = apply_operator(module, x, module.weight)  # type: ignore[arg-type]
-        outputs = y.view(count, y.shape[0] // count, *y.shape[1:])
-        with some_copies(module, chosen, count):
-            quantized = quantized_operator(module, part, quantizer)
-        outputs[chosen] = quantized.view(-1, *outputs.shape[1:])
-        return y
-
-    return forward
-
-
 def _compare(
-    wave: Wavefront, segment: Segment, context: Context, reference: State, rows: State, places: Mapping[str, _Places]
+    wave: Wavefront, segment: Segment, context: Context, reference: State, rows: State, quantizers: Rows
 ) -> Float64[Tensor, "row metric"]:
     """Run the last segment and compare every row with the reference; outputs of all are never in memory together.
 
@@ -290,7 +258,7 @@ def _compare(
         here = [None if all_of is None else all_of[tokens] for all_of in (labels, kinds)]
 
         def compare(x: State, at: int, output: Tensor = output, here: list[Tensor | None] = here) -> Tensor:
-            return error_sums(output, _run(wave, segment, context, places, x, at), *here)
+            return error_sums(output, _run(wave, segment, context, quantizers, x, at), *here)
 
         sums.append(wave.chunk.advance(rows[:, tokens], compare))
     counts = error_counts(rows.shape[1], labels) + ([] if kinds is None else [1] * kinds.shape[1])

@@ -70,7 +70,9 @@ class Exact:
     def __init__(self, bench: Bench, keep: bool, known: list[list[State]] | None = None) -> None:
         self.bench = bench
         self.walker, self.contexts, self.starts = bench.walker, bench.contexts, bench.starts
-        self._differing = by_difference(bench.walker.operators, bench.walker.dtype, bench.job.strategy.direction)
+        self._differing: list[str] = []  # none for fallback, whose scores are small differences of large effects
+        if bench.job.strategy.direction == "requantize":
+            self._differing = by_difference(bench.walker.operators, bench.walker.dtype)
         if bench.walker.dtype != torch.float32:
             self.walker = Walker(bench.job.model, bench.job.component, torch.float32)
             self.contexts = self.walker.contexts([context.sample for context in bench.contexts])

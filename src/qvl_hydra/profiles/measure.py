@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 from torch.nn import functional
 
+from qvl_hydra.blockwise.differences import by_difference
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import IGNORED, Sample, samples_sha
 from qvl_hydra.errors import ProfileError
@@ -25,6 +26,7 @@ from qvl_hydra.estimators.metrics import divergence, next_token_labels
 from qvl_hydra.families.record import HEAD
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.models.memory import free_memory_bytes, row_parts
+from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.walk import Batch, walk
 from qvl_hydra.quantization.qdq import OperatorQuantizer
@@ -132,8 +134,10 @@ def steps(model: LoadedModel, profiles: Sequence[Profile], samples: Sequence[Sam
 
 
 def _walker(model: LoadedModel) -> Walker:
-    """The whole model, whatever the component: answers are what counts."""
-    return Walker(model, "full" if model.family.visual else "lm")
+    """The whole model in float32, whatever the component: answers are what counts."""
+    component = "full" if model.family.visual else "lm"
+    differing = by_difference(find_operators(model.module, component), model.dtype)
+    return Walker(model, component, torch.float32, differing)
 
 
 def _named(keys: Sequence[object], rows: Sequence[Sample], component: str) -> str:
@@ -194,7 +198,7 @@ def _state_bytes(model: LoadedModel, sample: Sample, branches: int, component: s
     if sample.pixel_values is not None:
         width = max(model.config.vision_config.hidden_size, sample.pixel_values.shape[1])
         vision = len(sample.pixel_values) * width * (1 if component == "lm" else branches)
-    return int(2 * max(text, vision) * model.dtype.itemsize)
+    return int(2 * max(text, vision) * torch.float32.itemsize)
 
 
 class _Eyes:
@@ -209,12 +213,12 @@ class _Eyes:
         self._add(batch, lambda at: _Sums(squared=float((output(at) - output(0)).double().square().sum())))
 
     def see_logits(self, batch: Batch, output: Callable[[int], Tensor]) -> None:
-        reference = output(0).float()
+        reference = output(0)
         p = reference.softmax(-1)
         labels = torch.stack([context.sample.labels for context in batch.contexts]).to(reference.device)
 
         def compared(at: int) -> _Sums:
-            found = _compared(reference, p, output(at).float() if at else reference, labels)
+            found = _compared(reference, p, output(at) if at else reference, labels)
             if self.component == "vision":
                 found.squared = 0.0
             return found

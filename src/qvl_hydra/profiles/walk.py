@@ -1,4 +1,8 @@
-"""Profiles walk together through the stages, as rows of one state: what they agree on so far is computed once."""
+"""Profiles walk together through the stages, as rows of one state: what they agree on so far is computed once.
+
+As exact scores are, they are measured in float32 whatever the model's dtype, and products of models in bfloat16 are
+taken by difference: in bfloat16 the rounding of two walks alone is as large as what a good profile loses.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,16 @@ from functools import partial
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from qvl_hydra.blockwise.differences import Differences
 from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.families.stages import Segment, State
-from qvl_hydra.operators.kinds import apply_operator, some_copies
 from qvl_hydra.profiles.apply import quantizer_key
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantization.apply import Forward, replaced_forwards
-from qvl_hydra.quantization.qdq import OperatorQuantizer, quantized_operator
+from qvl_hydra.quantization.apply import mixed_forward, replaced_forwards
+from qvl_hydra.quantization.qdq import OperatorQuantizer
 
 ROW_TOKENS = {"cpu": 2048, "cuda": 32768}  # advanced together; beyond them products no longer get faster
 # Called with the samples of a batch, the branch of each profile, and the output of each branch; 0 is the float model's.
@@ -59,6 +63,7 @@ def walk(
     """Take a group of batches through the whole model, in the float model and in every profile.
 
     Args:
+        walker: in float32; the products of operators whose weights it keeps are taken by difference.
         group: of each batch its samples, all of one shape.
         quantizers: see `quantizer_key`; asked for while the weights of their segment are in memory.
         each: called after each segment of each batch.
@@ -69,6 +74,7 @@ def walk(
     for rows in group:
         contexts = walker.contexts(rows)
         batches.append(Batch(contexts, torch.cat(walker.starts(contexts)), [0] * len(profiles)))
+    differences = Differences(walker.kept)
     for segment in walker.segments:
         plans = [
             tuple((op.path, quantizer_key(profile, op, quantizers)) for op in profile.low if segment.holds(op.path))
@@ -81,9 +87,9 @@ def walk(
                     pass
                 elif segment is walker.segments[-1]:
                     of_branch = _branch_out(batch, plans)
-                    see_logits(batch, partial(_output, walker, segment, batch, of_branch, made))
+                    see_logits(batch, partial(_output, walker, segment, batch, of_branch, made, differences))
                 else:
-                    batch.state = _advance(walker, segment, batch, _branch_out(batch, plans), made)
+                    batch.state = _advance(walker, segment, batch, _branch_out(batch, plans), made, differences)
                     if see_features is not None and segment is walker.stages.vision[-1]:
                         see_features(batch, batch.of)
                 each()
@@ -95,9 +101,12 @@ def _output(
     batch: Batch,
     of_branch: Sequence[Mapping[str, str]],
     made: Mapping[str, OperatorQuantizer],
+    differences: Differences,
     branch: int,
 ) -> Tensor:
-    return _run(walker, segment, batch, of_branch[branch : branch + 1], made, branch)
+    if branch == 0:
+        return differences.advance(walker, segment, batch.contexts[0], batch.of(0))
+    return _run(walker, segment, batch, of_branch[branch : branch + 1], made, differences, branch)
 
 
 def _branch_out(batch: Batch, plans: Sequence[tuple[tuple[str, str], ...]]) -> list[dict[str, str]]:
@@ -124,6 +133,7 @@ def _advance(
     batch: Batch,
     of_branch: Sequence[Mapping[str, str]],
     made: Mapping[str, OperatorQuantizer],
+    differences: Differences,
 ) -> State:
     """Every branch behind the segment."""
     if segment in walker.stages.join:  # each sample has tokens of its own
@@ -132,11 +142,10 @@ def _advance(
         return torch.stack(joined, dim=1).flatten(0, 1)
     count = len(batch.contexts)
     at_once = max(1, ROW_TOKENS[batch.state.device.type] // (count * batch.state.shape[1]))
-    outputs = [
-        _run(walker, segment, batch, of_branch[first : first + at_once], made, first)
-        for first in range(0, len(of_branch), at_once)
-    ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    outputs = [differences.advance(walker, segment, batch.contexts[0], batch.of(0))]
+    for first in range(1, len(of_branch), at_once):
+        outputs.append(_run(walker, segment, batch, of_branch[first : first + at_once], made, differences, first))
+    return torch.cat(outputs)
 
 
 def _run(
@@ -145,42 +154,14 @@ def _run(
     batch: Batch,
     of_branch: Sequence[Mapping[str, str]],
     made: Mapping[str, OperatorQuantizer],
+    differences: Differences,
     first: int,
 ) -> Tensor:
-    """Some branches behind a segment, each with its own operators quantized."""
+    """Some branches behind a segment that the float model has just run through, each with its operators quantized."""
     count = len(batch.contexts)
     rows = batch.state[first * count : (first + len(of_branch)) * count]
     paths = dict.fromkeys(path for plan in of_branch for path in plan)
-    forwards = {
-        path: _mixed_forward([None if path not in plan else made[plan[path]] for plan in of_branch]) for path in paths
-    }
+    wanted = {path: [made[plan[path]] if path in plan else None for plan in of_branch] for path in paths}
+    forwards = {path: mixed_forward(own) for path, own in wanted.items()} | differences.of_copies(segment, wanted)
     with replaced_forwards(walker.module, forwards):
         return segment.run(rows, batch.contexts[0])
-
-
-def _mixed_forward(wanted: Sequence[OperatorQuantizer | None]) -> Forward:
-    """The forward of an operator whose input holds as many branches, one behind the other, each in its own scheme."""
-    places: dict[int, list[int]] = {}
-    for place, quantizer in enumerate(wanted):
-        places.setdefault(id(quantizer), []).append(place)
-    groups = [(own, wanted[own[0]]) for own in places.values()]
-
-    def compute(module: nn.Module, x: Tensor, quantizer: OperatorQuantizer | None) -> Tensor:
-        if quantizer is None:
-            return apply_operator(module, x, module.weight)  # type: ignore[arg-type]
-        return quantized_operator(module, x, quantizer)
-
-    def forward(module: nn.Module, x: Tensor) -> Tensor:
-        if len(groups) == 1:
-            return compute(module, x, groups[0][1])
-        inputs = x.unflatten(0, (len(wanted), -1))  # vision rows arrive packed one behind the other
-        outputs: Tensor | None = None
-        for own, quantizer in groups:
-            with some_copies(module, own, len(wanted)):
-                part = compute(module, inputs[own].flatten(0, 1), quantizer).unflatten(0, (len(own), -1))
-            outputs = part.new_empty(len(wanted), *part.shape[1:]) if outputs is None else outputs
-            outputs[own] = part
-        assert outputs is not None
-        return outputs.flatten(0, 1)
-
-    return forward

@@ -6,7 +6,7 @@ block by block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.forward import reference_output
-from qvl_hydra.operators.kinds import as_tokens, outputs
+from qvl_hydra.operators.kinds import apply_operator, as_tokens, outputs, some_copies
 from qvl_hydra.quantization.formats.record import QuantParams
 from qvl_hydra.quantization.observers import RangeObserver
 from qvl_hydra.quantization.qdq import OperatorQuantizer, qdq_weight, quantized_operator
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme
 
 Forward = Callable[[nn.Module, Tensor], Tensor]  # of a sub-module and its input
+Compute = Callable[[nn.Module, Tensor, OperatorQuantizer | None], Tensor]  # the same in a scheme, or in float
+GATHERED = 0.9  # of all copies: where more are in one scheme, it is computed for all, as to gather them costs more
 Ranges = Mapping[str, tuple[QuantParams | None, QuantParams | None]]  # operator path -> input, output
 
 
@@ -63,6 +65,41 @@ def quantized(module: nn.Module, quantizers: Mapping[str, OperatorQuantizer]) ->
         yield
 
 
+def operator_output(module: nn.Module, x: Tensor, quantizer: OperatorQuantizer | None) -> Tensor:
+    """Output of an operator in its scheme, or in float."""
+    if quantizer is None:
+        return apply_operator(module, x, module.weight)  # type: ignore[arg-type]
+    return quantized_operator(module, x, quantizer)
+
+
+def mixed_forward(wanted: Sequence[OperatorQuantizer | None], compute: Compute = operator_output) -> Forward:
+    """The forward of an operator whose input holds as many copies, one behind the other, each in its own scheme.
+
+    Args:
+        wanted: of each copy its quantizer, or None for float.
+    """
+    places: dict[int, list[int]] = {}
+    for place, quantizer in enumerate(wanted):
+        places.setdefault(id(quantizer), []).append(place)
+    most, *others = sorted(places.values(), key=len, reverse=True)
+    of_all = len(most) > GATHERED * len(wanted)
+
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        outputs: Tensor | None = None
+        if of_all:
+            outputs = compute(module, x, wanted[most[0]]).unflatten(0, (len(wanted), -1))
+        inputs = x.unflatten(0, (len(wanted), -1))  # vision rows arrive packed one behind the other
+        for own in others if of_all else [most, *others]:
+            with some_copies(module, own, len(wanted)):
+                part = compute(module, inputs[own].flatten(0, 1), wanted[own[0]]).unflatten(0, (len(own), -1))
+            outputs = part.new_empty(len(wanted), *part.shape[1:]) if outputs is None else outputs
+            outputs[own] = part
+        assert outputs is not None
+        return outputs.flatten(0, 1)
+
+    return forward
+
+
 def make_quantizer(
     module: nn.Module, path: str, scheme: Scheme, ranges: Ranges, largest: Tensor | None = None
 ) -> OperatorQuantizer:
@@ -72,7 +109,7 @@ def make_quantizer(
         largest: see `qdq_weight`.
     """
     weight: Tensor = module.get_submodule(path).weight  # type: ignore[assignment]
-    rounded = None if scheme.weight is None else qdq_weight(weight.float(), scheme.weight, largest)
+    rounded = None if scheme.weight is None else qdq_weight(weight, scheme.weight, largest, torch.float32)
     inputs, output = ranges.get(path, (None, None))
     return OperatorQuantizer(scheme, rounded, inputs, output)
 

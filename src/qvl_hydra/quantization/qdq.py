@@ -22,16 +22,23 @@ def largest_value(weights: Iterable[Tensor]) -> Tensor:
 
 
 def qdq_weight(
-    weight: Float[Tensor, "out *rest"], form: WeightFormat, largest: Tensor | None = None
+    weight: Float[Tensor, "out *rest"],
+    form: WeightFormat,
+    largest: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "out *rest"]:
-    """QDQ of a weight; its dtype is kept.
+    """QDQ of a weight, rounded in float32, some channels at a time: of a large head there is no room for copies.
 
     Args:
         largest: |value| of the weight, or of all weights that share a tensor scale with it; None: its own.
+        dtype: of the result; None: the weight's.
     """
     flat, row = weight.detach().flatten(1), FORMATS[form.number]
     largest = largest_value([flat]) if largest is None and row.whole_tensor_of(form) else largest
-    return row.weight(flat.float(), form, largest).to(weight.dtype).view_as(weight)
+    rounded = torch.empty_like(flat, dtype=dtype or weight.dtype)
+    for rows in _aligned(flat, row.rows):
+        rounded[rows] = row.weight(flat[rows].float(), form, largest)
+    return rounded.view_as(weight)
 
 
 def weight_scales(
