@@ -212,12 +212,15 @@ def test_what_transformers_computes_otherwise_is_told(tiny_model: LoadedModel) -
     """Each is seen in the tests above: bfloat16 weights, scales of tokens, one scale in the vision tower."""
     language, vision = (find_operators(tiny_model.module, name)[-2] for name in ("lm", "vision"))
 
-    def told(scheme: str, op: Operator) -> list[str]:
-        said = unlike_qdq(Profile(scheme_named(scheme), (op,), frozenset(), 16, "test"))
-        return [word for word in ("bfloat16", "127.5", "one scale") for sentence in said if word in sentence]
+    def told(scheme: str, op: Operator, dtype: torch.dtype = torch.float32) -> list[str]:
+        said = unlike_qdq(Profile(scheme_named(scheme), (op,), frozenset(), 16, "test"), dtype)
+        words = ("unpacks", "in bfloat16: its", "in float16: its", "127.5", "one scale")
+        return [word for word in words for sentence in said if word in sentence]
 
     assert told("fp8_dynamic", language) == told("w8a8_static", vision) == told("w8a8_dynamic", language) == []
-    assert told("nvfp4", language) == ["bfloat16"]
+    assert told("nvfp4", language) == ["unpacks"]
+    assert told("nvfp4", language, torch.bfloat16) == ["in bfloat16: its"]
+    assert told("w8a8_int", language, torch.float16) == ["in float16: its", "127.5"]
     assert told("w8a8_int", language) == ["127.5"]
     assert told("w8a8_int", vision) == ["127.5", "one scale"]
     assert told("fp8_dynamic", vision) == ["one scale"]

@@ -85,10 +85,19 @@ def not_loaded(profile: Profile) -> list[str]:
     ]
 
 
-def unlike_qdq(profile: Profile) -> list[str]:
-    """What transformers computes otherwise than QDQ when it loads the checkpoint, a sentence each."""
+def unlike_qdq(profile: Profile, dtype: torch.dtype) -> list[str]:
+    """What transformers computes otherwise than QDQ when it loads the checkpoint, a sentence each.
+
+    Args:
+        dtype: the model's.
+    """
     found = []
-    if unpacked_narrow(profile):
+    if dtype != torch.float32:
+        found.append(
+            f"transformers and QDQ were compared in {str(dtype).removeprefix('torch.')}: its rounding is part of the "
+            "difference, and as large as what a good plan loses; model.dtype=float32 compares without it"
+        )
+    elif unpacked_narrow(profile):
         found.append(
             "compressed-tensors unpacks some of these formats to bfloat16, so that transformers runs the checkpoint in "
             "it: its rounding is part of the difference to QDQ, which is computed in the model's own dtype"

@@ -104,7 +104,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
         raise no_tool(refused)
     notes += refused
     if "compressed_tensors" in results:
-        notes += [*unlike_qdq(decision.profile), *not_loaded(decision.profile)]
+        notes += [*unlike_qdq(decision.profile, decision.prepared.model.dtype), *not_loaded(decision.profile)]
     everything = find_operators(decision.prepared.model.module, "full")
     write_formats(decision.profile, everything, settings.profile.formats, folder.path / "exports")
     write_json(folder.path / "profile.json", {"budget": str(decision.budget), **describe(decision.profile)})
