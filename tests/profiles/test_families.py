@@ -36,6 +36,17 @@ def test_without_signed_sums_families_are_sums() -> None:
     assert found["sum_of_scores"].is_monotonic_decreasing
 
 
+def test_a_sum_is_the_same_in_every_process() -> None:
+    """Taken in the order of the operators; in that of a set of their names it would change with the names' hashes."""
+    scores = [0.1 * 3**block for block in range(36)]
+    names = [f"layers.{block}.o_proj" for block in range(36)]
+    rows = {"op": names, "group": names, "block": range(36), "score": scores}
+    given = pd.DataFrame(rows).assign(component="lm", role="o", status="scored", metric="kl")
+    found = families(given, NO_SAMPLES, "w8")
+    thirds = [scores[first : first + 12] for first in (24, 12, 0)]
+    assert found["sum_of_scores"].tolist() == [pd.Series(own).sum() for own in thirds]
+
+
 def test_of_a_unit_that_shares_its_score_one_operator_counts() -> None:
     found = families(table(), NO_SAMPLES, "w8", shared=True)
     assert found["n_ops"].sum() == 7  # six units and the head

@@ -47,7 +47,7 @@ def families(scores: pd.DataFrame, samples: pd.DataFrame, scheme: str | None, sh
             {
                 **dict(zip(COLUMNS, key, strict=False)),
                 "n_ops": len(names),
-                "sum_of_scores": float(own[list(names)].sum()),
+                "sum_of_scores": float(own[part["op"]].sum()),
                 "together": _together(own, found, names),
             }
         )
