@@ -43,28 +43,31 @@ class Differences:
     """What the linear operators of a segment were given by the reference, and what they gave.
 
     Args:
-        paths: of the operators whose products are differences; without any, all that walks is in float32.
-        outputs: what they gave, by path, as an earlier walk of the sample left it; what is new is added. None: nothing
-            is kept, and each walk of the reference takes its products again.
+        walker: in float32; the products of operators whose weights it keeps are differences. Without any, all that
+            walks is in float32.
     """
 
-    def __init__(self, paths: Sequence[str], outputs: dict[str, Tensor] | None = None) -> None:
-        self.paths, self.outputs = paths, outputs
+    def __init__(self, walker: Walker) -> None:
+        self.walker, self.paths = walker, walker.kept
         self._segment: Segment | None = None
         self._weights: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]] = {}  # the segment's, in another dtype
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
         self._in_scheme: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # the same, with the operator in a scheme
         self._last: tuple[Tensor, Tensor] | None = None  # an input, and how it differs: operators that share one follow
 
-    def advance(self, walker: Walker, segment: Segment, context: Context, state: State) -> State:
+    def advance(
+        self, segment: Segment, context: Context, state: State, outputs: dict[str, Tensor] | None = None
+    ) -> State:
         """Run the reference through a segment; what was seen before is let go.
 
-        Of the last segment nothing is kept: it may be given a part of the tokens at a time.
+        Args:
+            outputs: what the operators gave, by path, as an earlier walk of the sample left it; what is new is added,
+                but for the last segment's, which may be given a part of the tokens at a time.
         """
         self._seen, self._in_scheme, self._last = {}, {}, None
         if segment is not self._segment:
             self._segment, self._weights = segment, {}
-        kept = {} if self.outputs is None or segment is walker.segments[-1] else self.outputs
+        kept = {} if outputs is None or segment is self.walker.segments[-1] else outputs
 
         def forward_of(path: str) -> Forward:
             def forward(module: nn.Module, x: Tensor) -> Tensor:
@@ -75,21 +78,27 @@ class Differences:
 
             return forward
 
-        with replaced_forwards(walker.module, {path: forward_of(path) for path in filter(segment.holds, self.paths)}):
+        forwards = {path: forward_of(path) for path in filter(segment.holds, self.paths)}
+        with replaced_forwards(self.walker.module, forwards):
             return segment.run(state, context)
 
-    def of_copies(
-        self, segment: Segment, quantizers: Mapping[str, Sequence[OperatorQuantizer | None]]
-    ) -> dict[str, Forward]:
-        """Forwards of a segment's operators for copies of the reference that has just run through it.
+    def run_copies(
+        self,
+        segment: Segment,
+        context: Context,
+        rows: State,
+        quantizers: Mapping[str, Sequence[OperatorQuantizer | None]],
+    ) -> Tensor:
+        """Run copies of the reference through a segment that it has just run through.
 
         Args:
             quantizers: of some operators, for each copy its quantizer or None for float; the others are in float.
         """
-        return {
-            path: mixed_forward(quantizers.get(path, [None]), self._of_copies(path))
-            for path in filter(segment.holds, self.paths)
-        }
+        forwards = {path: mixed_forward(own) for path, own in quantizers.items() if any(own)}
+        for path in filter(segment.holds, self.paths):
+            forwards[path] = mixed_forward(quantizers.get(path, [None]), self._of_copies(path))
+        with replaced_forwards(self.walker.module, forwards):
+            return segment.run(rows, context)
 
     def _of_reference(self, module: nn.Module, x: Tensor) -> Tensor:
         """An operator's own output in float32; a head with a large vocabulary is converted some rows at a time."""
@@ -131,9 +140,11 @@ class Differences:
         """The reference's input as an operator in a scheme sees it, and what the operator gives."""
         key = path, id(quantizer)
         if key not in self._in_scheme:
-            given, _ = self._seen[path]
-            rounded = qdq_activation(given, quantizer.scheme.input, quantizer.input)
-            self._in_scheme[key] = rounded, quantized_operator(module, given, quantizer)
+            rounded = qdq_activation(self._seen[path][0], quantizer.scheme.input, quantizer.input)
+            if quantizer.weight is None:
+                self._in_scheme[key] = rounded, self._of_reference(module, rounded)
+            else:
+                self._in_scheme[key] = rounded, apply_operator(module, rounded, quantizer.weight)
         return self._in_scheme[key]
 
     def _in(self, dtype: torch.dtype, weight: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ from qvl_hydra.estimators.positions import predicted_kinds, scored_positions
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target
-from qvl_hydra.quantization.apply import mixed_forward, replaced_forwards
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.scores.shrink import SPLIT
 
@@ -41,15 +40,15 @@ OUTPUT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # outputs of all rows of a chu
 
 @dataclass(frozen=True)
 class Wavefront:
-    """What one sample's walk needs.
+    """What the walks of samples need.
 
     Attributes:
+        walker: see `Differences`.
         targets: what is scored, in data order.
         base: operators that are quantized in the base state (`fallback`); empty for `requantize`.
         quantizer: makes an operator's quantizer while its weights are in memory.
         chunk: rows advanced together; halved when CUDA runs out of memory.
         positions: whose outputs are compared, see `scored_positions`.
-        differences: of this sample, where products of copies are not taken in float32.
     """
 
     walker: Walker
@@ -58,11 +57,28 @@ class Wavefront:
     quantizer: QuantizerOf
     chunk: RowChunk
     positions: str = "all"
-    differences: Differences | None = None
+
+    @cached_property
+    def differences(self) -> Differences:
+        """Products of copies, where they are not taken in float32."""
+        return Differences(self.walker)
 
     def targets_in(self, segment: Segment) -> list[Target]:
         """The targets that start in a segment."""
         return [target for target in self.targets if any(segment.holds(op.path) for op in target.operators)]
+
+
+@dataclass
+class Kept:
+    """Of one sample's reference what earlier walks left; what is new is added.
+
+    Attributes:
+        states: behind each segment.
+        outputs: of the operators whose products are differences, by path.
+    """
+
+    states: list[State] = field(default_factory=list)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
 class RowChunk:
@@ -90,14 +106,13 @@ class RowChunk:
 
 @torch.no_grad()
 def score_sample(
-    wave: Wavefront, context: Context, start: State, kept: list[State] | None = None
+    wave: Wavefront, context: Context, start: State, kept: Kept | None = None
 ) -> dict[str, dict[str, float]]:
     """Metrics of every target on one sample.
 
     Args:
         start: the component's input, one row.
-        kept: the reference behind each segment, as an earlier walk of the sample left it; what is new is added. The
-            same scores come with it and without (None).
+        kept: the same scores come with it and without (None).
 
     Returns:
         For each target its metrics: what quantizing it does to the output (`requantize`), or what restoring it gains
@@ -117,13 +132,15 @@ def score_sample(
         started += own
         if segment is segments[-1]:
             break
-        known = None if kept is None or index == len(kept) else kept[index]
+        known = None if kept is None or index == len(kept.states) else kept.states[index]
         if known is not None and not len(rows):
             reference = known
             continue
         with walker.weights(segment):
-            if known is None or wave.differences is not None:  # of which copies need what its operators are given
-                reference = flips.of_reference(segment, _advance_reference(wave, segment, context, reference))
+            if known is None or wave.differences.paths:  # of which copies need what its operators are given
+                outputs = None if kept is None else kept.outputs
+                reference = wave.differences.advance(segment, context, reference, outputs)
+                reference = flips.of_reference(segment, reference)
             else:
                 reference = known
             if len(rows):
@@ -131,7 +148,7 @@ def score_sample(
                 rows = wave.chunk.advance(rows, partial(flips.counted, segment, copies))
         if kept is not None and known is None:
             reference = reference.clone()  # as the walk of ranges does: kept where they were made, states leave holes
-            kept.append(reference)
+            kept.states.append(reference)
     with walker.weights(segment):
         values = _compare(wave, segment, context, reference, rows, _quantized_rows(wave, segment, own, len(rows)))
     scores = _by_target(wave, values, started, fallback)
@@ -215,22 +232,10 @@ def _quantized_rows(wave: Wavefront, segment: Segment, own: Sequence[Target], co
     return found
 
 
-def _advance_reference(wave: Wavefront, segment: Segment, context: Context, state: State) -> State:
-    """Run the reference through a segment."""
-    if wave.differences is None:
-        return segment.run(state, context)
-    return wave.differences.advance(wave.walker, segment, context, state)
-
-
 def _run(wave: Wavefront, segment: Segment, context: Context, quantizers: Rows, rows: State, first: int) -> Tensor:
     """Advance a chunk of rows through a segment, each operator quantized in its rows."""
-    count = len(rows)
-    own = {path: of_rows[first : first + count] for path, of_rows in quantizers.items()}
-    forwards = {path: mixed_forward(wanted) for path, wanted in own.items() if any(wanted)}
-    if wave.differences is not None:
-        forwards |= wave.differences.of_copies(segment, own)
-    with replaced_forwards(wave.walker.module, forwards):
-        return segment.run(rows, context)
+    own = {path: of_rows[first : first + len(rows)] for path, of_rows in quantizers.items()}
+    return wave.differences.run_copies(segment, context, rows, own)
 
 
 def _compare(
@@ -254,7 +259,7 @@ def _compare(
     a_token = wave.walker.module.lm_head.out_features * 4 * min(wave.chunk.size, rows.shape[0])
     sums: list[Tensor] = []
     for tokens in token_chunks(rows.shape[1], a_token, OUTPUT_BYTES[rows.device.type]) if is_text else [slice(None)]:
-        output = _advance_reference(wave, segment, context, reference[:, tokens])[0]
+        output = wave.differences.advance(segment, context, reference[:, tokens])[0]
         here = [None if all_of is None else all_of[tokens] for all_of in (labels, kinds)]
 
         def compare(x: State, at: int, output: Tensor = output, here: list[Tensor | None] = here) -> Tensor:

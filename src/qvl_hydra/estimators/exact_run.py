@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from qvl_hydra.blockwise.differences import Differences, by_difference
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.estimators.bench import Bench, fitting, measuring
-from qvl_hydra.estimators.exact import Wavefront, score_sample
+from qvl_hydra.estimators.exact import Kept, Wavefront, score_sample
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.families.stages import State
 from qvl_hydra.operators.kinds import outputs
@@ -70,43 +69,39 @@ class Exact:
     def __init__(self, bench: Bench, keep: bool, known: list[list[State]] | None = None) -> None:
         self.bench = bench
         self.walker, self.contexts, self.starts = bench.walker, bench.contexts, bench.starts
-        self._differing: list[str] = []  # none for fallback, whose scores are small differences of large effects
-        if bench.job.strategy.direction == "requantize":
-            self._differing = by_difference(bench.walker.operators, bench.walker.dtype)
-        if bench.walker.dtype != torch.float32:
-            self.walker = Walker(bench.job.model, bench.job.component, torch.float32)
+        if self.walker.dtype != torch.float32:
+            differing: list[str] = []  # none for fallback, whose scores are small differences of large effects
+            if bench.job.strategy.direction == "requantize":
+                differing = by_difference(self.walker.operators, self.walker.dtype)
+            self.walker = Walker(bench.job.model, bench.job.component, torch.float32, differing)
             self.contexts = self.walker.contexts([context.sample for context in bench.contexts])
             self.starts = self.walker.starts(self.contexts)
         keeping = 0
         if keep and all(op.experts == 1 for op in self.walker.operators):
             keeping = fitting(bench.job, self.walker, self.starts, self._outputs_bytes())
-        self._kept: list[list[State] | None] = [[] if i < keeping else None for i in range(len(self.contexts))]
-        self._outputs: list[dict[str, Tensor] | None] = [None if kept is None else {} for kept in self._kept]
+        self._kept = [Kept() if i < keeping else None for i in range(len(self.contexts))]
         if keeping == len(self.contexts) and known is not None:
-            self._kept = list(known)
-        if self._differing:
-            if keeping:
-                self._walk_references(keeping)
-            self.walker = Walker(bench.job.model, bench.job.component, torch.float32, self._differing)
+            self._kept = [Kept(states) for states in known]
+        if self.walker.kept and keeping:
+            self._walk_references()
 
     @torch.no_grad()
-    def _walk_references(self, count: int) -> None:
-        """Keep what the first samples' references give, a segment at a time: its weights are converted once for all."""
+    def _walk_references(self) -> None:
+        """Keep what references give, a segment at a time: its weights are converted once for all samples."""
         inner = self.walker.segments[:-1]
         self.bench.progress.total(len(inner), "reference of exact scores")
+        differences = Differences(self.walker)
         for segment in inner:
             with self.walker.weights(segment):
-                for index, context in enumerate(self.contexts[:count]):
-                    kept = self._kept[index]
+                for kept, context, start in zip(self._kept, self.contexts, self.starts, strict=True):
                     if kept is not None and not self.walker.skips(segment, context.sample):
-                        state = kept[-1] if kept else self.starts[index]
-                        differences = Differences(self._differing, self._outputs[index])
-                        kept.append(differences.advance(self.walker, segment, context, state))
+                        state = kept.states[-1] if kept.states else start
+                        kept.states.append(differences.advance(segment, context, state, kept.outputs))
             self.bench.progress.step(1)
 
     def _outputs_bytes(self) -> int:
         """Of what one sample's reference gives at the operators whose products are differences."""
-        modules = [self.walker.module.get_submodule(path) for path in self._differing]
+        modules = [self.walker.module.get_submodule(path) for path in self.walker.kept]
         return 4 * max(context.sample.longest for context in self.contexts) * sum(outputs(m) for m in modules)
 
     def measure(self, targets: Sequence[Target], scheme: Scheme, turn: str = "") -> None:
@@ -122,14 +117,12 @@ class Exact:
         base = [op for target in targets for op in target.operators] if job.strategy.direction == "fallback" else []
         label = f"exact scores of {len(targets)} operators" + (f" in {scheme.name}" if len(job.schemes) > 1 else "")
         bench.progress.total(len(self.contexts) * exact_cost(len(targets)), label)
-        for index, (context, start) in enumerate(zip(self.contexts, self.starts, strict=True)):
-            item = f"exact{turn}-{scheme.name}-{bench.first + index:05d}"
+        wave = Wavefront(self.walker, targets, base, bench.quantizer(scheme), bench.chunk, job.strategy.positions)
+        samples = zip(self.contexts, self.starts, self._kept, strict=True)
+        for index, (context, start, kept) in enumerate(samples, bench.first):
+            item = f"exact{turn}-{scheme.name}-{index:05d}"
             if not bench.folder.done(item):
-                wave = Wavefront(
-                    self.walker, targets, base, bench.quantizer(scheme), bench.chunk, job.strategy.positions,
-                    Differences(self._differing, self._outputs[index]) if self._differing else None,
-                )  # fmt: skip
-                results = score_sample(wave, context, start, self._kept[index])
+                results = score_sample(wave, context, start, kept)
                 bench.folder.write_finite(
                     item,
                     [

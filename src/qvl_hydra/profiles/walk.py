@@ -20,7 +20,6 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.profiles.apply import quantizer_key
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantization.apply import mixed_forward, replaced_forwards
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 
 ROW_TOKENS = {"cpu": 2048, "cuda": 32768}  # advanced together; beyond them products no longer get faster
@@ -63,7 +62,7 @@ def walk(
     """Take a group of batches through the whole model, in the float model and in every profile.
 
     Args:
-        walker: in float32; the products of operators whose weights it keeps are taken by difference.
+        walker: see `Differences`.
         group: of each batch its samples, all of one shape.
         quantizers: see `quantizer_key`; asked for while the weights of their segment are in memory.
         each: called after each segment of each batch.
@@ -74,7 +73,7 @@ def walk(
     for rows in group:
         contexts = walker.contexts(rows)
         batches.append(Batch(contexts, torch.cat(walker.starts(contexts)), [0] * len(profiles)))
-    differences = Differences(walker.kept)
+    differences = Differences(walker)
     for segment in walker.segments:
         plans = [
             tuple((op.path, quantizer_key(profile, op, quantizers)) for op in profile.low if segment.holds(op.path))
@@ -87,26 +86,25 @@ def walk(
                     pass
                 elif segment is walker.segments[-1]:
                     of_branch = _branch_out(batch, plans)
-                    see_logits(batch, partial(_output, walker, segment, batch, of_branch, made, differences))
+                    see_logits(batch, partial(_output, differences, segment, batch, of_branch, made))
                 else:
-                    batch.state = _advance(walker, segment, batch, _branch_out(batch, plans), made, differences)
+                    batch.state = _advance(differences, segment, batch, _branch_out(batch, plans), made)
                     if see_features is not None and segment is walker.stages.vision[-1]:
                         see_features(batch, batch.of)
                 each()
 
 
 def _output(
-    walker: Walker,
+    differences: Differences,
     segment: Segment,
     batch: Batch,
     of_branch: Sequence[Mapping[str, str]],
     made: Mapping[str, OperatorQuantizer],
-    differences: Differences,
     branch: int,
 ) -> Tensor:
     if branch == 0:
-        return differences.advance(walker, segment, batch.contexts[0], batch.of(0))
-    return _run(walker, segment, batch, of_branch[branch : branch + 1], made, differences, branch)
+        return differences.advance(segment, batch.contexts[0], batch.of(0))
+    return _run(differences, segment, batch, of_branch[branch : branch + 1], made, branch)
 
 
 def _branch_out(batch: Batch, plans: Sequence[tuple[tuple[str, str], ...]]) -> list[dict[str, str]]:
@@ -128,33 +126,31 @@ def _branch_out(batch: Batch, plans: Sequence[tuple[tuple[str, str], ...]]) -> l
 
 
 def _advance(
-    walker: Walker,
+    differences: Differences,
     segment: Segment,
     batch: Batch,
     of_branch: Sequence[Mapping[str, str]],
     made: Mapping[str, OperatorQuantizer],
-    differences: Differences,
 ) -> State:
     """Every branch behind the segment."""
-    if segment in walker.stages.join:  # each sample has tokens of its own
+    if segment in differences.walker.stages.join:  # each sample has tokens of its own
         rows = batch.state.unflatten(0, (len(of_branch), -1))
         joined = [segment.run(rows[:, at], context) for at, context in enumerate(batch.contexts)]
         return torch.stack(joined, dim=1).flatten(0, 1)
     count = len(batch.contexts)
     at_once = max(1, ROW_TOKENS[batch.state.device.type] // (count * batch.state.shape[1]))
-    outputs = [differences.advance(walker, segment, batch.contexts[0], batch.of(0))]
+    outputs = [differences.advance(segment, batch.contexts[0], batch.of(0))]
     for first in range(1, len(of_branch), at_once):
-        outputs.append(_run(walker, segment, batch, of_branch[first : first + at_once], made, differences, first))
+        outputs.append(_run(differences, segment, batch, of_branch[first : first + at_once], made, first))
     return torch.cat(outputs)
 
 
 def _run(
-    walker: Walker,
+    differences: Differences,
     segment: Segment,
     batch: Batch,
     of_branch: Sequence[Mapping[str, str]],
     made: Mapping[str, OperatorQuantizer],
-    differences: Differences,
     first: int,
 ) -> Tensor:
     """Some branches behind a segment that the float model has just run through, each with its operators quantized."""
@@ -162,6 +158,4 @@ def _run(
     rows = batch.state[first * count : (first + len(of_branch)) * count]
     paths = dict.fromkeys(path for plan in of_branch for path in plan)
     wanted = {path: [made[plan[path]] if path in plan else None for plan in of_branch] for path in paths}
-    forwards = {path: mixed_forward(own) for path, own in wanted.items()} | differences.of_copies(segment, wanted)
-    with replaced_forwards(walker.module, forwards):
-        return segment.run(rows, batch.contexts[0])
+    return differences.run_copies(segment, batch.contexts[0], rows, wanted)

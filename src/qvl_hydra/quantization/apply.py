@@ -28,9 +28,7 @@ Ranges = Mapping[str, tuple[QuantParams | None, QuantParams | None]]  # operator
 
 
 @contextmanager
-def replaced_forwards(
-    module: nn.Module, forwards: Mapping[str, Forward]
-) -> Iterator[None]:
+def replaced_forwards(module: nn.Module, forwards: Mapping[str, Forward]) -> Iterator[None]:
     """Let sub-modules compute with other functions for a while; the module itself stays as it is.
 
     Args:
