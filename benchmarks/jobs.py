@@ -44,8 +44,8 @@ class Silent:
     def step(self, steps: float = 1) -> None: ...
 
 
-def bundled_model(name: str = "tiny_qwen2_5_vl", device: str = "cpu") -> LoadedModel:
-    settings = ModelSettings(name, f"bundled:{name}", name.removeprefix("tiny_"))  # type: ignore[arg-type]
+def bundled_model(name: str = "tiny_qwen2_5_vl", device: str = "cpu", dtype: str = "float32") -> LoadedModel:
+    settings = ModelSettings(name, f"bundled:{name}", name.removeprefix("tiny_"), dtype=dtype)  # type: ignore[arg-type]
     return load_model(describe_model(settings), torch.device(device), 0)
 
 

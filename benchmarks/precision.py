@@ -18,26 +18,19 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from benchmarks.against_peers import schemes_of
-from benchmarks.jobs import BUNDLED, COMPARED, SCHEMES, bundled_samples, make_job, measure, save_results
-from qvl_hydra.models.load import LoadedModel, describe_model, load_model
+from benchmarks.jobs import BUNDLED, COMPARED, SCHEMES, bundled_model, bundled_samples, make_job, measure, save_results
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.measure import measure_profiles
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.settings import ModelSettings
 
 SAMPLES, HELD_OUT, TOP, PLANS = 8, 32, 20, 20
 IN_PLANS = ("w4a16", "w8a8_static", "fp8_dynamic")
 
 
-def loaded(name: str, dtype: str) -> LoadedModel:
-    settings = ModelSettings(name, f"bundled:{name}", name.removeprefix("tiny_"), dtype=dtype)  # type: ignore[arg-type]
-    return load_model(describe_model(settings), torch.device("cpu"), 0)
-
-
 def ranks() -> list[dict[str, Any]]:
     """One row a scheme and estimator."""
-    whole, half = (loaded("tiny_qwen2_5_vl", dtype) for dtype in ("float32", "bfloat16"))
+    whole, half = (bundled_model(dtype=dtype) for dtype in ("float32", "bfloat16"))
     samples = bundled_samples(whole, SAMPLES)
     rows = []
     for scheme in COMPARED:
@@ -56,7 +49,7 @@ def ranks() -> list[dict[str, Any]]:
 @torch.no_grad()
 def plans(name: str) -> list[dict[str, Any]]:
     """One row a scheme: random plans that keep nothing to nearly all."""
-    half, whole = loaded(name, "bfloat16"), loaded(name, "float32")
+    half, whole = bundled_model(name, dtype="bfloat16"), bundled_model(name)
     for parameter in whole.module.parameters():
         parameter.copy_(parameter.bfloat16())
     samples = bundled_samples(whole, SAMPLES + HELD_OUT)

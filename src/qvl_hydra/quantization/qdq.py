@@ -33,11 +33,9 @@ def qdq_weight(
         largest: |value| of the weight, or of all weights that share a tensor scale with it; None: its own.
         dtype: of the result; None: the weight's.
     """
-    flat, row = weight.detach().flatten(1), FORMATS[form.number]
-    largest = largest_value([flat]) if largest is None and row.whole_tensor_of(form) else largest
-    rounded = torch.empty_like(flat, dtype=dtype or weight.dtype)
-    for rows in _aligned(flat, row.rows):
-        rounded[rows] = row.weight(flat[rows].float(), form, largest)
+    rounded = torch.empty_like(weight.detach().flatten(1), dtype=dtype or weight.dtype)
+    for rows, _, part in _rounded_parts(weight, form, largest):
+        rounded[rows] = part
     return rounded.view_as(weight)
 
 
@@ -61,13 +59,21 @@ def weight_change(
     Args:
         largest: see `qdq_weight`.
     """
+    change = torch.empty_like(weight.detach().flatten(1))
+    for rows, part, rounded in _rounded_parts(weight, form, largest):
+        change[rows] = rounded - part
+    return change
+
+
+def _rounded_parts(
+    weight: Tensor, form: WeightFormat, largest: Tensor | None
+) -> Iterator[tuple[slice, Float[Tensor, "row in"], Float[Tensor, "row in"]]]:
+    """Some rows of a weight at a time, in float32, and their QDQ."""
     flat, row = weight.detach().flatten(1), FORMATS[form.number]
     largest = largest_value([flat]) if largest is None and row.whole_tensor_of(form) else largest
-    change = torch.empty_like(flat)
     for rows in _aligned(flat, row.rows):
         part = flat[rows].float()
-        change[rows] = row.weight(part, form, largest) - part
-    return change
+        yield rows, part, row.weight(part, form, largest)
 
 
 def _aligned(matrix: Tensor, together: int) -> Iterator[slice]:
