@@ -219,7 +219,8 @@ def test_what_transformers_computes_otherwise_is_told(tiny_model: LoadedModel) -
 
     assert told("fp8_dynamic", language) == told("w8a8_static", vision) == told("w8a8_dynamic", language) == []
     assert told("nvfp4", language) == ["unpacks"]
-    assert told("nvfp4", language, torch.bfloat16) == ["in bfloat16: its"]
+    assert told("nvfp4", language, torch.float16) == ["unpacks"]  # in bfloat16, whatever the model's dtype
+    assert told("fp8_dynamic", language, torch.bfloat16) == ["in bfloat16: its"]
     assert told("w8a8_int", language, torch.float16) == ["in float16: its", "127.5"]
     assert told("w8a8_int", language) == ["127.5"]
     assert told("w8a8_int", vision) == ["127.5", "one scale"]

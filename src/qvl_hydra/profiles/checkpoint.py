@@ -92,15 +92,15 @@ def unlike_qdq(profile: Profile, dtype: torch.dtype) -> list[str]:
         dtype: the model's.
     """
     found = []
-    if dtype != torch.float32:
-        found.append(
-            f"transformers and QDQ were compared in {str(dtype).removeprefix('torch.')}: its rounding is part of the "
-            "difference, and as large as what a good plan loses; model.dtype=float32 compares without it"
-        )
-    elif unpacked_narrow(profile):
+    if unpacked_narrow(profile):
         found.append(
             "compressed-tensors unpacks some of these formats to bfloat16, so that transformers runs the checkpoint in "
             "it: its rounding is part of the difference to QDQ, which is computed in the model's own dtype"
+        )
+    elif dtype != torch.float32:
+        found.append(
+            f"transformers and QDQ were compared in {str(dtype).removeprefix('torch.')}: its rounding is part of the "
+            "difference, and as large as what a good plan loses; model.dtype=float32 compares without it"
         )
     by_token = [(op, part) for op in profile.low if (part := profile.scheme_of(op).input) is not None
                 if part.dynamic and part.group_size is None]  # fmt: skip
