@@ -1,8 +1,10 @@
-"""Plans under a budget, solved exactly as small integer programs (`scipy.optimize.milp`, HiGHS).
+"""Plans under a budget, solved as small integer programs (`scipy.optimize.milp`, HiGHS).
 
-One yes-or-no a unit and choice. A budget of a cost bounds what all choices cost together and takes those whose scores
-sum lowest; `error` bounds the sum of scores and keeps as few operators in high precision as possible. A choice that
-costs as much as another of its unit and loses more is dropped first, since no plan needs it.
+One yes-or-no a unit and choice. The best plan is proven to be the best, but where hundreds of units score nearly the
+same: there the proof would take hours, and the best plan of the first `NODES` nodes of the search is taken. A budget of
+a cost bounds what all choices cost together and takes those whose scores sum lowest; `error` bounds the sum of scores
+and keeps as few operators in high precision as possible. A choice that costs as much as another of its unit and loses
+more is dropped first, since no plan needs it.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ _SCALE = 1e6
 _TIGHT = 1e4  # larger ones make HiGHS repair its own solutions
 APART = 0.1  # of the units: how far apart plans of one budget are that are measured against each other
 NAMED = 3  # units that a message tells the reasons of
+NODES = 1000  # of the search for the best plan: seconds
+OTHERS = {"mip_rel_gap": 0.01, "node_limit": 10}  # of the search for the next best: within 1 % of it, or ten nodes
 _SLACK = 1e-9  # of the largest price: what a budget is overrun by that rounding alone overruns
 
 Prices = Sequence[Mapping[str, float]]  # of each unit, by choice
@@ -62,7 +66,7 @@ def select(units: Sequence[Unit], budget: Budget, terms: Terms, chooser: str = "
 def several(
     units: Sequence[Unit], budget: Budget, terms: Terms, count: int, chooser: str = "scores"
 ) -> list[Profile]:
-    """The best profiles of the budget, which differ in `APART` of the units from each other, the best first.
+    """The best profile of the budget, and others nearly as good, which differ in `APART` of the units from each other.
 
     Scores of operators measured alone do not quite add up, so that the second best of a sum can be the best measured.
 
@@ -74,7 +78,7 @@ def several(
 
     Returns:
         For `error` the profile with the fewest operators in high precision, of equals the one with the fewest bits; for
-        a cost those with the lowest sum of scores, as they decide (`Unit.decides`).
+        a cost that with the lowest sum of scores, as they decide (`Unit.decides`), and then the others.
 
     Raises:
         ProfileError: no profile meets the budget.
@@ -135,7 +139,7 @@ def assign(
         others: plans that it must differ from, in `APART` of the units each.
 
     Returns:
-        None where no plan is that different from the others.
+        None where no plan is that different from the others, or none was found.
 
     Raises:
         ProfileError: not even the cheapest choices are that small.
@@ -219,7 +223,7 @@ def _solve(
         others: plans that it must differ from.
 
     Returns:
-        None where nothing differs enough from the others.
+        None where nothing was found that differs enough from the others.
     """
     rows = [row for row, own in enumerate(options) for _ in own]
     worth = np.array([value - min(own) for own in objective for value in own])
@@ -241,11 +245,11 @@ def _solve(
             integrality=np.ones(len(rows)),
             bounds=Bounds(0, 1),
             constraints=constraints,
-            options={"mip_rel_gap": 0.0, "disp": False},
+            options={"disp": False, **(OTHERS if others else {"mip_rel_gap": 0.0, "node_limit": NODES})},
         )
-    if others and result.status == 2:  # infeasible
+    if others and result.x is None:
         return None
-    assert result.status == 0, f"a program that has a solution was not solved: {result.message}"
+    assert result.x is not None, f"a program that has a solution was not solved: {result.message}"
     return {units[row].name: name for row, name, taken in zip(rows, names, result.x > 0.5, strict=True) if taken}
 
 
