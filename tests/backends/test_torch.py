@@ -263,7 +263,7 @@ def test_a_kept_reference_changes_no_score(
     found = [scores(job, tmp_path / "known")[0]]
     monkeypatch.setattr(auto, "reference_states", lambda _: None)
     found.append(scores(job, tmp_path / "kept")[0])
-    monkeypatch.setattr(exact_run, "fitting", lambda *_: 0)
+    monkeypatch.setattr(exact_run, "fitting", lambda *_, **__: 0)
     walked: list[str] = []
     weights = Walker.weights
     monkeypatch.setattr(Walker, "weights", lambda walker, segment: walked.append("") or weights(walker, segment))

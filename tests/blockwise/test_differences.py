@@ -68,7 +68,7 @@ def test_every_family_walks_so_and_what_is_kept_changes_no_score(
         return scores(job, tmp_path / tag).set_index(["op", "sample", "metric", "scheme"])["value"].sort_index()
 
     kept, streamed = found("kept"), found("streamed", "streamed")
-    monkeypatch.setattr(exact_run, "fitting", lambda *_: 0)
+    monkeypatch.setattr(exact_run, "fitting", lambda *_, **__: 0)
     walked = found("walked")
     monkeypatch.setattr(exact_run, "by_difference", lambda *_: [])
     whole = found("float32")
@@ -115,7 +115,7 @@ def test_a_race_in_rounds_walks_kept_references(tmp_path: Path, monkeypatch: pyt
     model = load_tiny(dtype="bfloat16")
     job = make_job(model, bundled_samples(model, 2), SCHEMES["w8a8_static"], estimator="auto", missed=0.01)
     kept = scores(job, tmp_path / "kept")
-    monkeypatch.setattr(exact_run, "fitting", lambda *_: 1)
+    monkeypatch.setattr(exact_run, "fitting", lambda *_, **__: 1)
     pd.testing.assert_frame_equal(kept, scores(job, tmp_path / "one_kept"), check_exact=True)
 
 

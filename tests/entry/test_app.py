@@ -215,7 +215,7 @@ def test_a_machine_that_lacks_something_is_told_apart_from_a_fault(
         raise lack
 
     with monkeypatch.context() as patched:
-        patched.setattr(exact_run, "score_sample", measure)
+        patched.setattr(exact_run, "score_samples", measure)
         status, text = here(f"{SMALL} tracking.enabled=false hydra.run.dir=run")
     assert status == 2
     assert f"error: {advice}" in text

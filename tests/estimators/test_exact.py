@@ -9,7 +9,7 @@ from qvl_hydra.blockwise.ranges import walk
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators import exact
-from qvl_hydra.estimators.exact import RowChunk, Wavefront, score_sample
+from qvl_hydra.estimators.exact import RowChunk, Wavefront, score_samples
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.operators.targets import make_targets
@@ -48,7 +48,7 @@ def wavefront_scores(
         lambda op: make_quantizer(model.module, op.path, scheme, ranges.params[scheme.name]),
         RowChunk(chunk),
     )
-    return [score_sample(wave, context, start) for context, start in zip(contexts, starts, strict=True)]
+    return score_samples(wave, contexts, starts)
 
 
 def assert_equal_scores(found: list[dict[str, dict[str, float]]], expected: list[dict[str, dict[str, float]]]) -> None:

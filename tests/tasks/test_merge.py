@@ -71,7 +71,7 @@ def test_merged_shards_are_the_whole_run(
     shards = shards_of(tmp_path, 3, *overrides)
     assert [json.loads((path / "run.json").read_text())["n_samples"] for path in shards] == [2, 2, 3]
     if "strategy.estimator=auto" not in overrides:
-        for module, name in ((exact_run, "score_sample"), (reverse_walk, "step_back")):
+        for module, name in ((exact_run, "score_samples"), (reverse_walk, "step_back")):
             monkeypatch.setattr(module, name, lambda *_: pytest.fail("measured again"))
     found = merged(tmp_path / "merged", shards)
     for name in sorted(path.name for path in whole.glob("scores*.parquet")):

@@ -126,7 +126,7 @@ def test_a_stop_leaves_what_was_measured(
     error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever stops the engine between two samples."""
-    measure, seen = exact_run.score_sample, []
+    measure, seen = exact_run.score_samples, []
 
     def stop_at_the_third(*arguments: object) -> object:
         seen.append(1)
@@ -134,7 +134,8 @@ def test_a_stop_leaves_what_was_measured(
             raise error
         return measure(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(exact_run, "score_sample", stop_at_the_third)
+    monkeypatch.setattr(exact_run, "GROUP_BYTES", 1)  # one sample after the other
+    monkeypatch.setattr(exact_run, "score_samples", stop_at_the_third)
     with pytest.raises(error):
         run(tmp_path / "run", "strategy.estimator=exact")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -171,7 +172,7 @@ def test_another_folder_by_name_is_gone_on_from(tmp_path: Path, monkeypatch: pyt
     run(tmp_path / "first")
     with pytest.raises(RunFolderError, match="that run had other settings"):
         run(tmp_path / "second", f"resume={tmp_path / 'first'}", "seed=1")
-    monkeypatch.setattr(exact_run, "score_sample", lambda *_: pytest.fail("a sample was measured again"))
+    monkeypatch.setattr(exact_run, "score_samples", lambda *_: pytest.fail("a sample was measured again"))
     table, _ = run(tmp_path / "third", f"resume={tmp_path / 'first'}")
     pd.testing.assert_frame_equal(table, pd.read_parquet(tmp_path / "first" / "scores.parquet"), check_exact=True)
 
@@ -197,7 +198,7 @@ def test_what_decides_nothing_leaves_the_fingerprint(tmp_path: Path) -> None:
 
 def test_a_table_can_be_read_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "REFRESH_S", 0.0)
-    measure, counts = exact_run.score_sample, []
+    measure, counts = exact_run.score_samples, []
 
     def look(*arguments: object) -> object:
         path = tmp_path / "run" / "scores.parquet"
@@ -205,7 +206,8 @@ def test_a_table_can_be_read_while_the_run_goes_on(tmp_path: Path, monkeypatch: 
             counts.append(int(pd.read_parquet(path)["n_samples"].iloc[0]))
         return measure(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(exact_run, "score_sample", look)
+    monkeypatch.setattr(exact_run, "GROUP_BYTES", 1)  # one sample after the other
+    monkeypatch.setattr(exact_run, "score_samples", look)
     run(tmp_path / "run", "strategy.estimator=exact")
     assert counts == [1, 2, 3]
 

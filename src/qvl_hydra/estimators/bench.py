@@ -158,20 +158,24 @@ def group_size(job: SweepJob, folder: RunFolder, walker: Walker, starts: Sequenc
     """Samples whose states between all segments fit in memory together; a resumed run keeps its own."""
     kept = folder.recall("sketch_group")
     if kept is None:
-        kept = max(1, fitting(job, walker, starts))
+        kept = max(1, fitting(job, starts, len(walker.segments) + 1))
         folder.remember("sketch_group", kept)
     return int(kept)
 
 
-def fitting(job: SweepJob, walker: Walker, starts: Sequence[State], beside: int = 0) -> int:
-    """Of how many samples the states between all segments fit in memory, and so many bytes of each beside them."""
+def fitting(job: SweepJob, starts: Sequence[State], states: int, beside: int = 0, most: int | None = None) -> int:
+    """Of how many samples so many states fit in memory, and so many bytes of each beside them.
+
+    Args:
+        most: bytes that all may take where more are free.
+    """
     limit = free_memory_bytes() // 4
     if job.model.streamed:
         limit = min(limit, STREAMED_STATE_BYTES)
     if job.device.type == "cuda":
         limit = int(torch.cuda.mem_get_info(job.device)[0] * 0.3)
     largest = max(start.numel() * start.element_size() for start in starts)
-    return min(len(starts), limit // (largest * (len(walker.segments) + 1) + beside))
+    return min(len(starts), min(limit, most or limit) // (largest * states + beside))
 
 
 def groups(

@@ -2,8 +2,8 @@
 
 One walk through the blocks carries one perturbed copy for each target already passed, as rows, beside the reference. At
 each segment all of them advance, and the copies of the segment's own targets start. A copy never computes what lies
-before its target, and each segment's weights are touched once a sample: about N/2 forwards for N operators, and one for
-the reference, whose states can be kept for further walks.
+before its target: about N/2 forwards for N operators, and one for the reference, whose states can be kept for further
+walks. Samples walk one beside the other, so that a segment's weights are touched once for all of them.
 
 Two directions, both from Neural Compressor's `mse_v2` (`strategy/mse_v2.py`, `adaptor/torch_utils/util.py`):
 `requantize` starts a copy from the float state with the target quantized; `fallback` walks a base state with everything
@@ -12,11 +12,9 @@ quantized and starts a copy from it with the target in float. Results equal the 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from jaxtyping import Float64
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from qvl_hydra.blockwise.differences import Differences
 from qvl_hydra.blockwise.walker import Context, Walker
+from qvl_hydra.estimators.flips import FLIPS, Flips
 from qvl_hydra.estimators.metrics import error_counts, error_sums, next_token_labels, output_metrics, token_chunks
 from qvl_hydra.estimators.positions import predicted_kinds, scored_positions
 from qvl_hydra.families.stages import Segment, State
@@ -34,7 +33,6 @@ from qvl_hydra.scores.shrink import SPLIT
 
 QuantizerOf = Callable[[Operator], OperatorQuantizer]
 Rows = Mapping[str, Sequence[OperatorQuantizer | None]]  # of some operators, for each row its quantizer or None
-FLIPS = "routing_flips"  # share of the choices of experts that a quantized operator changes
 OUTPUT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # outputs of all rows of a chunk together
 
 
@@ -67,13 +65,18 @@ class Wavefront:
         """The targets that start in a segment."""
         return [target for target in self.targets if any(segment.holds(op.path) for op in target.operators)]
 
+    def quantized_in(self, segment: Segment, own: Sequence[Target]) -> list[Operator]:
+        """The operators of a segment that some row quantizes, `own` being the targets that start there."""
+        operators = [*self.base, *(op for target in own for op in target.operators)]
+        return list({op.path: op for op in operators if segment.holds(op.path)}.values())
+
 
 @dataclass
 class Kept:
     """Of one sample's reference what earlier walks left; what is new is added.
 
     Attributes:
-        states: behind each segment.
+        states: behind each segment that the sample does not pass over.
         outputs: of the operators whose products are differences, by path.
     """
 
@@ -105,57 +108,114 @@ class RowChunk:
 
 
 @torch.no_grad()
-def score_sample(
-    wave: Wavefront, context: Context, start: State, kept: Kept | None = None
-) -> dict[str, dict[str, float]]:
-    """Metrics of every target on one sample.
+def score_samples(
+    wave: Wavefront,
+    contexts: Sequence[Context],
+    starts: Sequence[State],
+    kept: Sequence[Kept | None] | None = None,
+    each: Callable[[], None] = lambda: None,
+) -> list[dict[str, dict[str, float]]]:
+    """Metrics of every target on some samples, which walk one beside the other.
+
+    A segment's weights are read, converted and rounded once for all of them.
 
     Args:
-        start: the component's input, one row.
+        starts: the component's input, of each sample one row.
         kept: the same scores come with it and without (None).
+        each: called after each segment.
 
     Returns:
-        For each target its metrics: what quantizing it does to the output (`requantize`), or what restoring it gains
-        (`fallback`: the metric of everything quantized less that of everything but the target). Of a mixture of experts
-        also `FLIPS`, for `requantize`.
+        For each sample and target its metrics: what quantizing it does to the output (`requantize`), or what restoring
+        it gains (`fallback`: the metric of everything quantized less that of everything but the target). Of a mixture
+        of experts also `FLIPS`, for `requantize`.
     """
     walker = wave.walker
-    fallback = bool(wave.base)
-    segments = [segment for segment in walker.segments if not walker.skips(segment, context.sample)]
-    reference = start
-    rows = start if fallback else start[:0]  # in `fallback` row 0 is the base with everything quantized
-    started: list[Target] = []
-    flips = _Flips(walker)
-    for index, segment in enumerate(segments):
+    walks = [
+        _Walk(wave, context, start, own)
+        for context, start, own in zip(contexts, starts, kept or [None] * len(contexts), strict=True)
+    ]
+    for segment in walker.segments:
         own = wave.targets_in(segment)
-        rows = _with_copies(rows, rows[:1] if fallback else reference, len(own))
-        started += own
-        if segment is segments[-1]:
-            break
-        known = None if kept is None or index == len(kept.states) else kept.states[index]
-        if known is not None and not len(rows):
-            reference = known
-            continue
-        with walker.weights(segment):
-            if known is None or wave.differences.paths:  # of which copies need what its operators are given
-                outputs = None if kept is None else kept.outputs
-                reference = wave.differences.advance(segment, context, reference, outputs)
-                reference = flips.of_reference(segment, reference)
-            else:
-                reference = known
-            if len(rows):
-                copies = partial(_run, wave, segment, context, _quantized_rows(wave, segment, own, len(rows)))
-                rows = wave.chunk.advance(rows, partial(flips.counted, segment, copies))
-        if kept is not None and known is None:
-            reference = reference.clone()  # as the walk of ranges does: kept where they were made, states leave holes
-            kept.states.append(reference)
-    with walker.weights(segment):
-        values = _compare(wave, segment, context, reference, rows, _quantized_rows(wave, segment, own, len(rows)))
-    scores = _by_target(wave, values, started, fallback)
-    if flips.mixtures and not fallback:
-        for row, target in enumerate(started):
-            scores[target.name][FLIPS] = flips.share(row)
-    return scores
+        here = [walk for walk in walks if not walker.skips(segment, walk.context.sample)]
+        if any(own or walk.has_work(segment) for walk in here):
+            with walker.weights(segment):
+                made = {op.path: wave.quantizer(op) for op in wave.quantized_in(segment, own)}
+                for walk in here:
+                    walk.advance(segment, own, made)
+        else:
+            for walk in here:
+                walk.pass_on()
+        each()
+    return [walk.scores() for walk in walks]
+
+
+class _Walk:
+    """One sample's reference and copies on their way."""
+
+    def __init__(self, wave: Wavefront, context: Context, start: State, kept: Kept | None) -> None:
+        self.wave, self.context, self.kept = wave, context, kept
+        self._reference = start
+        self._rows = start if wave.base else start[:0]  # in `fallback` row 0 is the base with everything quantized
+        self._started: list[Target] = []
+        self._flips = Flips(wave.walker)
+        self._passed = 0  # segments
+        self._values = torch.zeros(0)
+
+    @property
+    def _known(self) -> State | None:
+        """The reference behind the next segment, where an earlier walk left it."""
+        return self.kept.states[self._passed] if self.kept and self._passed < len(self.kept.states) else None
+
+    def has_work(self, segment: Segment) -> bool:
+        """Whether there is anything to compute in a segment in which no copy starts."""
+        return bool(len(self._rows)) or self._known is None or segment is self.wave.walker.segments[-1]
+
+    def pass_on(self) -> None:
+        """Take the reference behind the next segment from what was kept."""
+        assert self._known is not None
+        self._reference = self._known
+        self._passed += 1
+
+    def advance(self, segment: Segment, own: Sequence[Target], made: Mapping[str, OperatorQuantizer]) -> None:
+        """Run through a segment.
+
+        Args:
+            own: targets whose copies start here.
+            made: quantizers of all operators of the segment that some row quantizes.
+        """
+        wave, context = self.wave, self.context
+        self._rows = _with_copies(self._rows, self._rows[:1] if wave.base else self._reference, len(own))
+        self._started += own
+        quantizers = _quantized_rows(wave, segment, own, len(self._rows), made)
+        if segment is wave.walker.segments[-1]:
+            self._values = _compare(wave, segment, context, self._reference, self._rows, quantizers)
+            return
+        known = self._known
+        if known is not None and not len(self._rows):
+            self.pass_on()
+            return
+        if known is None or wave.differences.paths:  # of which copies need what its operators are given
+            outputs = None if self.kept is None else self.kept.outputs
+            self._reference = wave.differences.advance(segment, context, self._reference, outputs)
+            self._reference = self._flips.of_reference(segment, self._reference)
+        else:
+            self._reference = known
+        if len(self._rows):
+            copies = partial(_run, wave, segment, context, quantizers)
+            self._rows = wave.chunk.advance(self._rows, partial(self._flips.counted, segment, copies))
+        if self.kept is not None and known is None:
+            self._reference = self._reference.clone()  # as the walk of ranges does: what is kept leaves no holes
+            self.kept.states.append(self._reference)
+        self._passed += 1
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Metrics of every target, behind the last segment."""
+        fallback = bool(self.wave.base)
+        scores = _by_target(self.wave, self._values, self._started, fallback)
+        if self._flips.mixtures and not fallback:
+            for row, target in enumerate(self._started):
+                scores[target.name][FLIPS] = self._flips.share(row)
+        return scores
 
 
 def _with_copies(rows: State, base: State, count: int) -> State:
@@ -164,43 +224,6 @@ def _with_copies(rows: State, base: State, count: int) -> State:
         return rows
     copies = base.repeat(count, 1, 1)
     return torch.cat([rows, copies]) if len(rows) else copies
-
-
-class _Flips:
-    """How many tokens each row sends to another expert than the reference does."""
-
-    def __init__(self, walker: Walker) -> None:
-        self.walker = walker
-        self.mixtures = list({op.group: op.path for op in walker.operators if op.experts > 1}.values())  # one a block
-        self._float: dict[str, Tensor] = {}
-        self._changed: Counter[int] = Counter()
-        self._seen: Counter[int] = Counter()
-
-    def of_reference(self, segment: Segment, result: Tensor) -> Tensor:
-        """Take note of what the float row chose in a segment that it has just run through."""
-        for path in filter(segment.holds, self.mixtures):
-            self._float[path] = self._chosen(path, 1)[0]
-        return result
-
-    def counted(self, segment: Segment, run: Callable[[State, int], Tensor], rows: State, first: int) -> Tensor:
-        """Run a chunk of rows and count."""
-        result = run(rows, first)
-        for path in filter(segment.holds, self.mixtures):
-            stayed = (self._chosen(path, len(rows))[..., None] == self._float[path][:, None]).any(-1)
-            for row, changed in enumerate((~stayed).flatten(1).sum(-1).tolist(), first):
-                self._changed[row] += changed
-                self._seen[row] += stayed[0].numel()
-        return result
-
-    def _chosen(self, path: str, rows: int) -> Tensor:
-        """Experts of each row's tokens, (row, token, choice)."""
-        product: Any = self.walker.module.get_submodule(path)
-        chosen: Tensor = product.chosen.view(rows, -1, product.active)
-        return chosen
-
-    def share(self, row: int) -> float:
-        """Of a row's choices behind its operator, those that are others."""
-        return self._changed[row] / self._seen[row] if self._seen[row] else 0.0
 
 
 def _by_target(
@@ -216,19 +239,15 @@ def _by_target(
     return scores
 
 
-def _quantized_rows(wave: Wavefront, segment: Segment, own: Sequence[Target], count: int) -> Rows:
+def _quantized_rows(
+    wave: Wavefront, segment: Segment, own: Sequence[Target], count: int, made: Mapping[str, OperatorQuantizer]
+) -> Rows:
     """For each operator of the segment that is quantized in some row, of each row its quantizer, or None for float."""
-    found: dict[str, list[OperatorQuantizer | None]] = {}
-    for op in wave.base:
-        if segment.holds(op.path):
-            found[op.path] = [wave.quantizer(op)] * count
+    base = {op.path for op in wave.base}
+    found = {path: [quantizer if path in base else None] * count for path, quantizer in made.items()}
     for row, target in enumerate(own, count - len(own)):
         for op in target.operators:
-            if op.path in found:
-                found[op.path][row] = None
-            else:
-                found[op.path] = [None] * count
-                found[op.path][row] = wave.quantizer(op)
+            found[op.path][row] = None if op.path in base else made[op.path]
     return found
 
 

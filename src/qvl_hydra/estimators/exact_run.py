@@ -1,15 +1,16 @@
-"""Runs the exact estimator over a component's targets: a sample and scheme is a unit of work."""
+"""Runs the exact estimator over a component's targets: a sample and scheme is a unit of work; some go together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from qvl_hydra.blockwise.differences import Differences, by_difference
-from qvl_hydra.blockwise.walker import Walker
+from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.estimators.bench import Bench, fitting, measuring
-from qvl_hydra.estimators.exact import Kept, Wavefront, score_sample
+from qvl_hydra.estimators.exact import Kept, Wavefront, score_samples
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.families.stages import State
 from qvl_hydra.operators.kinds import outputs
@@ -17,6 +18,7 @@ from qvl_hydra.operators.targets import Target, make_targets
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder, SampleScore
 
+GROUP_BYTES = 1 << 29  # states of all copies of the samples that walk together
 
 def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     """Score every target by the wavefront; see `Engine`.
@@ -78,7 +80,7 @@ class Exact:
             self.starts = self.walker.starts(self.contexts)
         keeping = 0
         if keep and all(op.experts == 1 for op in self.walker.operators):
-            keeping = fitting(bench.job, self.walker, self.starts, self._outputs_bytes())
+            keeping = fitting(bench.job, self.starts, len(self.walker.segments) + 1, self._outputs_bytes())
         self._kept = [Kept() if i < keeping else None for i in range(len(self.contexts))]
         if keeping == len(self.contexts) and known is not None:
             self._kept = [Kept(states) for states in known]
@@ -87,7 +89,7 @@ class Exact:
 
     @torch.no_grad()
     def _walk_references(self) -> None:
-        """Keep what references give, a segment at a time: its weights are converted once for all samples."""
+        """Keep what references give before copies walk, whose states would leave holes between what is kept."""
         inner = self.walker.segments[:-1]
         self.bench.progress.total(len(inner), "reference of exact scores")
         differences = Differences(self.walker)
@@ -118,17 +120,24 @@ class Exact:
         label = f"exact scores of {len(targets)} operators" + (f" in {scheme.name}" if len(job.schemes) > 1 else "")
         bench.progress.total(len(self.contexts) * exact_cost(len(targets)), label)
         wave = Wavefront(self.walker, targets, base, bench.quantizer(scheme), bench.chunk, job.strategy.positions)
-        samples = zip(self.contexts, self.starts, self._kept, strict=True)
-        for index, (context, start, kept) in enumerate(samples, bench.first):
-            item = f"exact{turn}-{scheme.name}-{index:05d}"
-            if not bench.folder.done(item):
-                results = score_sample(wave, context, start, kept)
+        items = [f"exact{turn}-{scheme.name}-{bench.first + index:05d}" for index in range(len(self.contexts))]
+        left = [index for index, item in enumerate(items) if not bench.folder.done(item)]
+        bench.progress.step(exact_cost(len(targets)) * (len(items) - len(left)))
+        size = max(1, fitting(job, self.starts, len(targets) + 2, most=GROUP_BYTES))
+        for group in (left[at : at + size] for at in range(0, len(left), size)):
+            contexts, starts, kept = self._of(group)
+            step = exact_cost(len(targets)) * len(group) / len(self.walker.segments)
+            found = score_samples(wave, contexts, starts, kept, partial(bench.progress.step, step))
+            for index, results in zip(group, found, strict=True):
                 bench.folder.write_finite(
-                    item,
+                    items[index],
                     [
-                        SampleScore(op, context.sample.id, None, value, metric, "exact", scheme.name)
+                        SampleScore(op, self.contexts[index].sample.id, None, value, metric, "exact", scheme.name)
                         for op, values in results.items()
                         for metric, value in values.items()
                     ],
                 )
-            bench.progress.step(exact_cost(len(targets)))
+
+    def _of(self, group: Sequence[int]) -> tuple[list[Context], list[State], list[Kept | None]]:
+        """What is known of some samples."""
+        return [self.contexts[i] for i in group], [self.starts[i] for i in group], [self._kept[i] for i in group]
