@@ -1,10 +1,10 @@
 """Plans under a budget, solved as small integer programs (`scipy.optimize.milp`, HiGHS).
 
 One yes-or-no a unit and choice. The best plan is proven to be the best, but where hundreds of units score nearly the
-same: there the proof would take hours, and the best plan of the first `NODES` nodes of the search is taken. A budget of
-a cost bounds what all choices cost together and takes those whose scores sum lowest; `error` bounds the sum of scores
-and keeps as few operators in high precision as possible. A choice that costs as much as another of its unit and loses
-more is dropped first, since no plan needs it.
+same: there the proof does not come in minutes, and the best plan of the first `NODES` nodes of the search is taken. A
+budget of a cost bounds what all choices cost together and takes those whose scores sum lowest; `error` bounds the sum
+of scores and keeps as few operators in high precision as possible. A choice that costs as much as another of its unit
+and loses more is dropped first, since no plan needs it.
 """
 
 from __future__ import annotations
