@@ -34,6 +34,7 @@ class Estimator:
         why_resident: what it needs all weights in memory for; empty: it works streamed, too.
         work: `module:function`, from a `SweepJob` to the forwards of one sample that it costs, about; empty: it stops
             when its results are good enough.
+        races: beyond `work` it goes on for as long as the top of the ranking is in doubt.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Estimator:
     shards: bool = True
     why_resident: str = ""
     work: str = ""
+    races: bool = False
 
     def faults(self, direction: str, metric: str, placement: str) -> list[str]:
         """What of the settings it cannot do."""
@@ -70,7 +72,7 @@ ESTIMATORS = {
     for row in (
         Estimator(
             "auto", f"{_OWN}.auto:run", ("requantize",), ("squared_error", "kl"), approximate=True,
-            sketches=True, work=f"{_OWN}.auto:work",
+            sketches=True, work=f"{_OWN}.auto:work", races=True,
         ),
         Estimator(
             "exact", f"{_OWN}.exact_run:run", metrics=("squared_error", "kl", "loss_change"),

@@ -143,7 +143,8 @@ def _time(settings: Settings, prepared: Prepared, scoring: bool) -> str:
         else:
             job = job_of(settings, prepared, Path())
             forwards = len(prepared.calibration.samples) + work(job) * len(samples) / len(prepared.scored)
-            found.append(f"scoring takes about {forwards:.0f} of them: {_clock(forwards * seconds)}")
+            longer = ", longer where many operators score alike" if row.races else ""
+            found.append(f"scoring takes about {forwards:.0f} of them: {_clock(forwards * seconds)}{longer}")
     if settings.task.name != "sweep":
         size = settings.profile.evaluation_size
         found.append(f"each plan that is measured takes about {size} of them: {_clock(size * seconds)}")
