@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.jobs import BUNDLED, Silent, make_job, save_results
+from benchmarks.jobs import BUNDLED, Silent, bundled_model, make_job, save_results
 from benchmarks.peers import peer_scores
 from qvl_hydra.backends.torch import run
 from qvl_hydra.calibration.encode import load_processor
@@ -69,10 +69,8 @@ Plan = dict[str, str]  # choice of each operator
 def model_of(name: str) -> LoadedModel:
     """A bundled model by name, or a checkpoint folder."""
     if name in BUNDLED:
-        settings = ModelSettings(name, f"bundled:{name}", name.removeprefix("tiny_"))
-    else:
-        settings = ModelSettings(Path(name).name, name, None)
-    return load_model(describe_model(settings), torch.device("cpu"), 0)
+        return bundled_model(name)
+    return load_model(describe_model(ModelSettings(Path(name).name, name, None)), torch.device("cpu"), 0)
 
 
 def samples_of(model: LoadedModel, seed: int, split: str, count: int) -> tuple[Sample, ...]:

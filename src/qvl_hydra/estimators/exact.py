@@ -65,10 +65,11 @@ class Wavefront:
         """The targets that start in a segment."""
         return [target for target in self.targets if any(segment.holds(op.path) for op in target.operators)]
 
-    def quantized_in(self, segment: Segment, own: Sequence[Target]) -> list[Operator]:
-        """The operators of a segment that some row quantizes, `own` being the targets that start there."""
+    def quantizers_in(self, segment: Segment, own: Sequence[Target]) -> dict[str, OperatorQuantizer]:
+        """Of the operators of a segment that some row quantizes, by path; `own` are the targets that start there."""
         operators = [*self.base, *(op for target in own for op in target.operators)]
-        return list({op.path: op for op in operators if segment.holds(op.path)}.values())
+        wanted = {op.path: op for op in operators if segment.holds(op.path)}
+        return {path: self.quantizer(op) for path, op in wanted.items()}
 
 
 @dataclass
@@ -134,19 +135,25 @@ def score_samples(
         _Walk(wave, context, start, own)
         for context, start, own in zip(contexts, starts, kept or [None] * len(contexts), strict=True)
     ]
-    for segment in walker.segments:
+    *inner, last = walker.segments
+    for segment in inner:
         own = wave.targets_in(segment)
         here = [walk for walk in walks if not walker.skips(segment, walk.context.sample)]
-        if any(own or walk.has_work(segment) for walk in here):
+        if own or any(walk.has_work for walk in here):
             with walker.weights(segment):
-                made = {op.path: wave.quantizer(op) for op in wave.quantized_in(segment, own)}
+                made = wave.quantizers_in(segment, own)
                 for walk in here:
                     walk.advance(segment, own, made)
         else:
             for walk in here:
                 walk.pass_on()
         each()
-    return [walk.scores() for walk in walks]
+    with walker.weights(last):
+        own = wave.targets_in(last)
+        made = wave.quantizers_in(last, own)
+        scores = [walk.scores(last, own, made) for walk in walks]
+    each()
+    return scores
 
 
 class _Walk:
@@ -159,16 +166,16 @@ class _Walk:
         self._started: list[Target] = []
         self._flips = Flips(wave.walker)
         self._passed = 0  # segments
-        self._values = torch.zeros(0)
 
     @property
     def _known(self) -> State | None:
         """The reference behind the next segment, where an earlier walk left it."""
         return self.kept.states[self._passed] if self.kept and self._passed < len(self.kept.states) else None
 
-    def has_work(self, segment: Segment) -> bool:
+    @property
+    def has_work(self) -> bool:
         """Whether there is anything to compute in a segment in which no copy starts."""
-        return bool(len(self._rows)) or self._known is None or segment is self.wave.walker.segments[-1]
+        return bool(len(self._rows)) or self._known is None
 
     def pass_on(self) -> None:
         """Take the reference behind the next segment from what was kept."""
@@ -177,45 +184,48 @@ class _Walk:
         self._passed += 1
 
     def advance(self, segment: Segment, own: Sequence[Target], made: Mapping[str, OperatorQuantizer]) -> None:
-        """Run through a segment.
+        """Run through a segment that is not the last.
 
         Args:
             own: targets whose copies start here.
-            made: quantizers of all operators of the segment that some row quantizes.
+            made: see `Wavefront.quantizers_in`.
         """
-        wave, context = self.wave, self.context
-        self._rows = _with_copies(self._rows, self._rows[:1] if wave.base else self._reference, len(own))
-        self._started += own
-        quantizers = _quantized_rows(wave, segment, own, len(self._rows), made)
-        if segment is wave.walker.segments[-1]:
-            self._values = _compare(wave, segment, context, self._reference, self._rows, quantizers)
-            return
-        known = self._known
-        if known is not None and not len(self._rows):
+        quantizers = self._start(own, made)
+        if not self.has_work:
             self.pass_on()
             return
-        if known is None or wave.differences.paths:  # of which copies need what its operators are given
+        known, differences = self._known, self.wave.differences
+        if known is None or differences.paths:  # of which copies need what its operators are given
             outputs = None if self.kept is None else self.kept.outputs
-            self._reference = wave.differences.advance(segment, context, self._reference, outputs)
+            self._reference = differences.advance(segment, self.context, self._reference, outputs)
             self._reference = self._flips.of_reference(segment, self._reference)
         else:
             self._reference = known
         if len(self._rows):
-            copies = partial(_run, wave, segment, context, quantizers)
-            self._rows = wave.chunk.advance(self._rows, partial(self._flips.counted, segment, copies))
+            copies = partial(_run, self.wave, segment, self.context, quantizers)
+            self._rows = self.wave.chunk.advance(self._rows, partial(self._flips.counted, segment, copies))
         if self.kept is not None and known is None:
             self._reference = self._reference.clone()  # as the walk of ranges does: what is kept leaves no holes
             self.kept.states.append(self._reference)
         self._passed += 1
 
-    def scores(self) -> dict[str, dict[str, float]]:
-        """Metrics of every target, behind the last segment."""
-        fallback = bool(self.wave.base)
-        scores = _by_target(self.wave, self._values, self._started, fallback)
+    def scores(
+        self, last: Segment, own: Sequence[Target], made: Mapping[str, OperatorQuantizer]
+    ) -> dict[str, dict[str, float]]:
+        """Run through the last segment; metrics of every target."""
+        quantizers, fallback = self._start(own, made), bool(self.wave.base)
+        values = _compare(self.wave, last, self.context, self._reference, self._rows, quantizers)
+        scores = _by_target(self.wave, values, self._started, fallback)
         if self._flips.mixtures and not fallback:
             for row, target in enumerate(self._started):
                 scores[target.name][FLIPS] = self._flips.share(row)
         return scores
+
+    def _start(self, own: Sequence[Target], made: Mapping[str, OperatorQuantizer]) -> Rows:
+        """Add the copies that start in a segment; the quantizers of all rows."""
+        self._rows = _with_copies(self._rows, self._rows[:1] if self.wave.base else self._reference, len(own))
+        self._started += own
+        return _quantized_rows(self.wave, own, len(self._rows), made)
 
 
 def _with_copies(rows: State, base: State, count: int) -> State:
@@ -240,9 +250,9 @@ def _by_target(
 
 
 def _quantized_rows(
-    wave: Wavefront, segment: Segment, own: Sequence[Target], count: int, made: Mapping[str, OperatorQuantizer]
+    wave: Wavefront, own: Sequence[Target], count: int, made: Mapping[str, OperatorQuantizer]
 ) -> Rows:
-    """For each operator of the segment that is quantized in some row, of each row its quantizer, or None for float."""
+    """For each operator of a segment that is quantized in some row, of each row its quantizer, or None for float."""
     base = {op.path for op in wave.base}
     found = {path: [quantizer if path in base else None] * count for path, quantizer in made.items()}
     for row, target in enumerate(own, count - len(own)):

@@ -1,7 +1,7 @@
 """Plans under a budget, solved as small integer programs (`scipy.optimize.milp`, HiGHS).
 
 One yes-or-no a unit and choice. The best plan is proven to be the best, but where hundreds of units score nearly the
-same: there the proof does not come in minutes, and the best plan of the first `NODES` nodes of the search is taken. A
+same: there the proof does not come in minutes, and the best plan of the first thousand nodes of the search is taken. A
 budget of a cost bounds what all choices cost together and takes those whose scores sum lowest; `error` bounds the sum
 of scores and keeps as few operators in high precision as possible. A choice that costs as much as another of its unit
 and loses more is dropped first, since no plan needs it.
@@ -34,8 +34,8 @@ _SCALE = 1e6
 _TIGHT = 1e4  # larger ones make HiGHS repair its own solutions
 APART = 0.1  # of the units: how far apart plans of one budget are that are measured against each other
 NAMED = 3  # units that a message tells the reasons of
-NODES = 1000  # of the search for the best plan: seconds
-OTHERS = {"mip_rel_gap": 0.01, "node_limit": 10}  # of the search for the next best: within 1 % of it, or ten nodes
+BEST = {"mip_rel_gap": 0.0, "node_limit": 1000}  # the search for the best plan ends with a proof, or in seconds
+OTHERS = {"mip_rel_gap": 0.01, "node_limit": 10}  # that for the next best within 1 % of it, or after ten nodes
 _SLACK = 1e-9  # of the largest price: what a budget is overrun by that rounding alone overruns
 
 Prices = Sequence[Mapping[str, float]]  # of each unit, by choice
@@ -245,7 +245,7 @@ def _solve(
             integrality=np.ones(len(rows)),
             bounds=Bounds(0, 1),
             constraints=constraints,
-            options={"disp": False, **(OTHERS if others else {"mip_rel_gap": 0.0, "node_limit": NODES})},
+            options={"disp": False, **(OTHERS if others else BEST)},
         )
     if others and result.x is None:
         return None
