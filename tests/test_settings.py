@@ -223,7 +223,7 @@ def test_limits(key: str, outside: object, inside: object) -> None:
         ({"strategy__metric": "kl", "component__name": "vision"}, "which component=vision has not"),
         ({"strategy__metric": "loss_change"}, "needs strategy.estimator=exact"),
         ({"model__placement": "streamed", "model__weights": "random"}, "model.weights=random has none"),
-        ({"model__placement": "streamed", "task__name": "quantize"}, "is for task=sweep and task=profile"),
+        ({"model__placement": "streamed", "task__name": "export_onnx"}, "is for task=sweep, profile, quantize, not"),
     ],
 )
 def test_values_that_do_not_go_together(changes: dict[str, object], fault: str) -> None:

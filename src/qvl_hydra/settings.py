@@ -36,7 +36,7 @@ MOST = {  # what allocates, loops or draws; far above what is meant, far below w
     "max_ops": 10_000_000, "prompt_tokens": 1 << 24, "image_tokens": 1 << 24, "answer_tokens": 1 << 24,
     "requests": 1 << 20,
 }  # fmt: skip
-FORETOLD = ("sweep", "profile", "quantize")  # tasks that score, and so can be long
+SCORING = ("sweep", "profile", "quantize")  # tasks that score: they can be long, and take a streamed model
 SEEDS = 2**32  # numpy's random generators take none below 0
 
 
@@ -532,11 +532,11 @@ class Settings:
             found.append(f"component={self.component.name}, but a model of model.family={family.name} has {has}")
         if self.model.placement == "streamed" and self.model.weights == "random":
             found.append("model.placement=streamed reads a checkpoint, and model.weights=random has none")
-        if self.model.placement == "streamed" and self.task.name not in ("sweep", "profile"):
-            found.append(f"model.placement=streamed is for task=sweep and task=profile, not {self.task.name}")
+        if self.model.placement == "streamed" and self.task.name not in SCORING:
+            found.append(f"model.placement=streamed is for task={', '.join(SCORING)}, not {self.task.name}")
         found += self._shard_faults()
-        if self.dry_run and self.task.name not in FORETOLD:
-            found.append(f"dry_run tells what task={', '.join(FORETOLD)} would measure, not {self.task.name}")
+        if self.dry_run and self.task.name not in SCORING:
+            found.append(f"dry_run tells what task={', '.join(SCORING)} would measure, not {self.task.name}")
         if self.tracking.register is not None and self.task.name not in ("profile", "quantize"):
             found.append(f"tracking.register is for what task=profile and task=quantize make, not {self.task.name}")
         if self.quant.also and self.task.name in ("profile", "quantize"):

@@ -5,7 +5,8 @@ input's or the weight's grid, and only where a value lies in the middle of two i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.operators.kinds import as_tokens
+from qvl_hydra.profiles.apply import quantizer_key
 from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.quantization.apply import quantized
 from qvl_hydra.quantization.formats.integer import qdq_static
 from qvl_hydra.quantization.qdq import OperatorQuantizer, quantized_operator
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
@@ -37,6 +40,13 @@ def _kept(op: Operator) -> bool:
     if op.component == "vision":
         return op.block == 1 and op.role in ("gate_proj", "up_proj", "qkv")
     return op.block == 0 and op.role in ("q_proj", "k_proj", "v_proj", "down_proj")
+
+
+@contextmanager
+def applied(module: nn.Module, profile: Profile, quantizers: Mapping[str, OperatorQuantizer]) -> Iterator[None]:
+    """Within the context the model's own forward computes the profile's low operators in its schemes."""
+    with quantized(module, {op.path: quantizers[quantizer_key(profile, op, quantizers)] for op in profile.low}):
+        yield
 
 
 @torch.no_grad()

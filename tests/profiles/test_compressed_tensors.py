@@ -17,7 +17,8 @@ from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
-from qvl_hydra.profiles.apply import Quantizers, applied, quantizer_key
+from qvl_hydra.profiles.agreement import compare
+from qvl_hydra.profiles.apply import Quantizers, quantizer_key
 from qvl_hydra.profiles.checkpoint import not_loaded, unlike_qdq, unpacked_narrow, write_checkpoint
 from qvl_hydra.profiles.formats.compressed_tensors import quantization_config
 from qvl_hydra.profiles.names import rename
@@ -25,9 +26,9 @@ from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.quantization.scheme import Scheme, WeightFormat, scheme_from_settings
-from qvl_hydra.tasks.quantize import compare, forward
+from qvl_hydra.tasks.quantize import forward
 from tests.families.shapes import load_made_up, made_up_checkpoint, samples_of
-from tests.profiles.rounding import W8A8, W8A8_DYNAMIC, W8A8_SYMMETRIC, assert_only_rounding, some_profile
+from tests.profiles.rounding import W8A8, W8A8_DYNAMIC, W8A8_SYMMETRIC, applied, assert_only_rounding, some_profile
 
 Plan = tuple[Profile, dict[str, OperatorQuantizer]]
 
@@ -75,7 +76,7 @@ def test_transformers_computes_what_qdq_computes(
     loaded, info = FAMILIES["qwen2_5_vl"].load_class().from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())  # nothing missing, unexpected or of another shape
     outputs = compare(
-        lambda sample: forward(loaded.eval(), sample), tiny_model.module, profile, quantizers, tiny_samples, "full"
+        lambda sample: forward(loaded.eval(), sample), tiny_model, profile, quantizers, tiny_samples, "full"
     )
     assert outputs.identical >= len(tiny_samples) // 2
     weights = {op.path: loaded.get_submodule(op.path).weight for op in profile.low}
@@ -189,7 +190,7 @@ def test_mixed_precisions_compute_what_qdq_computes(
         state = tiny_model.module.state_dict() | {f"{path}.weight": weight for path, weight in ours.items()}
         torch.nn.Module.float(loaded).load_state_dict(state, strict=False)
     outputs = compare(
-        lambda sample: forward(loaded, sample), tiny_model.module, profile, quantizers, tiny_samples, "full"
+        lambda sample: forward(loaded, sample), tiny_model, profile, quantizers, tiny_samples, "full"
     )
     assert outputs.relative_difference < 0.2, outputs
 
@@ -265,5 +266,5 @@ def test_a_model_for_text_alone(tmp_path: Path) -> None:
     write_checkpoint(model, profile, quantizers, tmp_path / "written")
     loaded, info = FAMILIES["llama"].load_class().from_pretrained(tmp_path / "written", output_loading_info=True)
     assert not any(info.values())
-    found = compare(lambda sample: forward(loaded.eval(), sample), model.module, profile, quantizers, samples, "lm")
+    found = compare(lambda sample: forward(loaded.eval(), sample), model, profile, quantizers, samples, "lm")
     assert found.relative_difference < 0.01

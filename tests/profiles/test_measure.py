@@ -15,13 +15,14 @@ from qvl_hydra.calibration.sources import load_calibration
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
-from qvl_hydra.profiles.apply import Quantizers, applied
+from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.measure import Measurement, _compared, measure_profiles, steps
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
 from qvl_hydra.settings import CalibrationSettings
 from tests.conftest import load_tiny
+from tests.profiles.rounding import applied
 from tests.profiles.test_compressed_tensors import scheme_named
 
 # Four bits, so that answers change and not only their probabilities.

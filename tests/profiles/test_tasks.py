@@ -296,6 +296,12 @@ def test_what_spaces_keep_from_a_scheme_need_not_be_written_in_it() -> None:
     refuse_beforehand(settings_of(*asked, "profile.spaces=[{match: '*patch_embed*', choices: [leave]}]"), ())
 
 
+def test_neural_compressor_is_given_no_streamed_model() -> None:
+    settings = composed("task=quantize", "component=lm", "model.placement=streamed", "profile.quantize_with=[inc]")
+    with pytest.raises(ProfileError, match="needs the whole model in memory"):
+        refuse_beforehand(settings, ())
+
+
 @pytest.mark.parametrize("tools", ["compressed_tensors", ""])
 def test_a_checkpoint_gets_a_plan_that_it_can_hold(tmp_path: Path, tools: str) -> None:
     """The vision tower's 48 inputs are no whole groups of 32, and the patch embedding is a convolution."""
@@ -313,6 +319,25 @@ def test_a_checkpoint_gets_a_plan_that_it_can_hold(tmp_path: Path, tools: str) -
     assert "cannot be w4a16_g32: a compressed-tensors checkpoint holds whole groups of 32 only, and it has 48" in said
     assert "holds linear modules only, and it is a Conv3d" in said
     assert list(json.loads((tmp_path / "run.json").read_text())["quantize"]) == ["compressed_tensors"]
+
+
+@pytest.mark.parametrize("placement", ["resident", "streamed"])
+def test_a_checkpoint_is_written_where_there_is_no_room_to_load_it(
+    tmp_path: Path, placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    few = ["calibration.size=2", "strategy.estimator=gradient", "profile.evaluation_size=2", "tracking.enabled=false"]
+    settings = composed("experiment=quantize_w8a8", f"model.placement={placement}", CHECKPOINT, *few)
+    monkeypatch.setattr(quantize, "free_memory_bytes", lambda: 1 << 20)
+    shown, text = screen()
+    quantize.run(settings, RunFolder(tmp_path), shown)
+    assert (tmp_path / "compressed_tensors" / "model.safetensors").exists()
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["quantize"] == {"compressed_tensors": None}
+    assert any("was not compared with QDQ" in note for note in run["notes"])
+    assert "was not compared with QDQ: transformers unpacks it" in " ".join(text.getvalue().split())
+    assert "Quantized by other tools" in (tmp_path / "report.html").read_text()
+    assert content.plan(tmp_path) is not None
 
 
 def test_a_plan_that_no_tool_can_quantize_is_an_error(profiled: tuple[Settings, Path, str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,24 @@ def test_files_and_their_schema(tmp_path: Path, tiny_model: LoadedModel) -> None
     assert len(set(calibration["samples"])) == calibration["size"] == record["calibration_size"] == 4
     assert set(calibration["scored"]) == set(samples["sample"])
     assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_the_model_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile loads it once more, and there may not be room for two."""
+    loaded, there = [], []
+
+    def watched(*args: object) -> prepare.Prepared:
+        found = prepare.prepare(*args)  # type: ignore[arg-type]
+        loaded.append(weakref.ref(found.model.module))
+        return found
+
+    monkeypatch.setattr(sweep, "prepare", watched)
+    folder = RunFolder(tmp_path)
+    settings = settings_of("strategy.estimator=exact")
+    sweep.run(settings, folder, Screen())
+    monkeypatch.setattr(prepare, "require_memory", lambda *_: there.append(loaded[0]() is not None))
+    prepare.prepare(settings)
+    assert there == [False]
 
 
 def test_further_schemes_have_tables_of_their_own(tmp_path: Path) -> None:

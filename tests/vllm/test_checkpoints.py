@@ -26,7 +26,6 @@ from qvl_hydra.calibration.scenes import scene_examples
 from qvl_hydra.families.record import FUSED
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
-from qvl_hydra.profiles.apply import applied
 from qvl_hydra.profiles.checkpoint import write_checkpoint
 from qvl_hydra.profiles.formats.table import FORMATS
 from qvl_hydra.profiles.formats.written import paste
@@ -34,6 +33,7 @@ from qvl_hydra.profiles.names import rename
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.tasks.quantize import forward
 from tests.conftest import load_tiny
+from tests.profiles.rounding import applied
 from tests.profiles.test_compressed_tensors import mixed
 from tests.vllm.serve import SEED
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from qvl_hydra.errors import ProfileError
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantization.apply import make_quantizer, quantized
+from qvl_hydra.quantization.apply import make_quantizer
 from qvl_hydra.quantization.formats.table import FORMATS, not_offered
 from qvl_hydra.quantization.qdq import OperatorQuantizer, largest_value
 from qvl_hydra.quantization.scheme import Scheme
@@ -106,17 +106,6 @@ def shared_largest(module: nn.Module, operators: Sequence[Operator], scheme: Sch
     for op in operators:
         groups.setdefault(op.group, []).append(module.get_submodule(op.path).get_parameter("weight"))
     return {name: largest_value(weights) for name, weights in groups.items()}
-
-
-@contextmanager
-def applied(module: nn.Module, profile: Profile, quantizers: Mapping[str, OperatorQuantizer]) -> Iterator[None]:
-    """Within the context the profile's low operators compute in its schemes; the model itself is not changed.
-
-    Args:
-        quantizers: by path; in another scheme than the profile's first by `quantizer_key`.
-    """
-    with quantized(module, {op.path: quantizers[quantizer_key(profile, op, quantizers)] for op in profile.low}):
-        yield
 
 
 def quantizer_key(profile: Profile, op: Operator, quantizers: Mapping[str, OperatorQuantizer]) -> str:

@@ -1,23 +1,28 @@
 """Writes a compressed-tensors checkpoint that plain transformers and vLLM load, in one scheme or several.
 
 The numbers are those of our QDQ: weights go through the package's own compressors with the scales that QDQ took, static
-inputs have their scale and zero point. Operators that are not quantized are stored as they are.
+inputs have their scale and zero point. Operators that are not quantized are stored as they are. What is made is put on
+the disk as it is made, so that neither the rounded weights nor the stored ones have to fit in memory.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.families.record import HEAD
-from qvl_hydra.models.load import LoadedModel
+from qvl_hydra.models.load import LoadedModel, ModelDescription
+from qvl_hydra.models.stream import Checkpoint
 from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.profiles.apply import quantizer_key, shared_largest
 from qvl_hydra.profiles.formats.compressed_tensors import checkpoint_format, config_group, quantization_config
@@ -29,6 +34,7 @@ from qvl_hydra.quantization.scheme import Scheme
 CPU_MULTIPLE = 32  # of the outputs of packed integers in vLLM's CPU build
 NARROW = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 BESIDE = ("*.json", "*.jinja", "*.txt", "*.model")  # tokenizer, templates, image processor
+PART_BYTES = 1 << 29  # of what is made, in memory at most before it goes to the disk
 
 
 def write_checkpoint(
@@ -37,9 +43,10 @@ def write_checkpoint(
     """Write the model with the profile's low operators in their schemes. Needs `compressed_tensors`.
 
     Args:
-        model: the float model, resident.
-        quantizers: of every low operator, as for `applied`.
-        folder: made if need be; holds weights, config, tokenizer and image processor afterwards.
+        model: the float model, resident or streamed.
+        quantizers: of every low operator, see `quantizer_key`; asked for once each, and not kept.
+        folder: made if need be; holds weights, config, tokenizer and image processor afterwards. While it is written
+            the quantized weights are on the disk twice.
 
     Raises:
         ProfileError: what such a checkpoint cannot hold, naming the operators.
@@ -48,25 +55,25 @@ def write_checkpoint(
     require_modules(every, "compressed-tensors")
     require_storable(profile)
     config = quantization_config(profile, every, "hugging_face")
-    state = dict(model.module.state_dict())
-    for part in profile.by_scheme():
-        found = {op.path: quantizers[quantizer_key(profile, op, quantizers)] for op in part.low}
-        for op, tensors in _compressed(model.module, part, found):
-            del state[f"{op}.weight"]
-            state |= {f"{op}.{name}": tensor for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in BESIDE:
         for path in model.description.folder.glob(pattern):
             if not path.name.endswith(".index.json"):
                 shutil.copyfile(path, folder / path.name)
-    model.module.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+    low = {f"{op.path}.weight" for op in profile.low}
+    high = {name: tensor for name, tensor in model.module.state_dict().items() if name not in low}
+    resident = {name: tensor for name, tensor in high.items() if not tensor.is_meta}
+    streamed = {name: tensor for name, tensor in high.items() if tensor.is_meta}
+    made = [_compressed(model, part, quantizers) for part in profile.by_scheme()]
+    with _emptied(folder.with_name(f"{folder.name}.parts")) as parts:
+        state = resident | _on_disk(chain(*made, _read(model, streamed)), parts)
+        model.module.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     content = json.loads((folder / "config.json").read_text())
     content["quantization_config"] = config
     text = content.get("text_config", content)  # a model for text alone has one config
-    if unpacked_narrow(profile):
-        content["dtype"] = text["dtype"] = "bfloat16"
-        if "vision_config" in content:
-            content["vision_config"]["dtype"] = "bfloat16"
+    dtype = torch.bfloat16 if unpacked_narrow(profile) else model.dtype
+    for part in (content, text, content.get("vision_config", text)):
+        part["dtype"] = str(dtype).removeprefix("torch.")
     if HEAD in {op.path for op in profile.low}:  # a quantized head shares nothing with the embedding any more
         content["tie_word_embeddings"] = text["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -117,6 +124,15 @@ def unlike_qdq(profile: Profile, dtype: torch.dtype) -> list[str]:
     return found
 
 
+def unpacked_bytes(description: ModelDescription) -> int:
+    """Memory that transformers takes for a checkpoint of a model: it unpacks what is packed, one part after the other.
+
+    A head that shares its weights with the embedding until it is quantized counts once more.
+    """
+    largest = max(parameter.numel() for parameter in description.skeleton.parameters())
+    return description.weight_bytes + 2 * largest * torch.float32.itemsize
+
+
 def unpacked_narrow(profile: Profile) -> bool:
     """Whether compressed-tensors unpacks a weight to bfloat16 whatever the model's dtype, so that it runs in that."""
     return any(checkpoint_format(part) in NARROW for part in profile.by_scheme())
@@ -160,23 +176,70 @@ def not_storable(op: Operator, scheme: Scheme) -> str | None:
 
 
 def _compressed(
-    module: nn.Module, profile: Profile, quantizers: Mapping[str, OperatorQuantizer]
-) -> list[tuple[str, dict[str, Tensor]]]:
-    """What is stored of each operator of a profile of one scheme, by its name within the module."""
+    model: LoadedModel, profile: Profile, quantizers: Mapping[str, OperatorQuantizer]
+) -> Iterator[tuple[str, Tensor]]:
+    """What is stored of the operators of a profile of one scheme, by name, as it is made."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
     stored = checkpoint_format(profile)
     compressor = BaseCompressor.get_value_from_registry(stored)
     group = QuantizationScheme.model_validate(config_group(profile, "compressed_tensors") | {"format": stored})
-    largest = shared_largest(module, profile.low, profile.scheme)
-    found = []
+    fused: dict[str, list[Operator]] = {}
     for op in profile.low:
-        quantizer = quantizers[op.path]
-        # The rounded weight, not the weight: it is a whole number of scales, and the package's rounding leaves it.
-        tensors = {"weight": quantizer.weight} | _scales(module, op, quantizer, largest.get(op.group))
-        found.append((op.path, {name: item.contiguous() for name, item in compressor.compress(tensors, group).items()}))
-    return found
+        fused.setdefault(op.group, []).append(op)
+    for together in fused.values():
+        with model.weights([op.path for op in together]):
+            largest = shared_largest(model.module, together, profile.scheme)
+            for op in together:
+                quantizer = quantizers[quantizer_key(profile, op, quantizers)]
+                # The rounded weight, a whole number of scales: the package's rounding leaves it.
+                tensors = {"weight": quantizer.weight} | _scales(model.module, op, quantizer, largest.get(op.group))
+                for name, tensor in compressor.compress(tensors, group).items():
+                    yield f"{op.path}.{name}", tensor
+
+
+def _read(model: LoadedModel, wanted: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Weights of a streamed model, one by one; a tied head is stored where the checkpoint has one.
+
+    Args:
+        wanted: by name, for their shapes.
+    """
+    checkpoint = model.checkpoint
+    for name, tensor in wanted.items():
+        if isinstance(checkpoint, Checkpoint) and name in checkpoint.places:
+            yield name, checkpoint.read(name, tensor.shape, torch.device("cpu"), model.dtype)
+
+
+@contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """A folder for the while; what a killed run left there goes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _on_disk(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> dict[str, Tensor]:
+    """Tensors that take no memory: each in one of some files, and mapped from there."""
+    mapped: dict[str, Tensor] = {}
+    waiting: dict[str, Tensor] = {}
+
+    def put_away() -> None:
+        path = folder / f"{len(mapped)}.safetensors"
+        save_file(waiting, path)
+        mapped.update(load_file(path))
+        waiting.clear()
+
+    for name, tensor in tensors:
+        waiting[name] = tensor.contiguous()
+        if sum(item.nbytes for item in waiting.values()) >= PART_BYTES:
+            put_away()
+    if waiting:
+        put_away()
+    return mapped
 
 
 def _scales(

@@ -173,7 +173,7 @@ def _groups(model: LoadedModel, count: int, samples: Sequence[Sample], component
     groups: list[list[list[Sample]]] = [[]]
     taken = 0
     for rows in shapes.values():
-        one = _state_bytes(model, rows[0], count + 1, component)
+        one = state_bytes(model, rows[0], count + 1, component)
         at_once = max(1, min(BATCH_LOGITS // (rows[0].input_ids.numel() * vocabulary), limit // one))
         for start in range(0, len(rows), at_once):
             batch = rows[start : start + at_once]
@@ -191,7 +191,7 @@ def _by_its_text(sample: Sample, model: LoadedModel) -> Sample:
     return replace(sample, labels=sample.input_ids.masked_fill(at_image, IGNORED))
 
 
-def _state_bytes(model: LoadedModel, sample: Sample, branches: int, component: str) -> int:
+def state_bytes(model: LoadedModel, sample: Sample, branches: int, component: str) -> int:
     """Of one sample in all branches, before and after a segment."""
     text = sample.input_ids.numel() * model.config.get_text_config().hidden_size * branches
     vision = 0

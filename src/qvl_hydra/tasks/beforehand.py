@@ -72,6 +72,7 @@ def _require_tools(settings: Settings, description: ModelDescription, every: Seq
     if CHECKPOINT in tools:
         require_modules(every, "compressed-tensors")
     if INC in tools:
+        require_resident(description)
         require_inc_able(description.family, [op for op in every if component in (op.component, "full")], component)
 
 
@@ -86,6 +87,16 @@ def require_bound(direction: str, metric: str) -> None:
             f"profile.budget=error bounds a measured error, and these scores are direction={direction}, "
             f"metric={metric}; take scores of direction=requantize in {', '.join(MEASURED)}, or another budget"
         )
+
+
+def require_resident(description: ModelDescription) -> None:
+    """Refuse a streamed model for Neural Compressor.
+
+    Raises:
+        ProfileError: it is one.
+    """
+    if description.settings.placement == "streamed":
+        raise ProfileError("Neural Compressor needs the whole model in memory; take model.placement=resident")
 
 
 def require_inc_able(family: Family, operators: Sequence[Operator], component: str) -> None:

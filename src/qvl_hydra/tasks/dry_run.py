@@ -20,6 +20,7 @@ from qvl_hydra.estimators.table import work_of
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.models.load import LoadedModel, outline_model
 from qvl_hydra.models.memory import GIB, free_memory_bytes
+from qvl_hydra.profiles.checkpoint import unpacked_bytes
 from qvl_hydra.reference import load
 from qvl_hydra.runs.folder import PARTS
 from qvl_hydra.runs.resume import Asked, other_schemes, smaller_run, source_of
@@ -56,7 +57,11 @@ def foretell(settings: Settings, further: Sequence[QuantSettings], own: Path, sc
     if settings.task.name == "quantize":
         tools = ", ".join(settings.profile.quantize_with) or "each tool"
         most = prepared.description.weight_bytes / GIB
-        said["writes"] = f"a model by {tools} of at most {most:.2f} GiB, below {own.parent}"
+        loaded = unpacked_bytes(prepared.description) / GIB
+        said["writes"] = (
+            f"a model by {tools} of at most {most:.2f} GiB, below {own.parent}; transformers loads a "
+            f"checkpoint to compare it with QDQ where {loaded:.2f} GiB are free for that"
+        )
     said["memory"] = _memory(settings, prepared)
     if BACKENDS[settings.backend.name].estimators == () and not settings.backend.graph:
         said["time"] = _time(settings, prepared, scores is None)

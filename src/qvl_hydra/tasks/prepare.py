@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ def prepare(
     Raises:
         QvlHydraError: anything missing, unreadable, empty or too large, named.
     """
+    gc.collect()  # the model of a sweep, whose figures refer to each other in circles, would take its memory still
     description, row = describe_model(settings.model), BACKENDS[settings.backend.name]
     _refuse_family(settings, description.family)
     foreign = _foreign_graph(settings, description)

@@ -1,7 +1,8 @@
 """task=quantize: puts a profile through tools that make quantized models, and compares what they compute with our QDQ.
 
 - `inc`: Neural Compressor's PyTorch FX path, saved and loaded again, against QDQ with its own scales;
-- `compressed_tensors`: a checkpoint with our scales, in one scheme or several, loaded and run by plain transformers.
+- `compressed_tensors`: a checkpoint with our scales, in one scheme or several, loaded and run by plain transformers
+  where there is memory for that.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib.util
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,14 +21,14 @@ from torch import Tensor, nn
 
 from qvl_hydra.calibration.sample import Sample, collate
 from qvl_hydra.errors import MissingExtraError, ProfileError
-from qvl_hydra.models.forward import reference_output
+from qvl_hydra.models.load import ModelDescription
+from qvl_hydra.models.memory import GIB, free_memory_bytes
 from qvl_hydra.operators.discover import find_operators
-from qvl_hydra.profiles.apply import applied
-from qvl_hydra.profiles.checkpoint import not_loaded, unlike_qdq, write_checkpoint
+from qvl_hydra.profiles.agreement import Agreement, compare
+from qvl_hydra.profiles.checkpoint import not_loaded, unlike_qdq, unpacked_bytes, write_checkpoint
 from qvl_hydra.profiles.formats.table import FORMATS
 from qvl_hydra.profiles.formats.written import require_able, write_formats
-from qvl_hydra.profiles.profile import Profile, describe
-from qvl_hydra.quantization.qdq import OperatorQuantizer
+from qvl_hydra.profiles.profile import describe
 from qvl_hydra.reports.quantize import quantize_sections
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.files import write_json
@@ -36,7 +37,7 @@ from qvl_hydra.runs.record import write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import choose
-from qvl_hydra.tasks.beforehand import INC_FORMAT, no_tool, refuse_beforehand, require_inc_able
+from qvl_hydra.tasks.beforehand import INC_FORMAT, no_tool, refuse_beforehand, require_inc_able, require_resident
 from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples
 from qvl_hydra.tasks.scored import of_profile
 
@@ -45,29 +46,6 @@ PACKAGES = {
     "inc": ("neural_compressor", "neural-compressor 3.7", "inc"),
     "compressed_tensors": ("compressed_tensors", "compressed-tensors", "profiles"),
 }
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """A tool's outputs beside those of our QDQ, on held-out samples.
-
-    Attributes:
-        n_quantized: operators that are quantized.
-        largest_difference: between the tool and QDQ, over all outputs.
-        relative_difference: root mean square of that difference, over that of what quantization changes (QDQ - float).
-        identical: samples on which both are equal bit for bit. Where they are not, a value lay so near to the middle
-            of two integers that the order of operations decided, and what follows differs too.
-        samples: compared.
-        reload_difference: largest difference between the model as made and as read back; None when it is read back
-            only.
-    """
-
-    n_quantized: int
-    largest_difference: float
-    relative_difference: float
-    identical: int
-    samples: int
-    reload_difference: float | None = None
 
 
 def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence[QuantSettings] = ()) -> None:
@@ -87,15 +65,17 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
         decision = choose.decide(settings, folder, screen, further)
     else:
         decision = decide(settings, folder, screen)
-    decision = dataclasses.replace(decision, quantizers=dict(decision.quantizers))  # each tool asks for all of them
     samples, few = evaluation_samples(settings, decision.prepared, folder.path)
-    results: dict[str, Agreement] = {}
+    results: dict[str, Agreement | None] = {}
     refused: list[str] = []
     notes = [*decision.notes, *few]
     drivers: Sequence[str] = settings.profile.quantize_with or tuple(DRIVERS)
     for name in drivers:
         try:
             results[name] = DRIVERS[name](settings, decision, samples, folder.path / name)
+        except _NotComparedError as error:
+            results[name] = None
+            notes.append(str(error))
         except (ProfileError, MissingExtraError) as error:
             if settings.profile.quantize_with:
                 raise
@@ -108,7 +88,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     everything = find_operators(decision.prepared.model.module, "full")
     write_formats(decision.profile, everything, settings.profile.formats, folder.path / "exports")
     write_json(folder.path / "profile.json", {"budget": str(decision.budget), **describe(decision.profile)})
-    said = {name: asdict(result) for name, result in results.items()}
+    said = {name: result and asdict(result) for name, result in results.items()}
     write_record(folder.path, of_profile(decision.sweep, "quantize", said, notes, time.perf_counter() - began))
     write_sweep_report(folder.path, extra=quantize_sections(folder.path))
     _show(decision, results, notes, folder.path, screen)
@@ -120,6 +100,7 @@ def _with_inc(settings: Settings, decision: Decision, samples: Sequence[Sample],
     from qvl_hydra.profiles.inc_quantize import quantize_with_inc
 
     model, component = decision.prepared.model, settings.component.name
+    require_resident(model.description)
     if model.device.type != "cpu":
         raise ProfileError(f"Neural Compressor's INT8 runs on the CPU, not on {model.device}; take backend.device=cpu")
     require_inc_able(model.family, find_operators(model.module, component), component)
@@ -133,7 +114,7 @@ def _with_inc(settings: Settings, decision: Decision, samples: Sequence[Sample],
         apart = max(
             float((outputs(made.converted)(sample) - outputs(made.reloaded)(sample)).abs().max()) for sample in samples
         )
-    found = compare(outputs(made.reloaded), model.module, decision.profile, made.quantizers, samples, component)
+    found = compare(outputs(made.reloaded), model, decision.profile, made.quantizers, samples, component)
     return dataclasses.replace(found, reload_difference=apart)
 
 
@@ -146,13 +127,31 @@ def _with_compressed_tensors(
 
     logger.disable("compressed_tensors")  # it warns of every operator whose last block is smaller
     write_checkpoint(model, decision.profile, decision.quantizers, folder)
+    _require_room(model.description)
     reader = model.family.load_class()
     with contextlib.redirect_stderr(io.StringIO()):  # four bars of its own; the last belongs to the first forward
         loaded = reader.from_pretrained(folder).eval().to(model.device)
         forward(loaded, samples[0])
     return compare(
-        lambda sample: forward(loaded, sample), model.module, decision.profile, decision.quantizers, samples, "full"
+        lambda sample: forward(loaded, sample), model, decision.profile, decision.quantizers, samples, "full"
     )
+
+
+class _NotComparedError(Exception):
+    """A model was made, and there is no memory to run it beside the float one."""
+
+
+def _require_room(description: ModelDescription) -> None:
+    """Refuse to load a checkpoint where there is no memory for it.
+
+    Raises:
+        _NotComparedError: with what it would take.
+    """
+    if (free := free_memory_bytes()) < (need := unpacked_bytes(description)):
+        raise _NotComparedError(
+            "compressed_tensors: the checkpoint is written, and was not compared with QDQ: transformers unpacks it, "
+            f"which takes {need / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
+        )
 
 
 DRIVERS = {"inc": _with_inc, "compressed_tensors": _with_compressed_tensors}
@@ -174,38 +173,8 @@ def forward(module: nn.Module, sample: Sample) -> Tensor:
     return found.float()
 
 
-@torch.no_grad()
-def compare(
-    outputs: Callable[[Sample], Tensor],
-    module: nn.Module,
-    profile: Profile,
-    quantizers: Mapping[str, OperatorQuantizer],
-    samples: Sequence[Sample],
-    component: str,
-) -> Agreement:
-    """How far a tool's outputs are from those of QDQ.
-
-    Args:
-        outputs: the tool's output of a sample, in the shape of `reference_output`.
-        quantizers: what QDQ computes with.
-    """
-    largest = apart = effect = 0.0
-    identical = 0
-    for sample in samples:
-        reference = reference_output(module, sample, component)
-        with applied(module, profile, quantizers):
-            ours = reference_output(module, sample, component)
-        theirs = outputs(sample)
-        identical += bool(torch.equal(theirs, ours))
-        largest = max(largest, float((theirs - ours).abs().max()))
-        apart += float((theirs - ours).double().square().sum())
-        effect += float((ours - reference).double().square().sum())
-    relative = (apart / effect) ** 0.5 if effect else 0.0
-    return Agreement(len(profile.low), largest, relative, identical, len(samples))
-
-
 def _show(
-    decision: Decision, results: Mapping[str, Agreement], notes: Sequence[str], folder: Path, screen: Screen
+    decision: Decision, results: Mapping[str, Agreement | None], notes: Sequence[str], folder: Path, screen: Screen
 ) -> None:
     rows = [
         [
@@ -216,9 +185,11 @@ def _show(
             f"{100 * item.relative_difference:.2g} %",
         ]
         for name, item in results.items()
+        if item is not None
     ]
     columns = ["tool", "quantized", "samples as QDQ", "largest diff.", "of the effect"]
-    screen.table(f"profile {decision.budget}, computed by other tools and by QDQ", columns, rows)
+    if rows:
+        screen.table(f"profile {decision.budget}, computed by other tools and by QDQ", columns, rows)
     for note in notes:
         screen.say(note)
     for name in results:

@@ -71,16 +71,17 @@ def run(
     _write_calibration(settings, folder, prepared)
     job = job_of(settings, prepared, folder.path / settings.backend.name)
     note: dict[str, Any] = {"fingerprint": asked.fingerprint, "began": began}
-    folder.after_write = _refresher(settings, folder, prepared)
     report: EngineReport | None = None
     if only_there:
         _write_results(settings, folder, prepared, None, note | {"why": only_there})
         return
+    folder.after_write = _refresher(settings, folder, prepared)
     try:
         report = report_of(settings, folder, job, screen)
         report.notes += not_quantized(settings, prepared)
     finally:  # Ctrl-C, an error or the end: what there is is written
         screen.finish()
+        folder.after_write = lambda: None  # the other holds the model: a profile loads it again
         record = _write_results(settings, folder, prepared, report, note)
     show(settings, folder, report, record, screen)
     if not record.n_scored:
