@@ -296,9 +296,13 @@ def test_what_spaces_keep_from_a_scheme_need_not_be_written_in_it() -> None:
     refuse_beforehand(settings_of(*asked, "profile.spaces=[{match: '*patch_embed*', choices: [leave]}]"), ())
 
 
-def test_neural_compressor_is_given_no_streamed_model() -> None:
-    settings = composed("task=quantize", "component=lm", "model.placement=streamed", "profile.quantize_with=[inc]")
-    with pytest.raises(ProfileError, match="needs the whole model in memory"):
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [("model.placement=streamed", "the whole model in memory"), ("model.dtype=bfloat16", "of float32, not bfloat16")],
+)
+def test_a_model_that_neural_compressor_cannot_take_is_refused(asked: str, message: str) -> None:
+    settings = composed("task=quantize", "component=lm", "profile.quantize_with=[inc]", asked)
+    with pytest.raises(ProfileError, match=message):
         refuse_beforehand(settings, ())
 
 

@@ -28,7 +28,7 @@ from qvl_hydra.profiles.select import Budget, select
 from qvl_hydra.profiles.units import Unit, units_from_scores, units_without
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.scheme import Scheme
-from qvl_hydra.settings import QuantSettings, Settings
+from qvl_hydra.settings import ModelSettings, QuantSettings, Settings
 from qvl_hydra.tasks.candidates import MEASURED
 from qvl_hydra.tasks.measure_costs import read_costs
 from qvl_hydra.tasks.prepare import processor_of, schemes_of
@@ -72,7 +72,7 @@ def _require_tools(settings: Settings, description: ModelDescription, every: Seq
     if CHECKPOINT in tools:
         require_modules(every, "compressed-tensors")
     if INC in tools:
-        require_resident(description)
+        require_inc_model(settings.model)
         require_inc_able(description.family, [op for op in every if component in (op.component, "full")], component)
 
 
@@ -89,14 +89,16 @@ def require_bound(direction: str, metric: str) -> None:
         )
 
 
-def require_resident(description: ModelDescription) -> None:
-    """Refuse a streamed model for Neural Compressor.
+def require_inc_model(model: ModelSettings) -> None:
+    """Refuse a model that Neural Compressor cannot take as it is.
 
     Raises:
-        ProfileError: it is one.
+        ProfileError: it is streamed, or not in float32.
     """
-    if description.settings.placement == "streamed":
+    if model.placement == "streamed":
         raise ProfileError("Neural Compressor needs the whole model in memory; take model.placement=resident")
+    if model.dtype != "float32":
+        raise ProfileError(f"Neural Compressor's INT8 is made of float32, not {model.dtype}; take model.dtype=float32")
 
 
 def require_inc_able(family: Family, operators: Sequence[Operator], component: str) -> None:

@@ -37,7 +37,7 @@ from qvl_hydra.runs.record import write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import choose
-from qvl_hydra.tasks.beforehand import INC_FORMAT, no_tool, refuse_beforehand, require_inc_able, require_resident
+from qvl_hydra.tasks.beforehand import INC_FORMAT, no_tool, refuse_beforehand, require_inc_able, require_inc_model
 from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples
 from qvl_hydra.tasks.scored import of_profile
 
@@ -100,7 +100,7 @@ def _with_inc(settings: Settings, decision: Decision, samples: Sequence[Sample],
     from qvl_hydra.profiles.inc_quantize import quantize_with_inc
 
     model, component = decision.prepared.model, settings.component.name
-    require_resident(model.description)
+    require_inc_model(settings.model)
     if model.device.type != "cpu":
         raise ProfileError(f"Neural Compressor's INT8 runs on the CPU, not on {model.device}; take backend.device=cpu")
     require_inc_able(model.family, find_operators(model.module, component), component)
