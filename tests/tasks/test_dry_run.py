@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.load import outline_model
+from qvl_hydra.profiles import measure, spectrum
+from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.tasks import candidates, family_costs, keep_lists
 from qvl_hydra.tasks.dry_run import sample_seconds
 from qvl_hydra.tasks.prepare import prepare
 from tests.program import SMALL, composed, run_here
@@ -69,6 +76,35 @@ def test_it_refuses_what_the_run_would_refuse(
     assert status == 2
     assert "dry_run tells what task=sweep, profile, quantize would measure, not export_onnx" in text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "experiment=profile_spectrum profile.compare_with=[llm_compressor] profile.families=2",
+        "experiment=profile_choices profile.values=[6,8] profile.families=1",
+    ],
+)
+def test_no_more_plans_are_measured_than_it_says(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor far fewer: those of budgets near to each other are the same."""
+    few = "operators.exclude=null calibration.size=4 profile.evaluation_size=3 strategy.estimator=sketch"
+    line = f"{asked} component=lm {few} tracking.enabled=false"
+    text = run_here(f"{line} dry_run=true", tmp_path, monkeypatch, capsys)[1]
+    told = [tuple(map(int, found)) for found in re.findall(r"(\d+) plans on (\d+) samples", " ".join(text.split()))]
+    measured: list[tuple[int, int]] = []
+
+    def counted(model: object, profiles: Sequence[Profile], _: object, samples: Sequence[Sample], *more: Any) -> Any:
+        measured.append((len({profile.key for profile in profiles}), len(samples)))
+        return measure.measure_profiles(model, profiles, _, samples, *more)
+
+    for module in (candidates, spectrum, keep_lists, family_costs):
+        monkeypatch.setattr(module, "measure_profiles", counted)
+    run_here(line, tmp_path, monkeypatch, capsys)
+    for most, samples in told:
+        found = sum(count for count, own in measured if own == samples)
+        assert most / 2 <= found <= most
 
 
 @pytest.mark.parametrize("model", ["tiny_qwen2_5_vl", "tiny_qwen2_vl", "tiny_qwen3_vl"])

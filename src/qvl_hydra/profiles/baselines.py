@@ -17,6 +17,7 @@ from qvl_hydra.profiles.units import Unit, units_with_values
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 
 RANDOM_SEEDS = (0, 1, 2)
+MOST = len(RANDOM_SEEDS) + 3  # profiles that `baseline_profiles` gives of a budget
 
 
 def baseline_profiles(

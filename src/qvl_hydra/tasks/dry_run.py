@@ -20,6 +20,7 @@ from qvl_hydra.estimators.table import work_of
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.models.load import LoadedModel, outline_model
 from qvl_hydra.models.memory import GIB, free_memory_bytes
+from qvl_hydra.profiles.baselines import MOST
 from qvl_hydra.profiles.checkpoint import unpacked_bytes
 from qvl_hydra.reference import load
 from qvl_hydra.runs.folder import PARTS
@@ -27,8 +28,10 @@ from qvl_hydra.runs.resume import Asked, other_schemes, smaller_run, source_of
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks.beforehand import refuse_beforehand
+from qvl_hydra.tasks.choose import FRONT
 from qvl_hydra.tasks.measured import asked_of
 from qvl_hydra.tasks.prepare import Prepared, may_reuse, not_quantized, prepare
+from qvl_hydra.tasks.quantize import PACKAGES
 from qvl_hydra.tasks.sweep import job_of
 
 ROW_BYTES = 150  # of a score on disk: in its part, in the tables and with the tracker
@@ -151,9 +154,28 @@ def _time(settings: Settings, prepared: Prepared, scoring: bool) -> str:
             longer = ", longer where many operators score alike" if row.races else ""
             found.append(f"scoring takes about {forwards:.0f} of them: {_clock(forwards * seconds)}{longer}")
     if settings.task.name != "sweep":
-        size = settings.profile.evaluation_size
-        found.append(f"each plan that is measured takes about {size} of them: {_clock(size * seconds)}")
+        walks = [(plans, count) for plans, count in _plans(settings, len(samples)) if plans]
+        named = " and ".join(f"{plans} plans on {count} samples" for plans, count in walks)
+        most = sum(plans * count for plans, count in walks)
+        found.append(f"at most {named} are measured, about one a sample and plan: {_clock(most * seconds)}")
     return "; ".join(found)
+
+
+def _plans(settings: Settings, scored: int) -> list[tuple[int, int]]:
+    """How many plans a profile measures at most on how many samples, but for the bisection of an error bound.
+
+    The best few of each budget on those that were scored, and on held-out ones what is reported: of task=quantize one
+    plan, by each tool and beside the float model.
+    """
+    wanted, of_profile = settings.profile, settings.task.name == "profile"
+    budgets = (len(wanted.values) or FRONT) if wanted.choices else 1 + len(wanted.spectrum) * of_profile
+    few = wanted.candidates if wanted.candidates > 1 else 0
+    if not of_profile:
+        return [(budgets * few, scored), (3 * (len(wanted.quantize_with) or len(PACKAGES)), wanted.evaluation_size)]
+    lists, beside = len(wanted.compare_with), MOST if wanted.baselines and not wanted.choices else 0
+    families = 2 * wanted.families + 1 if wanted.families else 0
+    reported = budgets * (1 + beside) + 2 + 2 * lists + families  # two are the ends: all and nothing quantized
+    return [((budgets + lists) * few, scored), (reported, wanted.evaluation_size)]
 
 
 @torch.no_grad()
@@ -205,4 +227,6 @@ def _kind(walker: Walker, segment: Segment, context: Context, state: State) -> A
 def _clock(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.2g} s"
+    if seconds < 600:
+        return f"{seconds / 60:.1f} min"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
