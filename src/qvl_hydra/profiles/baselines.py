@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
 
 from qvl_hydra.models.load import LoadedModel
+from qvl_hydra.models.memory import row_parts
 from qvl_hydra.profiles.costs import COSTS, LEAVE
 from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile
@@ -104,7 +106,13 @@ def errors_and_ranges(
         with model.weights([path]):
             quantizer, weight = quantizers[path], model.module.get_submodule(path).get_parameter("weight")
             rounded, inputs = quantizer.weight, quantizer.input
-            errors[path] = 0.0 if rounded is None else float((rounded - weight).double().square().sum())
+            errors[path] = 0.0 if rounded is None else _squared_distance(rounded.flatten(1), weight.flatten(1))
         if inputs is not None:
             ranges[path] = inputs.scale * (inputs.qmax - inputs.qmin)
     return errors, ranges
+
+
+def _squared_distance(first: Float[Tensor, "row in"], second: Float[Tensor, "row in"]) -> float:
+    """Some rows at a time: of a head with a large vocabulary there is no room for copies."""
+    parts = ((first[rows] - second[rows]).double().square().sum() for rows in row_parts(first))
+    return float(sum(parts))

@@ -65,7 +65,8 @@ def compare_lists(settings: Settings, lists: Lists, folder: RunFolder, screen: S
         found = [dataclasses.replace(own, ours=ours) for own, ours in zip(found, best, strict=True)]
     profiles = [profile for own in found for profile in (own.theirs, own.ours)]
     model, component = lists.prepared.model, settings.component.name
-    with screen.working(steps(model, profiles, lists.samples, component), f"measuring {len(found)} lists and ours"):
+    label = f"measuring {len(found)} list{'s' * (len(found) > 1)} and ours"
+    with screen.working(steps(model, profiles, lists.samples, component), label):
         measured = measure_profiles(
             model, profiles, lists.quantizers, lists.samples, component, screen.step, folder
         )
