@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from qvl_hydra.entry.compose import scheme_settings
@@ -245,3 +248,16 @@ def test_operators_and_memory_are_judged_before_samples_and_weights(
     ):
         with pytest.raises(Exception, match=message):
             run(tmp_path / "run", *overrides)
+
+
+def test_kinds_of_token_that_do_not_occur_are_not_named(tmp_path: Path) -> None:
+    text = io.StringIO()
+    settings = settings_of("strategy.estimator=sketch")
+    sweep.run(settings, RunFolder(tmp_path / "images"), Screen(console=Console(file=text, width=300)))
+    assert re.search(r"loses come in \d+% at image tokens, \d+% at other .* and \d+% at the answer", text.getvalue())
+    lines = [json.dumps({"prompt": "how many", "answer": str(number)}) for number in range(4)]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    text.truncate(0)
+    own = ("calibration=jsonl", f"calibration.path={tmp_path / 'own.jsonl'}", "strategy.estimator=sketch")
+    sweep.run(settings_of(*own), RunFolder(tmp_path / "text"), Screen(console=Console(file=text, width=300)))
+    assert re.search(r"loses come in \d+% at other tokens of the prompt and \d+% at the answer", text.getvalue())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from qvl_hydra.estimators.job import EngineReport
 from qvl_hydra.models.memory import GIB
 from qvl_hydra.profiles.families import name_of
@@ -16,6 +18,8 @@ from qvl_hydra.settings import Settings
 
 SHOWN, SHOWN_FAILED = 10, 3
 FAMILIES_SHOWN = 5
+ENTERED = {"image": "at image tokens", "text": "at other tokens of the prompt", "answer": "at the answer's own"}
+CHANGED = {"image": "where an image token comes next", "text": "where other text does", "answer": "at the answer"}
 CHANGES = "changes_at"  # likewise: shares of the squared error by the kind of token that a position predicts
 ENTERS = "enters_at"  # in a record's details: tokens at which the language tower's errors come in
 
@@ -60,17 +64,10 @@ def show(settings: Settings, folder: RunFolder, report: EngineReport, record: Ru
             f"drawn at random sketch and exact have a rank correlation of {agreement:.3f}; expected on the wrong side "
             f"of the top {said['top_k']}: {said['expected_wrong_in_top_k']:.2f}"
         )
-    if enters := record.details.get(ENTERS):
-        screen.say(
-            f"of what the language tower loses, {enters['image']:.0%} comes in at image tokens, {enters['text']:.0%} "
-            f"at other tokens of the prompt and {enters['answer']:.0%} at the answer's own"
-        )
-    if changes := record.details.get(CHANGES):
-        screen.say(
-            f"of the squared error of {int(table[SPLIT[0]].notna().sum())} operators, {changes['image']:.0%} is where "
-            f"an image token comes next, {changes['text']:.0%} where other text does and {changes['answer']:.0%} at "
-            "the answer"
-        )
+    if entered := _shares(record.details.get(ENTERS), ENTERED):
+        screen.say(f"of what the language tower loses come in {entered}")
+    if changed := _shares(record.details.get(CHANGES), CHANGED):
+        screen.say(f"of the squared error of {int(table[SPLIT[0]].notna().sum())} operators come out {changed}")
     told = sharpening(read_table(folder.path / "sample_scores.parquet"), report.metric, str(record.scheme))
     if told:
         screen.say(told)
@@ -89,3 +86,9 @@ def show(settings: Settings, folder: RunFolder, report: EngineReport, record: Ru
     if record.calibration_bad:
         screen.say(f"{record.calibration_bad} bad calibration samples were left out; calibration.json names them")
     screen.say(f"report: {folder.path / 'report.html'}")
+
+
+def _shares(shares: Mapping[str, float] | None, places: Mapping[str, str]) -> str:
+    """Shares of kinds of token in words; nothing where all is of one kind, as with texts that are nobody's answer."""
+    parts = [f"{share:.0%} {places[kind]}" for kind, share in (shares or {}).items() if share]
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else ""
