@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qvl_hydra.calibration.sample import Sample, collate
 from qvl_hydra.errors import MissingExtraError, ProfileError
-from qvl_hydra.models.load import ModelDescription
+from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.models.memory import GIB, free_memory_bytes
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.agreement import Agreement, compare
@@ -127,7 +127,7 @@ def _with_compressed_tensors(
 
     logger.disable("compressed_tensors")  # it warns of every operator whose last block is smaller
     write_checkpoint(model, decision.profile, decision.quantizers, folder)
-    _require_room(model.description)
+    _require_room(model)
     reader = model.family.load_class()
     with contextlib.redirect_stderr(io.StringIO()):  # four bars of its own; the last belongs to the first forward
         loaded = reader.from_pretrained(folder).eval().to(model.device)
@@ -141,13 +141,16 @@ class _NotComparedError(Exception):
     """A model was made, and there is no memory to run it beside the float one."""
 
 
-def _require_room(description: ModelDescription) -> None:
+def _require_room(model: LoadedModel) -> None:
     """Refuse to load a checkpoint where there is no memory for it.
 
     Raises:
         _NotComparedError: with what it would take.
     """
-    if (free := free_memory_bytes()) < (need := unpacked_bytes(description)):
+    free, need = free_memory_bytes(), unpacked_bytes(model.description)
+    if model.device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(model.device)[0])
+    if free < need:
         raise _NotComparedError(
             "compressed_tensors: the checkpoint is written, and was not compared with QDQ: transformers unpacks it, "
             f"which takes {need / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
