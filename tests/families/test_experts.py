@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import io
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from torch.nn import functional
@@ -20,13 +22,15 @@ from qvl_hydra.backends import torch as native
 from qvl_hydra.blockwise.census import OperatorCensus, warnings
 from qvl_hydra.blockwise.ranges import walk
 from qvl_hydra.blockwise.walker import Walker
-from qvl_hydra.errors import ProfileError
+from qvl_hydra.entry.compose import scheme_settings
 from qvl_hydra.estimators.sketch_run import of_expert
 from qvl_hydra.families.experts import ExpertProduct
 from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
+from qvl_hydra.profiles.agreement import compare
+from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.checkpoint import write_checkpoint
 from qvl_hydra.profiles.costs import COSTS
 from qvl_hydra.profiles.formats.compressed_tensors import quantization_config
@@ -34,17 +38,22 @@ from qvl_hydra.profiles.formats.table import FORMATS
 from qvl_hydra.profiles.formats.written import paste, write_formats
 from qvl_hydra.profiles.prices import Terms, used
 from qvl_hydra.profiles.profile import Profile, weight_values
+from qvl_hydra.profiles.storable import not_loaded, not_storable
 from qvl_hydra.profiles.units import units_from_scores
 from qvl_hydra.quantization.apply import make_quantizer, quantized
 from qvl_hydra.quantization.qdq import weight_change
-from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
+from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat, scheme_from_settings
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.scores.table import Scored, score_table
+from qvl_hydra.screen import Screen
 from qvl_hydra.settings import ProfileSettings
+from qvl_hydra.tasks import quantize
+from qvl_hydra.tasks.quantize import forward
 from qvl_hydra.tasks.sweep import _write_experts
 from tests.estimators.test_exact import wavefront_scores
 from tests.estimators.test_gauss_newton import exact_trace
 from tests.families.shapes import load_made_up, made_up_checkpoint, samples_of
+from tests.program import composed
 
 FP8 = Scheme(
     "fp8_dynamic", WeightFormat(8, number="float8_e4m3"),
@@ -201,12 +210,85 @@ def test_what_has_no_names_for_experts_says_so(operators: list[Operator], tmp_pa
         assert "operators.exclude=['*experts*']" in records[name]["error"]
 
 
-def test_no_checkpoint_is_written_that_transformers_could_not_read(
-    model: LoadedModel, operators: list[Operator], tmp_path: Path
+@pytest.mark.compressed_tensors
+@pytest.mark.parametrize("name", ["w8a8_int", "fp8_dynamic", "fp8"])
+def test_quantized_experts_are_stored_one_by_one(
+    checkpoint: Path, operators: list[Operator], name: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ProfileError, match="the experts of this model are weights of their own"):
-        write_checkpoint(model, profile_with(operators), {}, tmp_path)
-    assert not list(tmp_path.iterdir())
+    """With the numbers of QDQ; those left as published checkpoints have them; all of it from a streamed model, too."""
+    pytest.importorskip("compressed_tensors")
+    scheme = scheme_from_settings(scheme_settings(name))
+    profile = profile_with(operators, "*layers.2.mlp.experts*", scheme=scheme)
+    found = []
+    for placement in ("resident", "streamed"):
+        model = load_made_up(checkpoint, placement=placement)
+        quantizers = Quantizers(model, profile.operators, samples_of(checkpoint), "full", [scheme])
+        write_checkpoint(model, profile, quantizers, tmp_path / placement)
+        found.append(load_file(tmp_path / placement / "model.safetensors"))
+    stored, again = found
+    assert stored.keys() == again.keys()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in stored.items())
+    for op in (op for op in operators if op.experts > 1):
+        parent, _, product = op.path.rpartition(".")
+        if op.path in profile.high:
+            weight = load_made_up(checkpoint).module.get_submodule(op.path).weight
+            assert torch.equal(stored[op.path].mT.reshape_as(weight), weight)
+            continue
+        parts = ("gate_proj", "up_proj") if product == "gate_up_proj" else ("down_proj",)
+        names = [f"{parent}.{expert}.{part}" for expert in range(op.experts) for part in parts]
+        ours = quantizers[op.path]
+        theirs = torch.cat([stored[f"{key}.weight"].float() * stored[f"{key}.weight_scale"] for key in names])
+        assert torch.allclose(theirs, ours.weight, rtol=1e-6, atol=0)
+        if ours.input is not None:
+            scales = torch.cat([stored[f"{key}.input_scale"] for key in names])
+            assert torch.allclose(scales, torch.tensor(ours.input.scale))
+
+
+@pytest.mark.compressed_tensors
+def test_a_mixture_whose_experts_are_left_is_read_by_transformers(
+    model: LoadedModel, checkpoint: Path, operators: list[Operator], tmp_path: Path
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    profile, samples = profile_with(operators, "*experts*"), samples_of(checkpoint)
+    quantizers = Quantizers(model, profile.operators, samples, "full", [FP8])
+    write_checkpoint(model, profile, quantizers, tmp_path)
+    loaded, info = model.family.load_class().from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    forward(loaded.eval(), samples[2])  # decompresses
+    text = [sample for sample in samples if sample.pixel_values is None]  # a vision token's scale is another
+    found = compare(lambda sample: forward(loaded, sample), model, profile, quantizers, text, "full")
+    assert found.relative_difference < 0.2, found
+
+
+@pytest.mark.compressed_tensors
+def test_task_quantize_says_what_reads_quantized_experts(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    text = io.StringIO()
+    settings = composed(
+        "experiment=quantize_mixed", "model=qwen3_vl_30b_a3b", f"model.path={checkpoint}", "model.dtype=float32",
+        "model.placement=streamed", "profile.choices=[w8a8_int,leave]", "profile.values=[9]", "calibration.size=2",
+        "profile.evaluation_size=2", "profile.candidates=1", "strategy.estimator=sketch", "tracking.enabled=false",
+    )  # fmt: skip
+    quantize.run(settings, RunFolder(tmp_path), Screen(console=Console(file=text, width=300)))
+    assert "quantized experts are stored one by one, as vLLM reads them" in text.getvalue()
+    stored = load_file(tmp_path / "compressed_tensors" / "model.safetensors")
+    assert f"{EXPERTS.format(0)}.4.up_proj.weight_scale" in stored
+
+
+@pytest.mark.parametrize(("name", "said"), [("w8a8_static", 1), ("w8a8_int", 0), ("fp8", 0)])
+def test_experts_that_vllm_does_not_load_are_told(operators: list[Operator], name: str, said: int) -> None:
+    scheme = scheme_from_settings(scheme_settings(name))
+    assert len(not_loaded(profile_with(operators, scheme=scheme))) == said
+    assert not not_loaded(profile_with(operators, "*experts*", scheme=scheme))
+
+
+def test_blocks_of_two_products_are_not_stored(operators: list[Operator]) -> None:
+    """128 rows may hold the last of gate_proj and the first of up_proj."""
+    scheme = scheme_from_settings(scheme_settings("fp8_block"))
+    (op, *_) = [op for op in operators if op.experts > 1]
+    even, odd = (dataclasses.replace(op, out_features=2 * rows, in_features=128) for rows in (256, 192))
+    assert not_storable(even, scheme) is None
+    assert "whole blocks of 128 rows, and it has 192" in (not_storable(odd, scheme) or "")
 
 
 def test_a_units_score_is_that_of_both_products(operators: list[Operator]) -> None:

@@ -19,10 +19,11 @@ from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.profiles.agreement import compare
 from qvl_hydra.profiles.apply import Quantizers, quantizer_key
-from qvl_hydra.profiles.checkpoint import not_loaded, unlike_qdq, unpacked_narrow, write_checkpoint
+from qvl_hydra.profiles.checkpoint import write_checkpoint
 from qvl_hydra.profiles.formats.compressed_tensors import quantization_config
 from qvl_hydra.profiles.names import rename
 from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.profiles.storable import not_loaded, unlike_qdq, unpacked_narrow
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.quantization.scheme import Scheme, WeightFormat, scheme_from_settings

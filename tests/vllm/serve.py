@@ -13,12 +13,15 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt8
 
 from qvl_hydra.calibration.encode import load_processor, render
 from qvl_hydra.calibration.record import Turn
 from qvl_hydra.calibration.scenes import scene_examples
 
 SEED = 1  # of the evaluation scenes
+# vLLM runs quantized experts where the processor has AMX; the kernel computes the same without.
+CPUExpertsInt8._supports_current_device = staticmethod(lambda: True)
 
 
 def main(checkpoint: str, dtype: str, scenes: int, file: Path) -> None:
@@ -59,6 +62,9 @@ def main(checkpoint: str, dtype: str, scenes: int, file: Path) -> None:
 
 def _scheme(layer: object) -> str:
     """vLLM's name of how a layer computes: empty where it is not quantized."""
+    method = type(getattr(layer, "quant_method", None)).__name__
+    if method.endswith("MoEMethod"):  # which is the scheme itself
+        return "" if method.startswith("Unquantized") else method.removeprefix("CompressedTensors")
     scheme = getattr(layer, "scheme", None)
     return "" if scheme is None else type(scheme).__name__.removeprefix("CompressedTensors")
 

@@ -7,6 +7,8 @@ proves nothing.
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -24,8 +26,10 @@ from qvl_hydra.calibration.encode import encode, load_processor
 from qvl_hydra.calibration.sample import IGNORED, Sample
 from qvl_hydra.calibration.scenes import scene_examples
 from qvl_hydra.families.record import FUSED
+from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.checkpoint import write_checkpoint
 from qvl_hydra.profiles.formats.table import FORMATS
 from qvl_hydra.profiles.formats.written import paste
@@ -33,8 +37,9 @@ from qvl_hydra.profiles.names import rename
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.tasks.quantize import forward
 from tests.conftest import load_tiny
+from tests.families.shapes import load_made_up
 from tests.profiles.rounding import applied
-from tests.profiles.test_compressed_tensors import mixed
+from tests.profiles.test_compressed_tensors import mixed, scheme_named
 from tests.vllm.serve import SEED
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
@@ -169,6 +174,59 @@ def test_a_checkpoint_computes_what_the_profile_says(
     assert abs(found.answered - found.right) <= (0 if dtype == "float32" else 1)
     own_rule = names == ["w8a8_dynamic"]  # scales of amax / 127.5, where vLLM takes amax / 127
     assert found.kl < (1e-2 if dtype == "bfloat16" or own_rule else 0.02 * effect / SCENES + 1e-5)
+
+
+def mixture(folder: Path) -> LoadedModel:
+    """The bundled Qwen3-VL with four experts in each MLP's place, each of them nearly that MLP; two see a token."""
+    dense, row = load_tiny("tiny_qwen3_vl"), FAMILIES["qwen3_vl_moe"]
+    config = dense.config.to_dict()
+    text = {key: value for key, value in config["text_config"].items() if key != "model_type"}
+    text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": text["intermediate_size"]}
+    text |= {"norm_topk_prob": True}  # as published configs say, and vLLM asks
+    towers = {"text_config": text, "vision_config": config["vision_config"] | {"model_type": "qwen3_vl_moe_vision"}}
+    ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
+    torch.manual_seed(0)
+    made = row.load_class()(row.load_class().config_class(**towers, **ids))
+    state = dense.module.state_dict()
+    made.load_state_dict(state, strict=False)
+    for index, layer in enumerate(made.model.language_model.layers):
+        gate, up, down = (
+            state[f"model.language_model.layers.{index}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down")
+        )
+        experts = layer.mlp.experts
+        for own, whole in ((experts.gate_up_proj, torch.cat([gate, up])), (experts.down_proj, down)):
+            own.data = whole * (1 + 0.1 * torch.randn(4, *whole.shape))
+        layer.mlp.gate.weight.data.normal_()
+    shutil.copytree(dense.description.folder, folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    made.save_pretrained(folder)
+    return load_made_up(folder)
+
+
+@pytest.mark.parametrize("kept", [(), (0, 3)], ids=["all", "some experts kept"])
+def test_quantized_experts_compute_what_the_profile_says(kept: Sequence[int], tmp_path: Path) -> None:
+    """vLLM reads them one by one; its CPU build runs INT8 with a scale a token."""
+    model = mixture(tmp_path / "model")
+    samples = scenes(tmp_path / "model")
+    operators = tuple(op for op in find_operators(model.module, "full") if not op.kind.startswith("Conv"))
+    high = frozenset(op.path for op in operators if op.experts > 1 and op.block in kept)
+    scheme = scheme_named("w8a8_int")
+    profile = Profile(scheme, operators, high, 16, "test")
+    quantizers = dict(Quantizers(model, operators, (), "full", [scheme]))
+    write_checkpoint(model, profile, quantizers, tmp_path / "checkpoint")
+    said = serve(tmp_path / "checkpoint", "bfloat16", tmp_path)
+    methods = {name: method for name, method in said["layers"].items() if ".mlp.experts" in name and method}
+    assert set(methods.values()) == {"W8A8Int8MoEMethod"}
+    blocks = {int(re.search(r"layers\.(\d+)\.", name)[1]) for name in methods}  # type: ignore[index]
+    assert blocks == set(range(8)) - set(kept)
+    float_logits = [forward(model.module, sample) for sample in samples]
+    with applied(model.module, profile, quantizers):
+        found = agreement(said, samples, lambda sample: forward(model.module, sample))
+        effect = sum(map(divergence, float_logits, [forward(model.module, sample) for sample in samples], samples))
+    print(f"\nexperts, {len(profile.low)} of {len(operators)} quantized")
+    print(f"QDQ: {found}; KL(float || QDQ) {effect / SCENES:.2g}")
+    assert abs(found.answered - found.right) <= 1
+    assert found.right > SCENES // 2
+    assert found.kl < 1e-2
 
 
 def divergence(reference: Tensor, found: Tensor, sample: Sample) -> float:

@@ -1,5 +1,7 @@
 """Writes a compressed-tensors checkpoint that plain transformers and vLLM load, in one scheme or several.
 
+Quantized experts are stored one by one, as vLLM reads them; transformers does not.
+
 The numbers are those of our QDQ: weights go through the package's own compressors with the scales that QDQ took, static
 inputs have their scale and zero point. Operators that are not quantized are stored as they are. What is made is put on
 the disk as it is made, so that neither the rounded weights nor the stored ones have to fit in memory.
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -19,20 +21,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qvl_hydra.errors import ProfileError
 from qvl_hydra.families.record import HEAD
-from qvl_hydra.models.load import LoadedModel, ModelDescription
+from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.models.stream import Checkpoint
 from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.profiles.apply import quantizer_key, shared_largest
 from qvl_hydra.profiles.formats.compressed_tensors import checkpoint_format, config_group, quantization_config
-from qvl_hydra.profiles.profile import Profile, require_modules
+from qvl_hydra.profiles.names import EXPERT_PARTS
+from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.profiles.storable import require_storable, unpacked_narrow
 from qvl_hydra.quantization.formats.table import FORMATS
 from qvl_hydra.quantization.qdq import OperatorQuantizer, weight_scales
-from qvl_hydra.quantization.scheme import Scheme
 
-CPU_MULTIPLE = 32  # of the outputs of packed integers in vLLM's CPU build
-NARROW = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 BESIDE = ("*.json", "*.jinja", "*.txt", "*.model")  # tokenizer, templates, image processor
 PART_BYTES = 1 << 29  # of what is made, in memory at most before it goes to the disk
 
@@ -52,7 +52,6 @@ def write_checkpoint(
         ProfileError: what such a checkpoint cannot hold, naming the operators.
     """
     every = find_operators(model.module, "full")
-    require_modules(every, "compressed-tensors")
     require_storable(profile)
     config = quantization_config(profile, every, "hugging_face")
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,119 +59,38 @@ def write_checkpoint(
         for path in model.description.folder.glob(pattern):
             if not path.name.endswith(".index.json"):
                 shutil.copyfile(path, folder / path.name)
-    low = {f"{op.path}.weight" for op in profile.low}
-    high = {name: tensor for name, tensor in model.module.state_dict().items() if name not in low}
-    resident = {name: tensor for name, tensor in high.items() if not tensor.is_meta}
-    streamed = {name: tensor for name, tensor in high.items() if tensor.is_meta}
-    made = [_compressed(model, part, quantizers) for part in profile.by_scheme()]
     with _emptied(folder.with_name(f"{folder.name}.parts")) as parts:
-        state = resident | _on_disk(chain(*made, _read(model, streamed)), parts)
-        model.module.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+        # Mixtures have the names of published checkpoints, and transformers would turn what `_experts` gives.
+        as_published = not any(op.experts > 1 for op in every)
+        state = _state(model, profile, every, quantizers, parts)
+        model.module.save_pretrained(folder, state_dict=state, save_original_format=as_published)  # type: ignore[operator]
     content = json.loads((folder / "config.json").read_text())
     content["quantization_config"] = config
     text = content.get("text_config", content)  # a model for text alone has one config
     dtype = torch.bfloat16 if unpacked_narrow(profile) else model.dtype
     for part in (content, text, content.get("vision_config", text)):
         part["dtype"] = str(dtype).removeprefix("torch.")
-    if HEAD in {op.path for op in profile.low}:  # a quantized head shares nothing with the embedding any more
+    if any(op.path == HEAD for op in profile.low):  # a quantized head shares nothing with the embedding any more
         content["tie_word_embeddings"] = text["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def not_loaded(profile: Profile) -> list[str]:
-    """Where runtimes refuse a checkpoint that transformers loads, a sentence each."""
-    packed = [op for part in profile.by_scheme() if checkpoint_format(part) == "pack-quantized" for op in part.low]
-    odd = [op for op in packed if op.out_features % CPU_MULTIPLE]
-    if not odd:
-        return []
-    return [
-        f"vLLM's CPU build takes packed integers for outputs in multiples of {CPU_MULTIPLE} alone and will not load "
-        f"this checkpoint: {odd[0].path} has {odd[0].out_features}{f', and {len(odd) - 1} more' * (len(odd) > 1)}; "
-        "on CUDA vLLM pads them. For the CPU, give them other choices with profile.spaces"
-    ]
-
-
-def unlike_qdq(profile: Profile, dtype: torch.dtype) -> list[str]:
-    """What transformers computes otherwise than QDQ when it loads the checkpoint, a sentence each.
-
-    Args:
-        dtype: the model's.
-    """
-    found = []
-    if unpacked_narrow(profile):
-        found.append(
-            "compressed-tensors unpacks some of these formats to bfloat16, so that transformers runs the checkpoint in "
-            "it: its rounding is part of the difference to QDQ, which is computed in the model's own dtype"
-        )
-    elif dtype != torch.float32:
-        found.append(
-            f"transformers and QDQ were compared in {str(dtype).removeprefix('torch.')}: its rounding is part of the "
-            "difference, and as large as what a good plan loses; model.dtype=float32 compares without it"
-        )
-    by_token = [(op, part) for op in profile.low if (part := profile.scheme_of(op).input) is not None
-                if part.dynamic and part.group_size is None]  # fmt: skip
-    if any(part.number == "int" and part.divide for _, part in by_token):
-        found.append(
-            "transformers takes a token's INT8 scale as max / 127.5, QDQ and vLLM as max / 127: inputs are rounded to "
-            "other grids, and as much as quantizing changes may lie between them"
-        )
-    if any(op.component == "vision" for op, _ in by_token):
-        found.append(
-            "transformers takes one scale for all tokens of a vision operator's input, QDQ and vLLM one a token: there "
-            "the checkpoint is coarser in transformers than what was scored"
-        )
-    return found
-
-
-def unpacked_bytes(description: ModelDescription) -> int:
-    """Memory that transformers takes for a checkpoint of a model: it unpacks what is packed, one part after the other.
-
-    A head that shares its weights with the embedding until it is quantized counts once more.
-    """
-    largest = max(parameter.numel() for parameter in description.skeleton.parameters())
-    return description.weight_bytes + 2 * largest * torch.float32.itemsize
-
-
-def unpacked_narrow(profile: Profile) -> bool:
-    """Whether compressed-tensors unpacks a weight to bfloat16 whatever the model's dtype, so that it runs in that."""
-    return any(checkpoint_format(part) in NARROW for part in profile.by_scheme())
-
-
-def require_storable(profile: Profile) -> None:
-    """Refuse schemes that a checkpoint cannot hold.
-
-    Raises:
-        ProfileError: naming the operators.
-    """
-    for part in profile.by_scheme():
-        scheme = part.scheme
-        if reason := never_storable(scheme):
-            raise ProfileError(f"a compressed-tensors checkpoint holds no {scheme.name}: it has {reason}")
-        odd = [(op, why) for op in part.low if (why := not_storable(op, scheme)) is not None]
-        if odd:
-            raise ProfileError(
-                f"{odd[0][0].path} in {scheme.name}: {odd[0][1]}{f' ({len(odd)} such operators)' * (len(odd) > 1)}; "
-                "take another scheme, or profile.quantize_with=[compressed_tensors], with which they get other choices"
-            )
-
-
-def never_storable(scheme: Scheme) -> str | None:
-    """What a checkpoint cannot hold of any operator in a scheme, or None."""
-    if scheme.weight is None:
-        return "float weights; take schemes that quantize them"
-    if scheme.output is not None:
-        return "quantized outputs; take a scheme without"
-    return None if scheme.weight.symmetric else "weights with zero points; take symmetric ones"
-
-
-def not_storable(op: Operator, scheme: Scheme) -> str | None:
-    """Why a checkpoint cannot hold an operator in a scheme that it holds others in, or None."""
-    if op.kind != "Linear":
-        return f"a compressed-tensors checkpoint holds linear modules only, and it is a {op.kind}"
-    group = None if scheme.weight is None else scheme.weight.group_size
-    if group is not None and op.in_features % group:
-        return f"a compressed-tensors checkpoint holds whole groups of {group} only, and it has {op.in_features} inputs"
-    return None
+def _state(
+    model: LoadedModel,
+    profile: Profile,
+    every: Sequence[Operator],
+    quantizers: Mapping[str, OperatorQuantizer],
+    parts: Path,
+) -> dict[str, Tensor]:
+    """All that is stored, by name; what is made or read for it lies in files below `parts`."""
+    low, experts = {op.path for op in profile.low}, [op for op in every if op.experts > 1]
+    others = {f"{path}.weight" for path in (*low, *(op.path for op in experts))}
+    high = {name: tensor for name, tensor in model.module.state_dict().items() if name not in others}
+    streamed = {name: tensor for name, tensor in high.items() if tensor.is_meta}
+    made = [_compressed(model, part, quantizers) for part in profile.by_scheme()]
+    kept = _experts(model, [op for op in experts if op.path not in low])
+    found = _on_disk(chain(*made, kept, _read(model, streamed)), parts)
+    return {name: tensor for name, tensor in high.items() if not tensor.is_meta} | found
 
 
 def _compressed(
@@ -194,9 +112,34 @@ def _compressed(
             for op in together:
                 quantizer = quantizers[quantizer_key(profile, op, quantizers)]
                 # The rounded weight, a whole number of scales: the package's rounding leaves it.
+                assert quantizer.weight is not None
                 tensors = {"weight": quantizer.weight} | _scales(model.module, op, quantizer, largest.get(op.group))
-                for name, tensor in compressor.compress(tensors, group).items():
-                    yield f"{op.path}.{name}", tensor
+                for path, own in _modules(op, tensors):
+                    for name, tensor in compressor.compress(own, group).items():
+                        yield f"{path}.{name}", tensor
+
+
+def _modules(op: Operator, tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """What is stored of an operator by module: itself, or each product of each of its experts."""
+    if op.experts == 1:
+        yield op.path, tensors
+        return
+    parent, _, product = op.path.rpartition(".")
+    places = [(expert, part) for expert in range(op.experts) for part in EXPERT_PARTS[product]]
+    parted = {
+        name: tensor.chunk(len(places)) if len(tensor) % len(places) == 0 else [tensor] * len(places)
+        for name, tensor in tensors.items()
+    }
+    for index, (expert, part) in enumerate(places):
+        yield f"{parent}.{expert}.{part}", {name: found[index].clone() for name, found in parted.items()}
+
+
+def _experts(model: LoadedModel, operators: Sequence[Operator]) -> Iterator[tuple[str, Tensor]]:
+    """Experts that are not quantized, (expert, in, out) as published checkpoints have them, and vLLM reads them."""
+    for op in operators:
+        with model.weights([op.path]):
+            weight = model.module.get_submodule(op.path).get_parameter("weight")
+            yield op.path, weight.unflatten(0, (op.experts, -1)).mT
 
 
 def _read(model: LoadedModel, wanted: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

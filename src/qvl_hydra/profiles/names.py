@@ -38,12 +38,14 @@ EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_pr
 
 
 def listed(op: Operator, consumer: str) -> str:
-    """An operator as an entry of compressed-tensors' lists: its name, or a pattern for all its experts."""
+    """An operator as an entry of compressed-tensors' lists: its name, or a pattern for all its experts.
+
+    vLLM renames names of lists, and no patterns: one has to match in every convention.
+    """
     if op.experts == 1:
         return rename(op, consumer)
-    parent, _, product = op.path.rpartition(".")
-    parts = "|".join(EXPERT_PARTS[product])
-    return rf"re:{re.escape(rename(op, consumer, parent))}\.\d+\.({parts})$"
+    parent, _, product = op.path.removeprefix(f"{FAMILIES[op.family].language}.").rpartition(".")
+    return rf"re:.*\.{re.escape(parent)}\.\d+\.({'|'.join(EXPERT_PARTS[product])})$"
 
 
 def neural_compressor_pattern(path: str) -> str:

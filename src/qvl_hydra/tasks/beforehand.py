@@ -17,7 +17,6 @@ from qvl_hydra.errors import ProfileError
 from qvl_hydra.families.record import Family
 from qvl_hydra.models.load import ModelDescription, describe_model
 from qvl_hydra.operators.discover import Operator, find_operators, select_operators
-from qvl_hydra.profiles.checkpoint import never_storable, not_storable, require_storable
 from qvl_hydra.profiles.costs import ERROR, LEAVE
 from qvl_hydra.profiles.formats.table import FORMATS, Consumer
 from qvl_hydra.profiles.formats.written import require_able
@@ -25,6 +24,7 @@ from qvl_hydra.profiles.keep_lists import read_keep_list
 from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile, require_modules
 from qvl_hydra.profiles.select import Budget, select
+from qvl_hydra.profiles.storable import never_storable, not_storable, require_storable
 from qvl_hydra.profiles.units import Unit, units_from_scores, units_without
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.scheme import Scheme
@@ -69,8 +69,6 @@ def refuse_beforehand(settings: Settings, further: Sequence[QuantSettings]) -> N
 
 def _require_tools(settings: Settings, description: ModelDescription, every: Sequence[Operator]) -> None:
     tools, component = settings.profile.quantize_with, settings.component.name
-    if CHECKPOINT in tools:
-        require_modules(every, "compressed-tensors")
     if INC in tools:
         require_inc_model(settings.model)
         require_inc_able(description.family, [op for op in every if component in (op.component, "full")], component)

@@ -21,7 +21,7 @@ from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.models.load import LoadedModel, outline_model
 from qvl_hydra.models.memory import GIB, free_memory_bytes
 from qvl_hydra.profiles.baselines import MOST
-from qvl_hydra.profiles.checkpoint import unpacked_bytes
+from qvl_hydra.profiles.storable import unpacked_bytes
 from qvl_hydra.reference import load
 from qvl_hydra.runs.folder import PARTS
 from qvl_hydra.runs.resume import Asked, other_schemes, smaller_run, source_of

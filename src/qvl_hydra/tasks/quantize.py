@@ -25,10 +25,11 @@ from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.models.memory import GIB, free_memory_bytes
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.agreement import Agreement, compare
-from qvl_hydra.profiles.checkpoint import not_loaded, unlike_qdq, unpacked_bytes, write_checkpoint
+from qvl_hydra.profiles.checkpoint import write_checkpoint
 from qvl_hydra.profiles.formats.table import FORMATS
 from qvl_hydra.profiles.formats.written import require_able, write_formats
-from qvl_hydra.profiles.profile import describe
+from qvl_hydra.profiles.profile import Profile, describe
+from qvl_hydra.profiles.storable import not_loaded, unlike_qdq, unpacked_bytes
 from qvl_hydra.reports.quantize import quantize_sections
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.files import write_json
@@ -127,7 +128,7 @@ def _with_compressed_tensors(
 
     logger.disable("compressed_tensors")  # it warns of every operator whose last block is smaller
     write_checkpoint(model, decision.profile, decision.quantizers, folder)
-    _require_room(model)
+    _require_readable(model, decision.profile)
     reader = model.family.load_class()
     with contextlib.redirect_stderr(io.StringIO()):  # four bars of its own; the last belongs to the first forward
         loaded = reader.from_pretrained(folder).eval().to(model.device)
@@ -138,15 +139,20 @@ def _with_compressed_tensors(
 
 
 class _NotComparedError(Exception):
-    """A model was made, and there is no memory to run it beside the float one."""
+    """A checkpoint was written, and transformers cannot run it here beside the float model."""
 
 
-def _require_room(model: LoadedModel) -> None:
-    """Refuse to load a checkpoint where there is no memory for it.
+def _require_readable(model: LoadedModel, profile: Profile) -> None:
+    """Refuse to load a checkpoint that transformers does not read, or that there is no memory for.
 
     Raises:
         _NotComparedError: with what it would take.
     """
+    if any(op.experts > 1 for op in profile.low):
+        raise _NotComparedError(
+            "compressed_tensors: the checkpoint is written, and was not compared with QDQ: its quantized experts are "
+            "stored one by one, as vLLM reads them and transformers does not"
+        )
     free, need = free_memory_bytes(), unpacked_bytes(model.description)
     if model.device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(model.device)[0])
