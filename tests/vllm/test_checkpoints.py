@@ -177,7 +177,11 @@ def test_a_checkpoint_computes_what_the_profile_says(
 
 
 def mixture(folder: Path) -> LoadedModel:
-    """The bundled Qwen3-VL with four experts in each MLP's place, each of them nearly that MLP; two see a token."""
+    """The bundled Qwen3-VL with four experts in each MLP's place, each of them that MLP; two see a token.
+
+    Their inner channels stand in another order and at another scale in each: whoever takes a product or a scale of one
+    expert for that of another is far off, and who chooses another expert is not.
+    """
     dense, row = load_tiny("tiny_qwen3_vl"), FAMILIES["qwen3_vl_moe"]
     config = dense.config.to_dict()
     text = {key: value for key, value in config["text_config"].items() if key != "model_type"}
@@ -194,17 +198,30 @@ def mixture(folder: Path) -> LoadedModel:
             state[f"model.language_model.layers.{index}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down")
         )
         experts = layer.mlp.experts
-        for own, whole in ((experts.gate_up_proj, torch.cat([gate, up])), (experts.down_proj, down)):
-            own.data = whole * (1 + 0.1 * torch.randn(4, *whole.shape))
+        for expert, factor in enumerate((1.0, 4.0, 0.25, 16.0)):
+            order = torch.randperm(len(gate))
+            experts.gate_up_proj.data[expert] = torch.cat([gate[order], up[order] * factor])
+            experts.down_proj.data[expert] = down[:, order] / factor
         layer.mlp.gate.weight.data.normal_()
     shutil.copytree(dense.description.folder, folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
     made.save_pretrained(folder)
     return load_made_up(folder)
 
 
-@pytest.mark.parametrize("kept", [(), (0, 3)], ids=["all", "some experts kept"])
-def test_quantized_experts_compute_what_the_profile_says(kept: Sequence[int], tmp_path: Path) -> None:
-    """vLLM reads them one by one; its CPU build runs INT8 with a scale a token."""
+@pytest.mark.parametrize(
+    ("kept", "dtype", "pasted"),
+    [
+        ((), "bfloat16", False),
+        ((0, 3), "bfloat16", False),
+        ((2,), "bfloat16", True),
+        (tuple(range(8)), "float32", False),
+    ],
+    ids=str,
+)
+def test_quantized_experts_compute_what_the_profile_says(
+    kept: Sequence[int], dtype: str, pasted: bool, tmp_path: Path
+) -> None:
+    """vLLM reads them one by one; its CPU build runs INT8 with a scale a token, in bfloat16."""
     model = mixture(tmp_path / "model")
     samples = scenes(tmp_path / "model")
     operators = tuple(op for op in find_operators(model.module, "full") if not op.kind.startswith("Conv"))
@@ -213,9 +230,11 @@ def test_quantized_experts_compute_what_the_profile_says(kept: Sequence[int], tm
     profile = Profile(scheme, operators, high, 16, "test")
     quantizers = dict(Quantizers(model, operators, (), "full", [scheme]))
     write_checkpoint(model, profile, quantizers, tmp_path / "checkpoint")
-    said = serve(tmp_path / "checkpoint", "bfloat16", tmp_path)
+    if pasted:
+        paste_lists(tmp_path / "checkpoint", profile, model)
+    said = serve(tmp_path / "checkpoint", dtype, tmp_path)
     methods = {name: method for name, method in said["layers"].items() if ".mlp.experts" in name and method}
-    assert set(methods.values()) == {"W8A8Int8MoEMethod"}
+    assert set(methods.values()) <= {"W8A8Int8MoEMethod"}
     blocks = {int(re.search(r"layers\.(\d+)\.", name)[1]) for name in methods}  # type: ignore[index]
     assert blocks == set(range(8)) - set(kept)
     float_logits = [forward(model.module, sample) for sample in samples]
@@ -224,9 +243,9 @@ def test_quantized_experts_compute_what_the_profile_says(kept: Sequence[int], tm
         effect = sum(map(divergence, float_logits, [forward(model.module, sample) for sample in samples], samples))
     print(f"\nexperts, {len(profile.low)} of {len(operators)} quantized")
     print(f"QDQ: {found}; KL(float || QDQ) {effect / SCENES:.2g}")
-    assert abs(found.answered - found.right) <= 1
+    assert abs(found.answered - found.right) <= (0 if dtype == "float32" else 1)
     assert found.right > SCENES // 2
-    assert found.kl < 1e-2
+    assert found.kl < (1e-2 if dtype == "bfloat16" else 0.02 * effect / SCENES + 1e-5)
 
 
 def divergence(reference: Tensor, found: Tensor, sample: Sample) -> float:

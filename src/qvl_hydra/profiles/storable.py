@@ -47,7 +47,9 @@ def unlike_qdq(profile: Profile, dtype: torch.dtype) -> list[str]:
     Args:
         dtype: the model's.
     """
-    found = []
+    found: list[str] = []
+    if any(op.experts > 1 for op in profile.low):  # which it does not load
+        return found
     if unpacked_narrow(profile):
         found.append(
             "compressed-tensors unpacks some of these formats to bfloat16, so that transformers runs the checkpoint in "
