@@ -14,7 +14,7 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.profiles import agreement
-from qvl_hydra.profiles.agreement import Agreement, compare
+from qvl_hydra.profiles.agreement import Agreement, compare, steps
 from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.checkpoint import write_checkpoint
 from qvl_hydra.profiles.profile import Profile
@@ -44,7 +44,9 @@ def test_the_walk_is_the_models_own_forward(
     expected = whole_forwards(model, samples, component, outputs, profile, quantizers)
     assert compare(outputs, model, profile, quantizers, samples, component) == expected
     monkeypatch.setattr(agreement, "STATE_BYTES", 1)
-    assert compare(outputs, streamed, profile, quantizers, samples, component) == expected
+    done: list[None] = []
+    assert compare(outputs, streamed, profile, quantizers, samples, component, lambda: done.append(None)) == expected
+    assert len(done) == steps(streamed, samples, component)
     assert expected.identical == (len(samples) + 1) // 2
     assert 0 < expected.relative_difference < 1
 
@@ -88,7 +90,9 @@ def test_a_streamed_model_writes_the_checkpoint_of_a_resident_one(
         (tmp_path / f"{placement}.parts").mkdir()
         (tmp_path / f"{placement}.parts" / "0.safetensors").write_text("half a file")
         quantizers = Quantizers(model, profile.operators, tiny_samples, "full", list(profile.schemes.values()))
-        write_checkpoint(model, profile, quantizers, folder)
+        done: list[None] = []
+        write_checkpoint(model, profile, quantizers, folder, lambda done=done: done.append(None))
+        assert len(done) == len(profile.low)
         config = json.loads((folder / "config.json").read_text())
         files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
         found.append(files | {"config.json": config})

@@ -68,6 +68,7 @@ def compare(
     quantizers: Mapping[str, OperatorQuantizer],
     samples: Sequence[Sample],
     component: str,
+    each: Callable[[], None] = lambda: None,
 ) -> Agreement:
     """How far a tool's outputs are from those of QDQ.
 
@@ -75,15 +76,25 @@ def compare(
         outputs: the tool's output of a sample, in the shape of `reference_output`.
         model: the float model, resident or streamed.
         quantizers: what QDQ computes with; asked for while the weights of their segment are in memory.
+        each: called after each segment of each group of samples, `steps(...)` times in all.
     """
-    walker = Walker(model, component)
-    sums = _Sums()
-    limit = min(STATE_BYTES, free_memory_bytes() // 4)
-    at_once = max(1, limit // max(state_bytes(model, sample, 2, component) for sample in samples))
-    for first in range(0, len(samples), at_once):
-        _walk(walker, samples[first : first + at_once], profile, quantizers, outputs, sums)
+    walker, sums = Walker(model, component), _Sums()
+    for group in _groups(model, samples, component):
+        _walk(walker, group, profile, quantizers, outputs, sums, each)
     relative = (sums.apart / sums.effect) ** 0.5 if sums.effect else 0.0
     return Agreement(len(profile.low), sums.largest, relative, sums.identical, len(samples))
+
+
+def steps(model: LoadedModel, samples: Sequence[Sample], component: str) -> int:
+    """How often `compare` calls `each`."""
+    return len(_groups(model, samples, component)) * len(Walker(model, component).segments)
+
+
+def _groups(model: LoadedModel, samples: Sequence[Sample], component: str) -> list[Sequence[Sample]]:
+    """As many samples at once as have room."""
+    limit = min(STATE_BYTES, free_memory_bytes() // 4)
+    at_once = max(1, limit // max(state_bytes(model, sample, 2, component) for sample in samples))
+    return [samples[first : first + at_once] for first in range(0, len(samples), at_once)]
 
 
 @torch.no_grad()
@@ -94,6 +105,7 @@ def _walk(
     quantizers: Mapping[str, OperatorQuantizer],
     outputs: Callable[[Sample], Tensor],
     sums: _Sums,
+    each: Callable[[], None],
 ) -> None:
     """Take some samples through all segments, and add what comes out to the sums."""
     contexts = walker.contexts(samples)
@@ -113,3 +125,4 @@ def _walk(
                     sums.add(reference[0].float(), own[0].float(), outputs(context.sample))
                 else:
                     floats[index], ours[index] = reference, own
+        each()

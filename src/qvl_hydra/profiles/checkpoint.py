@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -38,7 +38,11 @@ PART_BYTES = 1 << 29  # of what is made, in memory at most before it goes to the
 
 
 def write_checkpoint(
-    model: LoadedModel, profile: Profile, quantizers: Mapping[str, OperatorQuantizer], folder: Path
+    model: LoadedModel,
+    profile: Profile,
+    quantizers: Mapping[str, OperatorQuantizer],
+    folder: Path,
+    each: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the model with the profile's low operators in their schemes. Needs `compressed_tensors`.
 
@@ -47,6 +51,7 @@ def write_checkpoint(
         quantizers: of every low operator, see `quantizer_key`; asked for once each, and not kept.
         folder: made if need be; holds weights, config, tokenizer and image processor afterwards. While it is written
             the quantized weights are on the disk twice.
+        each: called after each low operator.
 
     Raises:
         ProfileError: what such a checkpoint cannot hold, naming the operators.
@@ -62,7 +67,7 @@ def write_checkpoint(
     with _emptied(folder.with_name(f"{folder.name}.parts")) as parts:
         # Mixtures have the names of published checkpoints, and transformers would turn what `_experts` gives.
         as_published = not any(op.experts > 1 for op in every)
-        state = _state(model, profile, every, quantizers, parts)
+        state = _state(model, profile, every, quantizers, parts, each)
         model.module.save_pretrained(folder, state_dict=state, save_original_format=as_published)  # type: ignore[operator]
     content = json.loads((folder / "config.json").read_text())
     content["quantization_config"] = config
@@ -81,20 +86,21 @@ def _state(
     every: Sequence[Operator],
     quantizers: Mapping[str, OperatorQuantizer],
     parts: Path,
+    each: Callable[[], None],
 ) -> dict[str, Tensor]:
     """All that is stored, by name; what is made or read for it lies in files below `parts`."""
     low, experts = {op.path for op in profile.low}, [op for op in every if op.experts > 1]
     others = {f"{path}.weight" for path in (*low, *(op.path for op in experts))}
     high = {name: tensor for name, tensor in model.module.state_dict().items() if name not in others}
     streamed = {name: tensor for name, tensor in high.items() if tensor.is_meta}
-    made = [_compressed(model, part, quantizers) for part in profile.by_scheme()]
+    made = [_compressed(model, part, quantizers, each) for part in profile.by_scheme()]
     kept = _experts(model, [op for op in experts if op.path not in low])
     found = _on_disk(chain(*made, kept, _read(model, streamed)), parts)
     return {name: tensor for name, tensor in high.items() if not tensor.is_meta} | found
 
 
 def _compressed(
-    model: LoadedModel, profile: Profile, quantizers: Mapping[str, OperatorQuantizer]
+    model: LoadedModel, profile: Profile, quantizers: Mapping[str, OperatorQuantizer], each: Callable[[], None]
 ) -> Iterator[tuple[str, Tensor]]:
     """What is stored of the operators of a profile of one scheme, by name, as it is made."""
     from compressed_tensors.compressors import BaseCompressor
@@ -117,6 +123,7 @@ def _compressed(
                 for path, own in _modules(op, tensors):
                     for name, tensor in compressor.compress(own, group).items():
                         yield f"{path}.{name}", tensor
+                each()
 
 
 def _modules(op: Operator, tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:

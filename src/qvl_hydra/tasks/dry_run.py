@@ -58,13 +58,7 @@ def foretell(settings: Settings, further: Sequence[QuantSettings], own: Path, sc
     else:
         said |= _scoring(settings, prepared, asked_of(settings, further, prepared), own)
     if settings.task.name == "quantize":
-        tools = ", ".join(settings.profile.quantize_with) or "each tool"
-        most = prepared.description.weight_bytes / GIB
-        loaded = unpacked_bytes(prepared.description) / GIB
-        said["writes"] = (
-            f"a model by {tools} of at most {most:.2f} GiB, below {own.parent}; transformers loads a "
-            f"checkpoint to compare it with QDQ where {loaded:.2f} GiB are free for that"
-        )
+        said["writes"] = _writes(settings, prepared, own)
     said["memory"] = _memory(settings, prepared)
     if BACKENDS[settings.backend.name].estimators == () and not settings.backend.graph:
         said["time"] = _time(settings, prepared, scores is None)
@@ -128,6 +122,16 @@ def _scoring(settings: Settings, prepared: Prepared, asked: Asked, own: Path) ->
         "reused": reused,
         "disk": f"about {max(1, math.ceil(rows * ROW_BYTES / 1e6))} MB below {own.parent}",
     }
+
+
+def _writes(settings: Settings, prepared: Prepared, own: Path) -> str:
+    """The model that is made, and what comparing it takes; transformers does not read quantized experts."""
+    tools = ", ".join(settings.profile.quantize_with) or "each tool"
+    said = f"a model by {tools} of at most {prepared.description.weight_bytes / GIB:.2f} GiB, below {own.parent}"
+    if any(op.experts > 1 for op in prepared.operators):
+        return said
+    loaded = unpacked_bytes(prepared.description) / GIB
+    return f"{said}; transformers loads a checkpoint to compare it where {loaded:.2f} GiB are free for that"
 
 
 def _memory(settings: Settings, prepared: Prepared) -> str:

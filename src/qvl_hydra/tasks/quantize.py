@@ -24,7 +24,7 @@ from qvl_hydra.errors import MissingExtraError, ProfileError
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.models.memory import GIB, free_memory_bytes
 from qvl_hydra.operators.discover import find_operators
-from qvl_hydra.profiles.agreement import Agreement, compare
+from qvl_hydra.profiles.agreement import Agreement, compare, steps
 from qvl_hydra.profiles.checkpoint import write_checkpoint
 from qvl_hydra.profiles.formats.table import FORMATS
 from qvl_hydra.profiles.formats.written import require_able, write_formats
@@ -73,7 +73,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     drivers: Sequence[str] = settings.profile.quantize_with or tuple(DRIVERS)
     for name in drivers:
         try:
-            results[name] = DRIVERS[name](settings, decision, samples, folder.path / name)
+            results[name] = DRIVERS[name](settings, decision, samples, folder.path / name, screen)
         except _NotComparedError as error:
             results[name] = None
             notes.append(str(error))
@@ -95,7 +95,9 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     _show(decision, results, notes, folder.path, screen)
 
 
-def _with_inc(settings: Settings, decision: Decision, samples: Sequence[Sample], folder: Path) -> Agreement:
+def _with_inc(
+    settings: Settings, decision: Decision, samples: Sequence[Sample], folder: Path, screen: Screen
+) -> Agreement:
     _require_package("inc", "quantizing with Neural Compressor")
     from qvl_hydra.backends.neural_compressor.wrapper import WrapperBatch, wrapper_input
     from qvl_hydra.profiles.inc_quantize import quantize_with_inc
@@ -120,22 +122,24 @@ def _with_inc(settings: Settings, decision: Decision, samples: Sequence[Sample],
 
 
 def _with_compressed_tensors(
-    settings: Settings, decision: Decision, samples: Sequence[Sample], folder: Path
+    settings: Settings, decision: Decision, samples: Sequence[Sample], folder: Path, screen: Screen
 ) -> Agreement:
-    model = decision.prepared.model
+    model, profile = decision.prepared.model, decision.profile
     _require_package("compressed_tensors", "writing a checkpoint, and loading it in transformers")
     from loguru import logger
 
     logger.disable("compressed_tensors")  # it warns of every operator whose last block is smaller
-    write_checkpoint(model, decision.profile, decision.quantizers, folder)
-    _require_readable(model, decision.profile)
+    with screen.working(len(profile.low), "writing the checkpoint"):
+        write_checkpoint(model, profile, decision.quantizers, folder, screen.step)
+    _require_readable(model, profile)
     reader = model.family.load_class()
     with contextlib.redirect_stderr(io.StringIO()):  # four bars of its own; the last belongs to the first forward
         loaded = reader.from_pretrained(folder).eval().to(model.device)
         forward(loaded, samples[0])
-    return compare(
-        lambda sample: forward(loaded, sample), model, decision.profile, decision.quantizers, samples, "full"
-    )
+    with screen.working(steps(model, samples, "full"), "comparing it with QDQ"):
+        return compare(
+            lambda sample: forward(loaded, sample), model, profile, decision.quantizers, samples, "full", screen.step
+        )
 
 
 class _NotComparedError(Exception):
