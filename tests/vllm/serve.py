@@ -13,15 +13,16 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
-from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt8
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
 from qvl_hydra.calibration.encode import load_processor, render
 from qvl_hydra.calibration.record import Turn
 from qvl_hydra.calibration.scenes import scene_examples
 
 SEED = 1  # of the evaluation scenes
-# vLLM runs quantized experts where the processor has AMX; the kernel computes the same without.
-CPUExpertsInt8._supports_current_device = staticmethod(lambda: True)
+# vLLM runs quantized experts where the processor has AMX; the kernels compute the same without.
+for kernel in (cpu_moe.CPUExpertsInt8, cpu_moe.CPUExpertsFp8):
+    kernel._supports_current_device = staticmethod(lambda: True)
 
 
 def main(checkpoint: str, dtype: str, scenes: int, file: Path) -> None:
