@@ -331,7 +331,7 @@ def test_a_checkpoint_is_written_where_there_is_no_room_to_load_it(
 ) -> None:
     pytest.importorskip("compressed_tensors")
     few = ["calibration.size=2", "strategy.estimator=gradient", "profile.evaluation_size=2", "tracking.enabled=false"]
-    settings = composed("experiment=quantize_w8a8", f"model.placement={placement}", CHECKPOINT, *few)
+    settings = composed("experiment=quantize_w8a8", "quant=w8a8_int", f"model.placement={placement}", CHECKPOINT, *few)
     monkeypatch.setattr(quantize, "free_memory_bytes", lambda: 1 << 20)
     shown, text = screen()
     quantize.run(settings, RunFolder(tmp_path), shown)
@@ -339,7 +339,9 @@ def test_a_checkpoint_is_written_where_there_is_no_room_to_load_it(
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["quantize"] == {"compressed_tensors": None}
     assert any("was not compared with QDQ" in note for note in run["notes"])
-    assert "was not compared with QDQ: transformers unpacks it" in " ".join(text.getvalue().split())
+    said = " ".join(text.getvalue().split())
+    assert "was not compared with QDQ: transformers unpacks it" in said
+    assert "takes one scale for all tokens" not in said
     assert "Quantized by other tools" in (tmp_path / "report.html").read_text()
     assert content.plan(tmp_path) is not None
 

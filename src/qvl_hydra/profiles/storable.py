@@ -19,26 +19,15 @@ NARROW = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 
 def not_loaded(profile: Profile) -> list[str]:
     """Where runtimes refuse a checkpoint, a sentence each."""
-    found = []
-    if any(op.experts > 1 and _static_integers(profile.scheme_of(op)) for op in profile.low):
-        found.append(
-            "vLLM's experts take INT8 inputs with a scale a token alone and will not load this checkpoint; give them "
-            "w8a8_int with profile.spaces"
-        )
     packed = [op for part in profile.by_scheme() if checkpoint_format(part) == "pack-quantized" for op in part.low]
     odd = [op for op in packed if op.out_features % CPU_MULTIPLE]
-    if odd:
-        found.append(
-            f"vLLM's CPU build takes packed integers for outputs in multiples of {CPU_MULTIPLE} alone and will not "
-            f"load this checkpoint: {odd[0].path} has {odd[0].out_features}"
-            f"{f', and {len(odd) - 1} more' * (len(odd) > 1)}; on CUDA vLLM pads them. For the CPU, give them other "
-            "choices with profile.spaces"
-        )
-    return found
-
-
-def _static_integers(scheme: Scheme) -> bool:
-    return scheme.input is not None and scheme.input.number == "int" and not scheme.input.dynamic
+    if not odd:
+        return []
+    return [
+        f"vLLM's CPU build takes packed integers for outputs in multiples of {CPU_MULTIPLE} alone and will not load "
+        f"this checkpoint: {odd[0].path} has {odd[0].out_features}{f', and {len(odd) - 1} more' * (len(odd) > 1)}; "
+        "on CUDA vLLM pads them. For the CPU, give them other choices with profile.spaces"
+    ]
 
 
 def unlike_qdq(profile: Profile, dtype: torch.dtype) -> list[str]:
@@ -47,9 +36,7 @@ def unlike_qdq(profile: Profile, dtype: torch.dtype) -> list[str]:
     Args:
         dtype: the model's.
     """
-    found: list[str] = []
-    if any(op.experts > 1 for op in profile.low):  # which it does not load
-        return found
+    found = []
     if unpacked_narrow(profile):
         found.append(
             "compressed-tensors unpacks some of these formats to bfloat16, so that transformers runs the checkpoint in "
@@ -120,11 +107,19 @@ def not_storable(op: Operator, scheme: Scheme) -> str | None:
     """Why a checkpoint cannot hold an operator in a scheme that it holds others in, or None."""
     if op.kind not in ("Linear", "Experts"):
         return f"a compressed-tensors checkpoint holds linear modules only, and it is a {op.kind}"
-    if op.experts > 1 and scheme.weight is not None and scheme.weight.granularity == "block":
-        rows = op.out_features // len(EXPERT_PARTS[op.path.rpartition(".")[2]])
-        if rows % BLOCK:
-            return f"vLLM reads products of experts in whole blocks of {BLOCK} rows, and it has {rows}"
+    if op.experts > 1 and (reason := _no_experts(op, scheme)) is not None:
+        return reason
     group = None if scheme.weight is None else scheme.weight.group_size
     if group is not None and op.in_features % group:
         return f"a compressed-tensors checkpoint holds whole groups of {group} only, and it has {op.in_features} inputs"
+    return None
+
+
+def _no_experts(op: Operator, scheme: Scheme) -> str | None:
+    """Why vLLM, which alone reads quantized experts, does not read these in a scheme, or None."""
+    if scheme.input is not None and scheme.input.number == "int" and not scheme.input.dynamic:
+        return "vLLM's experts take INT8 inputs with a scale a token alone, as of w8a8_int"
+    rows = op.out_features // len(EXPERT_PARTS[op.path.rpartition(".")[2]])
+    if scheme.weight is not None and scheme.weight.granularity == "block" and rows % BLOCK:
+        return f"vLLM reads products of experts in whole blocks of {BLOCK} rows, and it has {rows}"
     return None

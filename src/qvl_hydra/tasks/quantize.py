@@ -38,7 +38,14 @@ from qvl_hydra.runs.record import write_record
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks import choose
-from qvl_hydra.tasks.beforehand import INC_FORMAT, no_tool, refuse_beforehand, require_inc_able, require_inc_model
+from qvl_hydra.tasks.beforehand import (
+    CHECKPOINT,
+    INC_FORMAT,
+    no_tool,
+    refuse_beforehand,
+    require_inc_able,
+    require_inc_model,
+)
 from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples
 from qvl_hydra.tasks.scored import of_profile
 
@@ -84,8 +91,10 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     if not results:
         raise no_tool(refused)
     notes += refused
-    if "compressed_tensors" in results:
-        notes += [*unlike_qdq(decision.profile, decision.prepared.model.dtype), *not_loaded(decision.profile)]
+    if results.get(CHECKPOINT):  # that was compared
+        notes += unlike_qdq(decision.profile, decision.prepared.model.dtype)
+    if CHECKPOINT in results:
+        notes += not_loaded(decision.profile)
     everything = find_operators(decision.prepared.model.module, "full")
     write_formats(decision.profile, everything, settings.profile.formats, folder.path / "exports")
     write_json(folder.path / "profile.json", {"budget": str(decision.budget), **describe(decision.profile)})
