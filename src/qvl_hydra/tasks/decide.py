@@ -15,7 +15,7 @@ from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.apply import Quantizers
 from qvl_hydra.profiles.costs import ERROR, LEAVE
 from qvl_hydra.profiles.joint import Interactions, interactions_from
-from qvl_hydra.profiles.measure import measure_profiles
+from qvl_hydra.profiles.measure import measure_profiles, steps
 from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.select import Budget, select, several
@@ -101,7 +101,7 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
     )
     if budget.kind == ERROR:
         curve[budget], said = _held_bound(
-            settings, prepared, units, terms, curve[budget], budget, metric, quantizers
+            settings, prepared, units, terms, curve[budget], budget, metric, quantizers, folder, screen
         )
         notes = (*notes, said)
     pools = {item: pool for item, pool in pools.items() if len(pool) > 1}
@@ -133,16 +133,19 @@ def _held_bound(
     budget: Budget,
     metric: str,
     quantizers: Mapping[str, OperatorQuantizer],
+    folder: RunFolder,
+    screen: Screen,
 ) -> tuple[Profile, str]:
     """A profile whose error, measured on the calibration samples, is within the budget.
 
     Scores do not add up, so the sum that `select` may spend is bisected between nothing and the budget, or a
     multiple of it where errors cancel, until the largest that holds is known well enough.
     """
-    samples = prepared.scored
+    model, samples, component = prepared.model, prepared.scored, settings.component.name
 
     def error_of(candidate: Profile) -> float:
-        found = measure_profiles(prepared.model, [candidate], quantizers, samples, settings.component.name)
+        with screen.working(steps(model, [candidate], samples, component), f"measuring a plan for {budget}"):
+            found = measure_profiles(model, [candidate], quantizers, samples, component, screen.step, folder)
         return float(getattr(found[0], metric))
 
     low, high = 0.0, budget.value
