@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64
@@ -93,9 +93,12 @@ def distance_from_ends(units: Sequence[Unit]) -> Float64[np.ndarray, " unit"]:
 
 
 def errors_and_ranges(
-    model: LoadedModel, quantizers: Mapping[str, OperatorQuantizer]
+    model: LoadedModel, quantizers: Mapping[str, OperatorQuantizer], each: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """What baselines choose by, in one pass over all operators.
+
+    Args:
+        each: called after each operator.
 
     Returns:
         `||Q(W) - W||^2` of each operator, 0 where the scheme leaves weights in float; and the width of its calibrated
@@ -109,6 +112,7 @@ def errors_and_ranges(
             errors[path] = 0.0 if rounded is None else _squared_distance(rounded.flatten(1), weight.flatten(1))
         if inputs is not None:
             ranges[path] = inputs.scale * (inputs.qmax - inputs.qmin)
+        each()
     return errors, ranges
 
 

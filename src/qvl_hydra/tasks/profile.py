@@ -75,7 +75,11 @@ def _measure(
     settings: Settings, decision: Decision, samples: Sequence[Sample], folder: RunFolder, screen: Screen
 ) -> pd.DataFrame:
     model = decision.prepared.model
-    errors, ranges = errors_and_ranges(model, decision.quantizers) if settings.profile.baselines else (None, {})
+    errors: dict[str, float] | None = None
+    ranges: dict[str, float] = {}
+    if settings.profile.baselines:
+        with screen.working(len(decision.quantizers), "what baselines choose by"):
+            errors, ranges = errors_and_ranges(model, decision.quantizers, screen.step)
     found = candidates(decision.units, decision.curve, decision.terms, errors, ranges)
     component = settings.component.name
     profiles = [item.profile for item in found]
