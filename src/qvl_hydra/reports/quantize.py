@@ -26,5 +26,5 @@ def quantize_sections(folder: Path) -> list[Section]:
     """
     results = record_of(folder).further["quantize"]
     columns = [Column("tool"), *(Column(title, number=True) for title in SHOWN.values())]
-    rows = [[name, *((item or {}).get(key) for key in SHOWN)] for name, item in results.items()]
+    rows = [[name, *(item.get(key) for key in SHOWN)] for name, item in results.items()]  # few of what is not compared
     return [Section("Quantized by other tools", table(columns, rows)), exports_section(folder)]

@@ -98,7 +98,8 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     everything = find_operators(decision.prepared.model.module, "full")
     write_formats(decision.profile, everything, settings.profile.formats, folder.path / "exports")
     write_json(folder.path / "profile.json", {"budget": str(decision.budget), **describe(decision.profile)})
-    said = {name: result and asdict(result) for name, result in results.items()}
+    made = {"n_quantized": len(decision.profile.low)}
+    said = {name: made if result is None else asdict(result) for name, result in results.items()}
     write_record(folder.path, of_profile(decision.sweep, "quantize", said, notes, time.perf_counter() - began))
     write_sweep_report(folder.path, extra=quantize_sections(folder.path))
     _show(decision, results, notes, folder.path, screen)
