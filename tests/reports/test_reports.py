@@ -90,7 +90,9 @@ def test_further_sections_come_before_the_operators(tmp_path: Path) -> None:
 def test_shades_and_bars_are_logarithmic_only_where_that_has_a_meaning() -> None:
     scores = pd.Series([1.0, 10.0, 100.0])
     np.testing.assert_allclose(shades(scores), [0, 0.5, 1])
-    np.testing.assert_allclose(shades(scores - 1), [0, 9 / 99, 1])
+    np.testing.assert_allclose(shades(scores - 2), [0, 9 / 99, 1])
+    np.testing.assert_allclose(shades(pd.Series([0.0, 1.0, 10.0, 100.0])), [0, 0, 0.5, 1])  # zero: nobody feels it
+    np.testing.assert_allclose(shades(pd.Series([0.0, 0.0])), [0.5, 0.5])
     np.testing.assert_allclose(shades(pd.Series([2.0, 2.0])), [0.5, 0.5])
     frame = pd.DataFrame({"score": [1000.0, 1.0, 1.0], "score_high": [np.nan] * 3})
     place, logarithmic = bar_scale(frame)

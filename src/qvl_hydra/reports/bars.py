@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from qvl_hydra.reports.heat import Row, operator_tip
+from qvl_hydra.reports.heat import Row, is_log, operator_tip
 from qvl_hydra.reports.page import number, text
 
 FIRST = 25  # bars shown at once; the rest is one click away
@@ -21,8 +21,9 @@ def bar_scale(scored: pd.DataFrame) -> tuple[Callable[[float], float], bool]:
     top, bottom = float(scores.max()), float(scores.min())
     highs = scored["score_high"].dropna().astype(float)
     end = max(top, min(float(highs.max()), REACH * top)) if len(highs) else top
-    if bottom > 0 and top / float(scores.median()) > LOG_RATIO:
-        low, high = math.log(bottom / 1.5), math.log(end)
+    felt = scores[scores > 0]
+    if is_log(scores) and top / float(felt.median()) > LOG_RATIO:
+        low, high = math.log(float(felt.min()) / 1.5), math.log(end)
         return lambda value: (math.log(value) - low) / (high - low) if value > 0 else 0.0, True
     low, high = min(0.0, bottom), max(end, 0.0)
     return lambda value: (value - low) / (high - low) if high > low else 0.0, False

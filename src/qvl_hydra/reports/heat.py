@@ -18,11 +18,20 @@ LONGEST_LABEL = 10  # letters of a row that the narrow column of block numbers t
 
 
 def shades(scores: pd.Series) -> pd.Series:
-    """Place of each score between smallest (0) and largest (1): logarithmic when all are above zero, else linear."""
+    """Place of each score between smallest (0) and largest (1): logarithmic where none is below zero, else linear.
+
+    A score of zero, of what the output does not feel, has the place of the smallest.
+    """
     finite = scores.dropna().astype(float)
-    values = finite.map(math.log) if len(finite) and finite.min() > 0 else finite
+    values = finite[finite > 0].map(math.log) if is_log(finite) else finite
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
-    return (values - low) / (high - low) if high > low else values * 0 + 0.5
+    places = (values - low) / (high - low) if high > low else values * 0 + 0.5
+    return places.reindex(finite.index, fill_value=0.0)
+
+
+def is_log(scores: pd.Series) -> bool:
+    """Whether scores are shown on a logarithmic scale."""
+    return bool((scores > 0).any()) and not bool((scores < 0).any())
 
 
 def heat_map(scores: pd.DataFrame) -> str:
@@ -40,15 +49,11 @@ def heat_map(scores: pd.DataFrame) -> str:
     ]
     scale = (
         "Stronger colour is more sensitive; the scale is logarithmic."
-        if _is_log(scored)
+        if is_log(scored["score"])
         else "Stronger colour is more sensitive."
     )
     legend = f'<p class="note">{scale} {MARKS["failed"]} failed, {MARKS["skipped"]} skipped, empty: not asked for.</p>'
     return f'<div class="row">{"".join(towers)}</div>{legend}'
-
-
-def _is_log(scored: pd.DataFrame) -> bool:
-    return bool(len(scored)) and float(scored["score"].min()) > 0
 
 
 def _tower(rows: pd.DataFrame, shade: pd.Series) -> str:
