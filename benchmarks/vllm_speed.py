@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.jobs import bundled_model, save_results, shaped_model
-from qvl_hydra.calibration.encode import load_processor, render_turn
+from qvl_hydra.calibration.encode import load_processor, render
+from qvl_hydra.calibration.record import Turn
 from qvl_hydra.calibration.scenes import enlarged, scene_examples
 from qvl_hydra.entry.compose import scheme_settings
 from qvl_hydra.operators.discover import find_operators
@@ -87,7 +88,7 @@ def serve(checkpoint: str, dtype: str) -> None:
     processor = load_processor(bundled_model().description.folder)
     (example,) = scene_examples("evaluation", 1, 0)
     image = Image.fromarray(enlarged(np.asarray(example.image), CELL))
-    question, _ = render_turn(processor, example.prompt, example.answer, 1)
+    question, _ = render(processor, (Turn("user", (None, example.prompt)),), example.answer)
     asked = processor.tokenizer.encode(question, add_special_tokens=False)
     model = LLM(
         checkpoint, dtype=dtype, enforce_eager=True, max_model_len=1024, max_num_seqs=1,

@@ -17,6 +17,7 @@ ROOT = Path(qvl_hydra.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LINES = {file: len(file.read_text().splitlines()) for file in FILES}
 _LIMIT = 300
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def module_of(file: Path) -> str:
@@ -93,6 +94,31 @@ def test_no_room_is_over_fifteen_percent() -> None:
 def test_a_long_file_says_why(file: Path) -> None:
     said = ast.get_docstring(ast.parse(file.read_text())) or ""
     assert "one file because" in " ".join(said.split()).lower(), f"{file} has {LINES[file]} lines"
+
+
+def names_of(file: Path) -> set[str]:
+    """What a file defines or imports at its top."""
+    found: set[str] = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            found |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("*.py")), ids=lambda file: file.stem)
+def test_benchmarks_find_what_they_import(file: Path) -> None:
+    """Nobody runs all of them, and some need packages of their own."""
+    own = {module: path for module, path in MODULES.items() if path.name != "__init__.py"}
+    own |= {f"benchmarks.{path.stem}": path for path in BENCHMARKS.glob("*.py")}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("qvl_hydra", "benchmarks"):
+            for alias in node.names:
+                module = str(node.module)
+                assert f"{module}.{alias.name}" in MODULES or alias.name in names_of(own[module]), alias.name
 
 
 def test_shapes_and_types_are_checked_while_tests_run() -> None:
