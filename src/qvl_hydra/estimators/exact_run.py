@@ -20,6 +20,7 @@ from qvl_hydra.runs.folder import RunFolder, SampleScore
 
 GROUP_BYTES = 1 << 29  # states of all copies of the samples that walk together
 
+
 def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     """Score every target by the wavefront; see `Engine`.
 

@@ -7,8 +7,10 @@ loading take the same steps up to the weights, and must refuse the same folders 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import weakref
 from collections.abc import Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from qvl_hydra.settings import ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUNDLED = "bundled:"
+_LOADED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by this process, and still in memory
 LARGEST_CONFIG = 1 << 24  # bytes
 LARGEST = {
     "num_hidden_layers": 1000, "depth": 1000, "hidden_size": 1 << 17, "intermediate_size": 1 << 20,
@@ -266,6 +269,12 @@ def require_memory(description: ModelDescription, extra_bytes: int, purpose: str
         )
 
 
+def free_models() -> None:
+    """Let go of models that nobody uses any more: the figures of a sweep hold them in circles of references."""
+    if _LOADED:
+        gc.collect()
+
+
 def load_model(description: ModelDescription, device: torch.device, seed: int) -> LoadedModel:
     """Read or draw the weights and place the model.
 
@@ -281,6 +290,7 @@ def load_model(description: ModelDescription, device: torch.device, seed: int) -
         checkpoint.require(description.skeleton)
         module = _streamed_model(description, device) if streamed else _pretrained_model(description).to(device)
     module.requires_grad_(False).eval()
+    _LOADED.add(module)
     if device.type == "cpu" and not streamed:  # which saves memory, not time
         keep_freed_memory()
     sha = model_sha(description, device, seed)

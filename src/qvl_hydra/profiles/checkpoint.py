@@ -27,7 +27,7 @@ from qvl_hydra.models.stream import Checkpoint
 from qvl_hydra.operators.discover import Operator, find_operators
 from qvl_hydra.profiles.apply import quantizer_key, shared_largest
 from qvl_hydra.profiles.formats.compressed_tensors import checkpoint_format, config_group, quantization_config
-from qvl_hydra.profiles.names import EXPERT_PARTS
+from qvl_hydra.profiles.names import modules_of_experts
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.storable import require_storable, unpacked_narrow
 from qvl_hydra.quantization.formats.table import FORMATS
@@ -131,14 +131,13 @@ def _modules(op: Operator, tensors: dict[str, Tensor]) -> Iterator[tuple[str, di
     if op.experts == 1:
         yield op.path, tensors
         return
-    parent, _, product = op.path.rpartition(".")
-    places = [(expert, part) for expert in range(op.experts) for part in EXPERT_PARTS[product]]
+    paths = modules_of_experts(op, range(op.experts))
     parted = {
-        name: tensor.chunk(len(places)) if len(tensor) % len(places) == 0 else [tensor] * len(places)
+        name: tensor.chunk(len(paths)) if len(tensor) % len(paths) == 0 else [tensor] * len(paths)
         for name, tensor in tensors.items()
     }
-    for index, (expert, part) in enumerate(places):
-        yield f"{parent}.{expert}.{part}", {name: found[index].clone() for name, found in parted.items()}
+    for index, path in enumerate(paths):
+        yield path, {name: found[index].clone() for name, found in parted.items()}
 
 
 def _experts(model: LoadedModel, operators: Sequence[Operator]) -> Iterator[tuple[str, Tensor]]:

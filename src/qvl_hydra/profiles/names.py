@@ -10,6 +10,7 @@ checkpoints on the hub), and `hf_to_vllm_mapper` and `packed_modules_mapping` of
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.operators.discover import Operator
@@ -23,10 +24,10 @@ def rename(op: Operator, consumer: str, path: str = "") -> str:
     return FAMILIES[op.family].renamed(path or op.path, consumer)
 
 
-def rows_of_experts(op: Operator) -> list[str]:
-    """Paths that readers of checkpoints give the modules of a mixture's first and last expert."""
+def modules_of_experts(op: Operator, experts: Iterable[int]) -> list[str]:
+    """Paths that readers of checkpoints give the modules of some experts of a mixture, in the order of its rows."""
     parent, _, product = op.path.rpartition(".")
-    return [f"{parent}.{expert}.{part}" for expert in (0, op.experts - 1) for part in EXPERT_PARTS[product]]
+    return [f"{parent}.{expert}.{part}" for expert in experts for part in EXPERT_PARTS[product]]
 
 
 def router_of(op: Operator) -> str:

@@ -8,7 +8,7 @@ from qvl_hydra.errors import ProfileError
 from qvl_hydra.models.load import ModelDescription
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.formats.compressed_tensors import checkpoint_format
-from qvl_hydra.profiles.names import EXPERT_PARTS
+from qvl_hydra.profiles.names import modules_of_experts
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.formats.float8 import BLOCK
 from qvl_hydra.quantization.scheme import Scheme
@@ -119,7 +119,7 @@ def _no_experts(op: Operator, scheme: Scheme) -> str | None:
     """Why vLLM, which alone reads quantized experts, does not read these in a scheme, or None."""
     if scheme.input is not None and scheme.input.number == "int" and not scheme.input.dynamic:
         return "vLLM's experts take INT8 inputs with a scale a token alone, as of w8a8_int"
-    rows = op.out_features // len(EXPERT_PARTS[op.path.rpartition(".")[2]])
+    rows = op.out_features // len(modules_of_experts(op, [0]))
     if scheme.weight is not None and scheme.weight.granularity == "block" and rows % BLOCK:
         return f"vLLM reads products of experts in whole blocks of {BLOCK} rows, and it has {rows}"
     return None

@@ -45,8 +45,8 @@ def weight_scales(
     """The scales that `qdq_weight` rounds with, as checkpoints hold them (`NumberFormat.scales`); float32."""
     flat, row = weight.detach().flatten(1), FORMATS[form.number]
     largest = largest_value([flat]) if largest is None and row.whole_tensor_of(form) else largest
-    parts = [row.scales(flat[rows].float(), form, largest) for rows in _aligned(flat, row.rows)]
-    return parts[0] if form.granularity == "tensor" else torch.cat(parts)
+    parts = (row.scales(flat[rows].float(), form, largest) for rows in _aligned(flat, row.rows))
+    return next(parts) if form.granularity == "tensor" else torch.cat(list(parts))
 
 
 def weight_change(

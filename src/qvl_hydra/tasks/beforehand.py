@@ -28,7 +28,7 @@ from qvl_hydra.profiles.storable import never_storable, not_storable, require_st
 from qvl_hydra.profiles.units import Unit, units_from_scores, units_without
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.scheme import Scheme
-from qvl_hydra.settings import ModelSettings, QuantSettings, Settings
+from qvl_hydra.settings import QuantSettings, Settings
 from qvl_hydra.tasks.candidates import MEASURED
 from qvl_hydra.tasks.measure_costs import read_costs
 from qvl_hydra.tasks.prepare import processor_of, schemes_of
@@ -68,10 +68,8 @@ def refuse_beforehand(settings: Settings, further: Sequence[QuantSettings]) -> N
 
 
 def _require_tools(settings: Settings, description: ModelDescription, every: Sequence[Operator]) -> None:
-    tools, component = settings.profile.quantize_with, settings.component.name
-    if INC in tools:
-        require_inc_model(settings.model)
-        require_inc_able(description.family, [op for op in every if component in (op.component, "full")], component)
+    if INC in settings.profile.quantize_with:
+        require_inc_able(settings, description.family, every)
 
 
 def require_bound(direction: str, metric: str) -> None:
@@ -87,25 +85,22 @@ def require_bound(direction: str, metric: str) -> None:
         )
 
 
-def require_inc_model(model: ModelSettings) -> None:
-    """Refuse a model that Neural Compressor cannot take as it is.
+def require_inc_able(settings: Settings, family: Family, every: Sequence[Operator]) -> None:
+    """Refuse what Neural Compressor is not given.
+
+    Args:
+        every: operators of the whole model.
 
     Raises:
-        ProfileError: it is streamed, or not in float32.
+        ProfileError: a streamed model or one that is not in float32, a mixture of experts, or a component that the
+            family has no towers for.
     """
+    model, component = settings.model, settings.component.name
     if model.placement == "streamed":
         raise ProfileError("Neural Compressor needs the whole model in memory; take model.placement=resident")
     if model.dtype != "float32":
         raise ProfileError(f"Neural Compressor's INT8 is made of float32, not {model.dtype}; take model.dtype=float32")
-
-
-def require_inc_able(family: Family, operators: Sequence[Operator], component: str) -> None:
-    """Refuse what Neural Compressor is not given.
-
-    Raises:
-        ProfileError: a mixture of experts, or a component that the family has no towers for.
-    """
-    require_modules(operators, "Neural Compressor")
+    require_modules([op for op in every if component in (op.component, "full")], "Neural Compressor")
     if not family.towers and (component != "lm" or family.visual is None):
         raise ProfileError(
             f"Neural Compressor is not given the {component} component of {family.name}, which it would have to be "

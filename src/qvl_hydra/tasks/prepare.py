@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from qvl_hydra.models.load import (
     LoadedModel,
     ModelDescription,
     describe_model,
+    free_models,
     is_local,
     load_model,
     model_folder,
@@ -103,7 +103,7 @@ def prepare(
     Raises:
         QvlHydraError: anything missing, unreadable, empty or too large, named.
     """
-    gc.collect()  # the model of a sweep, whose figures refer to each other in circles, would take its memory still
+    free_models()
     description, row = describe_model(settings.model), BACKENDS[settings.backend.name]
     _refuse_family(settings, description.family)
     foreign = _foreign_graph(settings, description)

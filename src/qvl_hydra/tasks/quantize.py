@@ -44,7 +44,6 @@ from qvl_hydra.tasks.beforehand import (
     no_tool,
     refuse_beforehand,
     require_inc_able,
-    require_inc_model,
 )
 from qvl_hydra.tasks.decide import Decision, decide, evaluation_samples
 from qvl_hydra.tasks.scored import of_profile
@@ -74,24 +73,21 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     else:
         decision = decide(settings, folder, screen)
     samples, few = evaluation_samples(settings, decision.prepared, folder.path)
-    results: dict[str, Agreement | None] = {}
+    results: dict[str, Agreement | str] = {}  # or why it was not compared
     refused: list[str] = []
     notes = [*decision.notes, *few]
     drivers: Sequence[str] = settings.profile.quantize_with or tuple(DRIVERS)
     for name in drivers:
         try:
             results[name] = DRIVERS[name](settings, decision, samples, folder.path / name, screen)
-        except _NotComparedError as error:
-            results[name] = None
-            notes.append(str(error))
         except (ProfileError, MissingExtraError) as error:
             if settings.profile.quantize_with:
                 raise
             refused.append(f"{name}: {error}")
     if not results:
         raise no_tool(refused)
-    notes += refused
-    if results.get(CHECKPOINT):  # that was compared
+    notes += [*(item for item in results.values() if isinstance(item, str)), *refused]
+    if isinstance(results.get(CHECKPOINT), Agreement):
         notes += unlike_qdq(decision.profile, decision.prepared.model.dtype)
     if CHECKPOINT in results:
         notes += not_loaded(decision.profile)
@@ -99,7 +95,7 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     write_formats(decision.profile, everything, settings.profile.formats, folder.path / "exports")
     write_json(folder.path / "profile.json", {"budget": str(decision.budget), **describe(decision.profile)})
     made = {"n_quantized": len(decision.profile.low)}
-    said = {name: made if result is None else asdict(result) for name, result in results.items()}
+    said = {name: made if isinstance(result, str) else asdict(result) for name, result in results.items()}
     write_record(folder.path, of_profile(decision.sweep, "quantize", said, notes, time.perf_counter() - began))
     write_sweep_report(folder.path, extra=quantize_sections(folder.path))
     _show(decision, results, notes, folder.path, screen)
@@ -113,10 +109,9 @@ def _with_inc(
     from qvl_hydra.profiles.inc_quantize import quantize_with_inc
 
     model, component = decision.prepared.model, settings.component.name
-    require_inc_model(settings.model)
     if model.device.type != "cpu":
         raise ProfileError(f"Neural Compressor's INT8 runs on the CPU, not on {model.device}; take backend.device=cpu")
-    require_inc_able(model.family, find_operators(model.module, component), component)
+    require_inc_able(settings, model.family, find_operators(model.module, "full"))
     require_able(decision.profile, FORMATS[INC_FORMAT])
     made = quantize_with_inc(model, decision.profile, decision.prepared.calibration.samples, component, folder)
 
@@ -133,7 +128,7 @@ def _with_inc(
 
 def _with_compressed_tensors(
     settings: Settings, decision: Decision, samples: Sequence[Sample], folder: Path, screen: Screen
-) -> Agreement:
+) -> Agreement | str:
     model, profile = decision.prepared.model, decision.profile
     _require_package("compressed_tensors", "writing a checkpoint, and loading it in transformers")
     from loguru import logger
@@ -141,7 +136,8 @@ def _with_compressed_tensors(
     logger.disable("compressed_tensors")  # it warns of every operator whose last block is smaller
     with screen.working(len(profile.low), "writing the checkpoint"):
         write_checkpoint(model, profile, decision.quantizers, folder, screen.step)
-    _require_readable(model, profile)
+    if (why := _not_run(model, profile)) is not None:
+        return why
     reader = model.family.load_class()
     with contextlib.redirect_stderr(io.StringIO()):  # four bars of its own; the last belongs to the first forward
         loaded = reader.from_pretrained(folder).eval().to(model.device)
@@ -152,29 +148,17 @@ def _with_compressed_tensors(
         )
 
 
-class _NotComparedError(Exception):
-    """A checkpoint was written, and transformers cannot run it here beside the float model."""
-
-
-def _require_readable(model: LoadedModel, profile: Profile) -> None:
-    """Refuse to load a checkpoint that transformers does not read, or that there is no memory for.
-
-    Raises:
-        _NotComparedError: with what it would take.
-    """
-    if any(op.experts > 1 for op in profile.low):
-        raise _NotComparedError(
-            "compressed_tensors: the checkpoint is written, and was not compared with QDQ: its quantized experts are "
-            "stored one by one, as vLLM reads them and transformers does not"
-        )
+def _not_run(model: LoadedModel, profile: Profile) -> str | None:
+    """Why transformers cannot run a checkpoint here beside the float model, or None."""
+    why = None
     free, need = free_memory_bytes(), unpacked_bytes(model.description)
     if model.device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(model.device)[0])
-    if free < need:
-        raise _NotComparedError(
-            "compressed_tensors: the checkpoint is written, and was not compared with QDQ: transformers unpacks it, "
-            f"which takes {need / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
-        )
+    if any(op.experts > 1 for op in profile.low):
+        why = "its quantized experts are stored one by one, as vLLM reads them and transformers does not"
+    elif free < need:
+        why = f"transformers unpacks it, which takes {need / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
+    return why and f"compressed_tensors: the checkpoint is written, and was not compared with QDQ: {why}"
 
 
 DRIVERS = {"inc": _with_inc, "compressed_tensors": _with_compressed_tensors}
@@ -197,7 +181,7 @@ def forward(module: nn.Module, sample: Sample) -> Tensor:
 
 
 def _show(
-    decision: Decision, results: Mapping[str, Agreement | None], notes: Sequence[str], folder: Path, screen: Screen
+    decision: Decision, results: Mapping[str, Agreement | str], notes: Sequence[str], folder: Path, screen: Screen
 ) -> None:
     rows = [
         [
@@ -208,7 +192,7 @@ def _show(
             f"{100 * item.relative_difference:.2g} %",
         ]
         for name, item in results.items()
-        if item is not None
+        if isinstance(item, Agreement)
     ]
     columns = ["tool", "quantized", "samples as QDQ", "largest diff.", "of the effect"]
     if rows:

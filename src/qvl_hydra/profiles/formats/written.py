@@ -12,7 +12,7 @@ from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.profiles.formats.rendered import misaligned
 from qvl_hydra.profiles.formats.table import FORMATS, Consumer
-from qvl_hydra.profiles.names import rename, router_of, rows_of_experts
+from qvl_hydra.profiles.names import modules_of_experts, rename, router_of
 from qvl_hydra.profiles.patterns import DIALECTS, shortest
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.runs.files import write_atomically, write_json
@@ -55,7 +55,9 @@ def paste(profile: Profile, operators: Sequence[Operator], row: Consumer) -> dic
     by_choice: dict[str, list[str]] = {LEAVE: [], **{name: [] for name in profile.schemes if profile.others}}
     for op in operators:
         choice, experts = low.get(op.path, LEAVE), op.experts > 1 and row.dialect == "re"
-        names = rows_of_experts(op) if experts else [op.path] if op.kind == "Linear" or op.path in low else []
+        names = [op.path] if op.kind == "Linear" or op.path in low else []
+        if experts:
+            names = modules_of_experts(op, (0, op.experts - 1))
         of_path |= dict.fromkeys(names, op)
         by_choice.get(choice, []).extend(names)
         if experts and router_of(op) not in of_path:
