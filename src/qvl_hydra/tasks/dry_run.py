@@ -27,7 +27,7 @@ from qvl_hydra.runs.folder import PARTS
 from qvl_hydra.runs.resume import Asked, other_schemes, smaller_run, source_of
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import QuantSettings, Settings
-from qvl_hydra.tasks.beforehand import refuse_beforehand
+from qvl_hydra.tasks.beforehand import CHECKPOINT, refuse_beforehand
 from qvl_hydra.tasks.choose import FRONT
 from qvl_hydra.tasks.measured import asked_of
 from qvl_hydra.tasks.prepare import Prepared, may_reuse, not_quantized, prepare
@@ -126,9 +126,10 @@ def _scoring(settings: Settings, prepared: Prepared, asked: Asked, own: Path) ->
 
 def _writes(settings: Settings, prepared: Prepared, own: Path) -> str:
     """The model that is made, and what comparing it takes; transformers does not read quantized experts."""
-    tools = ", ".join(settings.profile.quantize_with) or "each tool"
+    wanted = settings.profile.quantize_with
+    tools = ", ".join(wanted) or "each tool"
     said = f"a model by {tools} of at most {prepared.description.weight_bytes / GIB:.2f} GiB, below {own.parent}"
-    if any(op.experts > 1 for op in prepared.operators):
+    if (wanted and CHECKPOINT not in wanted) or any(op.experts > 1 for op in prepared.operators):
         return said
     loaded = unpacked_bytes(prepared.description) / GIB
     return f"{said}; transformers loads a checkpoint to compare it where {loaded:.2f} GiB are free for that"
