@@ -254,10 +254,10 @@ def test_kinds_of_token_that_do_not_occur_are_not_named(tmp_path: Path) -> None:
     text = io.StringIO()
     settings = settings_of("strategy.estimator=sketch")
     sweep.run(settings, RunFolder(tmp_path / "images"), Screen(console=Console(file=text, width=300)))
-    assert re.search(r"loses come in \d+% at image tokens, \d+% at other .* and \d+% at the answer", text.getvalue())
+    assert re.search(r"loses, \d+% comes in at image tokens, \d+% at other .* and \d+% at the answer", text.getvalue())
     lines = [json.dumps({"prompt": "how many", "answer": str(number)}) for number in range(4)]
     (tmp_path / "own.jsonl").write_text("\n".join(lines))
     text.truncate(0)
     own = ("calibration=jsonl", f"calibration.path={tmp_path / 'own.jsonl'}", "strategy.estimator=sketch")
     sweep.run(settings_of(*own), RunFolder(tmp_path / "text"), Screen(console=Console(file=text, width=300)))
-    assert re.search(r"loses come in \d+% at other tokens of the prompt and \d+% at the answer", text.getvalue())
+    assert re.search(r"loses, \d+% comes in at other tokens of the prompt and \d+% at the answer", text.getvalue())

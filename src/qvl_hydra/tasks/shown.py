@@ -64,10 +64,10 @@ def show(settings: Settings, folder: RunFolder, report: EngineReport, record: Ru
             f"drawn at random sketch and exact have a rank correlation of {agreement:.3f}; expected on the wrong side "
             f"of the top {said['top_k']}: {said['expected_wrong_in_top_k']:.2f}"
         )
-    if entered := _shares(record.details.get(ENTERS), ENTERED):
-        screen.say(f"of what the language tower loses come in {entered}")
-    if changed := _shares(record.details.get(CHANGES), CHANGED):
-        screen.say(f"of the squared error of {int(table[SPLIT[0]].notna().sum())} operators come out {changed}")
+    if entered := _shares(record.details.get(ENTERS), "comes in", ENTERED):
+        screen.say(f"of what the language tower loses, {entered}")
+    if changed := _shares(record.details.get(CHANGES), "is", CHANGED):
+        screen.say(f"of the squared error of {int(table[SPLIT[0]].notna().sum())} operators, {changed}")
     told = sharpening(read_table(folder.path / "sample_scores.parquet"), report.metric, str(record.scheme))
     if told:
         screen.say(told)
@@ -88,7 +88,10 @@ def show(settings: Settings, folder: RunFolder, report: EngineReport, record: Ru
     screen.say(f"report: {folder.path / 'report.html'}")
 
 
-def _shares(shares: Mapping[str, float] | None, places: Mapping[str, str]) -> str:
+def _shares(shares: Mapping[str, float] | None, verb: str, places: Mapping[str, str]) -> str:
     """Shares of kinds of token in words; nothing where all is of one kind, as with texts that are nobody's answer."""
     parts = [f"{share:.0%} {places[kind]}" for kind, share in (shares or {}).items() if share]
-    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else ""
+    if len(parts) < 2:
+        return ""
+    parts[0] = parts[0].replace("%", f"% {verb}", 1)
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
