@@ -15,10 +15,12 @@ from scipy.stats import spearmanr
 
 from benchmarks.jobs import SCHEMES, Silent, make_job, with_strategy
 from qvl_hydra.backends import torch as native
+from qvl_hydra.blockwise.plain_forward import plain_forward
+from qvl_hydra.blockwise.ranges import walk
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import EngineError
-from qvl_hydra.estimators import auto, bench, exact_run, sketch_run
+from qvl_hydra.estimators import auto, bench, exact_run, groups, sketch_run
 from qvl_hydra.estimators.first_order import OperatorChange
 from qvl_hydra.estimators.job import EngineReport, SweepJob
 from qvl_hydra.models.load import LoadedModel, describe_model, load_model
@@ -173,7 +175,7 @@ def test_the_bar_names_each_stage_and_is_full_at_its_end(job: SweepJob, tmp_path
     for _ in range(2):  # the second finds all on disk; its ranges need no walk
         bar = Stages()
         native.run(job, RunFolder(tmp_path), bar)
-        assert bar.left[1:] == pytest.approx([0.0] * (len(bar.left) - 1), abs=1e-9)
+        assert bar.left == pytest.approx([0.0] * len(bar.left), abs=1e-9)
         assert len(bar.left) > 1
     exact = [label for label in bar.labels if label.startswith("exact scores of")]
     assert all(any(label.endswith(f" in {scheme.name}") for label in exact) == bool(exact) for scheme in job.schemes)
@@ -242,12 +244,15 @@ def test_streamed_equals_resident(
     assert all(parameter.is_meta for parameter in streamed.module.parameters())
 
 
-def test_samples_in_several_groups_score_alike(job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("size", "ends"), [(1, [[0, 1], [1, 2], [2, 3]]), (2, [[0, 2], [2, 3]])])
+def test_samples_in_several_groups_score_alike(
+    job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, ends: list[list[int]]
+) -> None:
     sketch = dataclasses.replace(job, strategy=dataclasses.replace(job.strategy, estimator="sketch"))
     together, _, _ = scores(sketch, tmp_path / "one")
-    monkeypatch.setattr(bench, "free_memory_bytes", lambda: 1)
+    monkeypatch.setattr(groups, "fitting", lambda _, sizes, **__: min(size, len(sizes)))
     apart, _, folder = scores(sketch, tmp_path / "many")
-    assert folder.recall("sketch_group") == 1
+    assert folder.recall(groups.GROUPS) == ends
     keys = ["op", "sample", "probe"]
     apart, together = (f.sort_values(keys, ignore_index=True).drop(columns=APART) for f in (apart, together))
     pd.testing.assert_frame_equal(apart, together, rtol=1e-4)
@@ -289,6 +294,45 @@ def test_samples_that_pass_over_every_operator_lose_nothing(job: SweepJob, tmp_p
     assert (by_sample[job.scored[0].id] != 0).any()
 
 
+def test_groups_hold_what_fits_of_samples_of_any_size(
+    job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "free_memory_bytes", lambda: 40)
+    folder = RunFolder(tmp_path)
+    assert groups.groups(job, folder, [7, 1, 1, 1, 9, 12, 5], 3) == [(3, 7), (7, 8), (8, 9), (9, 10)]
+    monkeypatch.setattr(groups, "free_memory_bytes", lambda: 400)
+    assert groups.groups(job, folder, [1] * 9, 3)[3:] == [(9, 10), (10, 12)], "what was begun stays"
+
+
+@pytest.mark.parametrize("component", ["lm", "full"])
+def test_a_plain_forward_tells_what_a_walk_keeps(job: SweepJob, component: str) -> None:
+    walker = Walker(job.model, component)
+    contexts = walker.contexts([*job.scored, text_alone()])
+    starts = walker.starts(contexts)
+    found = plain_forward(walker, contexts, starts)
+    _, states = walk(walker, contexts, starts, (), (), lambda: None, keep=slice(len(contexts)))
+    assert found.state_bytes == [sum(state.nbytes for state in kept) for kept in states]
+    assert len(found.shares) == len(walker.segments)
+    assert sum(found.shares) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("component", ["lm", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_bar_comes_to_its_end(
+    tiny_samples: tuple[Sample, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, component: str, dtype: str
+) -> None:
+    """In several groups, and once more where a killed run had come to some place."""
+    monkeypatch.setattr(groups, "fitting", lambda _, sizes, **__: 2)
+    job = make_job(load_tiny(dtype=dtype), tiny_samples[:3], SCHEMES["w8a8_static"], component, estimator="auto")
+    with pytest.raises(Killed):
+        native.run(job, FragileFolder(tmp_path, 9), Silent())
+    for _ in range(2):
+        bar = Stages()
+        native.run(job, RunFolder(tmp_path), bar)
+        assert bar.labels[:2] == ["preparing", f"sketch of {len(job.operators)} operators"]
+        assert bar.left == pytest.approx([0.0] * len(bar.left), abs=1e-9)
+
+
 def test_the_timed_forward_keeps_no_logits(job: SweepJob) -> None:
     walker = Walker(job.model, "lm")
     contexts = walker.contexts(job.scored)
@@ -300,7 +344,7 @@ def test_the_timed_forward_keeps_no_logits(job: SweepJob) -> None:
         logits.append(weakref.ref(output))
 
     with job.model.module.get_submodule("lm_head").register_forward_hook(look):
-        bench.plain_forward_s(walker, contexts, walker.starts(contexts))
+        plain_forward(walker, contexts, walker.starts(contexts))
     assert len(kept) > len(job.scored)
     assert max(kept) <= 1
 

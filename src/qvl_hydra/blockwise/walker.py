@@ -6,7 +6,7 @@ each, padded at the end, where a causal model lets no other token see it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -96,11 +96,16 @@ class Walker:
         return self._context(samples, pad_sequence([context.text[0] for context in contexts], batch_first=True))
 
     @torch.no_grad()
-    def starts(self, contexts: Sequence[Context]) -> list[State]:
-        """The input of the component for each sample, one row; the prefix is walked once for all samples."""
+    def starts(self, contexts: Sequence[Context], step: Callable[[], None] = lambda: None) -> list[State]:
+        """The input of the component for each sample, one row; the prefix is walked once for all samples.
+
+        Args:
+            step: called after each segment of the prefix.
+        """
         states = [self._first_state(context) for context in contexts]
         for segment in self.prefix:
             self.advance(segment, contexts, states)
+            step()
         return states
 
     def advance(self, segment: Segment, contexts: Sequence[Context], states: list[State]) -> None:

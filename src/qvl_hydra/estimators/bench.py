@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from qvl_hydra.blockwise.census import OperatorCensus, warnings
-from qvl_hydra.blockwise.ranges import Params, walk
-from qvl_hydra.blockwise.stopwatch import forward_seconds, synchronize
+from qvl_hydra.blockwise.plain_forward import PlainForward, plain_forward
+from qvl_hydra.blockwise.ranges import NONE, Params, walk
+from qvl_hydra.blockwise.stopwatch import synchronize
 from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators.exact import RowChunk
+from qvl_hydra.estimators.groups import groups, shard_of
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.estimators.positions import scored_positions, without_answer
@@ -30,12 +32,10 @@ from qvl_hydra.quantization.qdq import OperatorQuantizer, largest_value
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder
 
-GROUPS = "groups"  # which samples walked back together
-FORWARD = "forward_s"  # seconds of a plain forward, where shards have measured them
+FORWARD = "forward"  # what a plain forward takes; a merged run has its shards' together
 RANGES = "ranges"  # static ranges of all schemes, by operator
 CENSUS = "census"  # where a run keeps how large everything gets, by operator
 CPU_CHUNK_TOKENS = 4096  # more tokens at a time than this no longer make CPU products faster, and cost memory
-STREAMED_STATE_BYTES = 1 << 30  # states between segments that a streamed run keeps in memory
 
 
 @dataclass
@@ -44,7 +44,9 @@ class Bench:
 
     Attributes:
         contexts, starts: of the scored samples, of a shard its own.
-        states: of the scored samples, kept between segments by the walk that observed ranges; None when it kept none.
+        states: of the last group of scored samples, kept between segments by the walk that observed ranges; None when
+            it kept none.
+        plain: what a plain forward of the scored samples takes.
         ranges: scheme name, operator path -> parameters of static activations.
         targets: those that can be scored.
         report: what is said beside the scores; filled in by the estimator.
@@ -62,6 +64,7 @@ class Bench:
     targets: list[Target]
     chunk: RowChunk
     report: EngineReport
+    plain: PlainForward
     first: int = 0
 
     def quantizer(self, scheme: Scheme) -> Callable[[Operator], OperatorQuantizer]:
@@ -122,23 +125,24 @@ def measuring(
     own = shard_of(len(scored), job.shard)
     if own.start == own.stop:
         raise EngineError(f"shard={job.shard[0]}/{job.shard[1]} has no sample of {len(scored)}; take fewer shards")
-    progress.total(len(job.calibration.samples), "preparing")
+    progress.total(len(calibration) * (2 if walker.prefix else 1) + own.stop - own.start, "preparing")
     contexts = walker.contexts(calibration)
-    starts = walker.starts(contexts)
+    starts = walker.starts(contexts, lambda: progress.step(len(contexts) / len(walker.prefix)))
     every, first, first_starts = contexts[: len(scored)], contexts[own], starts[own]
     scored = scored[own]
+    plain = _plain_forward(folder, walker, first, first_starts, progress)
     metric, positions = job.strategy.metric, job.strategy.positions
     lacking = without_answer(scored) if positions == "answer" else 0
     unit = unit_of(metric, "text" if lacking == len(scored) else positions)
-    report = EngineReport(estimator, metric, unit, _forward_s(folder, walker, first, first_starts), 0.0)
+    report = EngineReport(estimator, metric, unit, plain.seconds, 0.0)
     if lacking:
         report.notes.append(
             f"{lacking} of {len(scored)} scored samples have no answer: they are judged at all text positions; give "
             "the calibration source answers, or take strategy.positions=text for all alike"
         )
     with folder.measuring():
-        kept = len(scored) if keep_states and group_size(job, folder, walker, first_starts) >= len(scored) else 0
-        ranges, states = _observe(job, folder, walker, contexts, starts, slice(own.start, own.start + kept), progress)
+        kept = slice(*groups(job, folder, plain.state_bytes, own.start)[-1]) if keep_states else NONE
+        ranges, states = _observe(job, folder, walker, contexts, starts, kept, progress, plain.shares)
         targets = _scorable(job, folder, every)
         counted = folder.recall(CENSUS, {})
         report.notes += warnings(
@@ -147,80 +151,25 @@ def measuring(
         chunk = RowChunk(_row_chunk(job, folder, contexts))
         del starts
         yield Bench(
-            job, folder, progress, walker, first, first_starts, states, ranges, targets, chunk, report, own.start
-        )
+            job, folder, progress, walker, first, first_starts, states, ranges, targets, chunk, report, plain,
+            own.start,
+        )  # fmt: skip
         synchronize(job.device)
         report.engine_s = folder.seconds
     report.details["row_chunk"] = chunk.size
 
 
-def group_size(job: SweepJob, folder: RunFolder, walker: Walker, starts: Sequence[State]) -> int:
-    """Samples whose states between all segments fit in memory together; a resumed run keeps its own."""
-    kept = folder.recall("sketch_group")
-    if kept is None:
-        kept = max(1, fitting(job, starts, len(walker.segments) + 1))
-        folder.remember("sketch_group", kept)
-    return int(kept)
-
-
-def fitting(job: SweepJob, starts: Sequence[State], states: int, beside: int = 0, most: int | None = None) -> int:
-    """Of how many samples so many states fit in memory, and so many bytes of each beside them.
-
-    Args:
-        most: bytes that all may take where more are free.
-    """
-    limit = free_memory_bytes() // 4
-    if job.model.streamed:
-        limit = min(limit, STREAMED_STATE_BYTES)
-    if job.device.type == "cuda":
-        limit = int(torch.cuda.mem_get_info(job.device)[0] * 0.3)
-    largest = max(start.numel() * start.element_size() for start in starts)
-    return min(len(starts), min(limit, most or limit) // (largest * states + beside))
-
-
-def groups(
-    job: SweepJob, folder: RunFolder, walker: Walker, starts: Sequence[State], first: int
-) -> list[tuple[int, int]]:
-    """The groups of `group_size`, by their first and last place but one among all scored samples.
-
-    A merged run has those of its shards, and one that goes on from fewer samples those of that run, too.
-    """
-    kept = folder.recall(GROUPS, [])
-    begun, end = kept[-1][1] if kept else first, first + len(starts)
-    if begun < end:
-        size = group_size(job, folder, walker, starts)
-        kept += [(at, min(at + size, end)) for at in range(begun, end, size)]
-        folder.remember(GROUPS, kept)
-    return [(int(start), int(end)) for start, end in kept]
-
-
-def shard_of(count: int, shard: tuple[int, int]) -> slice:
-    """The places of a shard's samples among so many: neighbours, and as many as any other shard has, or one more."""
-    index, shards = shard
-    return slice(count * index // shards, count * (index + 1) // shards)
-
-
-def _forward_s(folder: RunFolder, walker: Walker, contexts: Sequence[Context], starts: Sequence[State]) -> float:
-    """Seconds of a plain forward; those of its shards together for a run that is merged of them."""
+def _plain_forward(
+    folder: RunFolder, walker: Walker, contexts: Sequence[Context], starts: Sequence[State], progress: Progress
+) -> PlainForward:
+    """What a plain forward takes; a resumed run keeps what it measured."""
     known = folder.recall(FORWARD)
-    return plain_forward_s(walker, contexts, starts) if known is None else float(known)
-
-
-def plain_forward_s(walker: Walker, contexts: Sequence[Context], starts: Sequence[State]) -> float:
-    """Seconds of one plain forward of the samples through the component, by the one stopwatch."""
-
-    @torch.no_grad()
-    def forward(count: int) -> None:
-        states = list(starts[:count])
-        *inner, last = walker.segments
-        for segment in inner:
-            walker.advance(segment, contexts[:count], states)
-        with walker.weights(last):
-            for context, state in zip(contexts, states, strict=False):
-                last.run(state, context)  # logits of all samples would take more memory than the model
-
-    warm_up = None if walker.model.streamed else lambda: forward(1)
-    return forward_seconds(lambda: forward(len(starts)), walker.model.device, warm_up)
+    if known is not None:
+        progress.step(len(contexts))
+        return PlainForward(**known)
+    plain = plain_forward(walker, contexts, starts, lambda: progress.step(len(contexts) / len(walker.segments)))
+    folder.remember(FORWARD, asdict(plain))
+    return plain
 
 
 def _observe(
@@ -231,6 +180,7 @@ def _observe(
     starts: Sequence[State],
     keep: slice,
     progress: Progress,
+    shares: Sequence[float],
 ) -> tuple[dict[str, dict[str, Params]], list[list[State]] | None]:
     """Static ranges of all schemes, by a walk over the calibration samples, or as an earlier run found them.
 
@@ -239,8 +189,10 @@ def _observe(
     known = folder.recall(RANGES, {})
     states: list[list[State]] | None = None
     if unknown := [scheme for scheme in job.schemes if scheme.name not in known]:
-        step = len(contexts) / len(walker.segments)
-        ranges, states = walk(walker, contexts, starts, job.operators, unknown, lambda: progress.step(step), keep)
+        steps = (len(contexts) * share for share in shares)
+        ranges, states = walk(
+            walker, contexts, starts, job.operators, unknown, lambda: progress.step(next(steps)), keep
+        )
         states = states or None
         for path, error in ranges.failed.items():
             folder.fail(path, error)
@@ -250,6 +202,8 @@ def _observe(
         }
         folder.remember(RANGES, known)
         folder.remember(CENSUS, {path: vars(own) for path, own in ranges.census.found.items()})
+    else:
+        progress.step(len(contexts))
     found = {
         name: {path: (_params(pair[0]), _params(pair[1])) for path, pair in params.items()}
         for name, params in known.items()

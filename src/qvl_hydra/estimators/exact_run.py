@@ -9,8 +9,9 @@ import torch
 
 from qvl_hydra.blockwise.differences import Differences, by_difference
 from qvl_hydra.blockwise.walker import Context, Walker
-from qvl_hydra.estimators.bench import Bench, fitting, measuring
+from qvl_hydra.estimators.bench import Bench, measuring
 from qvl_hydra.estimators.exact import Kept, Wavefront, score_samples
+from qvl_hydra.estimators.groups import fitting
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.families.stages import State
 from qvl_hydra.operators.kinds import outputs
@@ -19,6 +20,7 @@ from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder, SampleScore
 
 GROUP_BYTES = 1 << 29  # states of all copies of the samples that walk together
+STREAMED_BYTES = 1 << 30  # that a streamed run keeps of references
 
 
 def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
@@ -50,7 +52,9 @@ def reference_states(bench: Bench) -> list[list[State]] | None:
     It did so in float32 and on a CPU, where samples walk one by one. A sample that passes over a segment has none.
     """
     walker = bench.walker
-    if bench.states is None or walker.dtype != torch.float32 or bench.job.device.type != "cpu":
+    if bench.states is None or len(bench.states) < len(bench.contexts):
+        return None
+    if walker.dtype != torch.float32 or bench.job.device.type != "cpu":
         return None
     passing = [any(walker.skips(segment, context.sample) for segment in walker.segments) for context in bench.contexts]
     return [[] if passes else states[1:] for passes, states in zip(passing, bench.states, strict=True)]
@@ -78,10 +82,13 @@ class Exact:
                 differing = by_difference(self.walker.operators, self.walker.dtype)
             self.walker = Walker(bench.job.model, bench.job.component, torch.float32, differing)
             self.contexts = self.walker.contexts([context.sample for context in bench.contexts])
-            self.starts = self.walker.starts(self.contexts)
+            if self.walker.prefix:
+                bench.progress.total(len(self.walker.prefix), "inputs of exact scores")
+            self.starts = self.walker.starts(self.contexts, bench.progress.step)
         keeping = 0
         if keep and all(op.experts == 1 for op in self.walker.operators):
-            keeping = fitting(bench.job, self.starts, len(self.walker.segments) + 1, self._outputs_bytes())
+            most = STREAMED_BYTES if bench.job.model.streamed else None
+            keeping = fitting(bench.job, self._kept_bytes(), most)
         self._kept = [Kept() if i < keeping else None for i in range(len(self.contexts))]
         if keeping == len(self.contexts) and known is not None:
             self._kept = [Kept(states) for states in known]
@@ -102,10 +109,14 @@ class Exact:
                         kept.states.append(differences.advance(segment, context, state, kept.outputs))
             self.bench.progress.step(1)
 
-    def _outputs_bytes(self) -> int:
-        """Of what one sample's reference gives at the operators whose products are differences."""
-        modules = [self.walker.module.get_submodule(path) for path in self.walker.kept]
-        return 4 * max(context.sample.longest for context in self.contexts) * sum(outputs(m) for m in modules)
+    def _kept_bytes(self) -> list[int]:
+        """Of each sample's reference: its states, and what it gives at operators whose products are differences."""
+        values = sum(outputs(self.walker.module.get_submodule(path)) for path in self.walker.kept)
+        wider = self.walker.dtype.itemsize // self.bench.walker.dtype.itemsize
+        return [
+            size * wider + 4 * context.sample.longest * values
+            for size, context in zip(self.bench.plain.state_bytes, self.contexts, strict=True)
+        ]
 
     def measure(self, targets: Sequence[Target], scheme: Scheme, turn: str = "") -> None:
         """Score targets in a scheme by the wavefront; what is on disk already is not measured again.
@@ -124,7 +135,8 @@ class Exact:
         items = [f"exact{turn}-{scheme.name}-{bench.first + index:05d}" for index in range(len(self.contexts))]
         left = [index for index, item in enumerate(items) if not bench.folder.done(item)]
         bench.progress.step(exact_cost(len(targets)) * (len(items) - len(left)))
-        size = max(1, fitting(job, self.starts, len(targets) + 2, most=GROUP_BYTES))
+        largest = max(start.nbytes for start in self.starts)
+        size = max(1, fitting(job, [largest * (len(targets) + 2)] * len(self.starts), most=GROUP_BYTES))
         for group in (left[at : at + size] for at in range(0, len(left), size)):
             contexts, starts, kept = self._of(group)
             step = exact_cost(len(targets)) * len(group) / len(self.walker.segments)

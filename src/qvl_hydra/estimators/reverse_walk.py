@@ -20,7 +20,8 @@ from qvl_hydra.blockwise.batches import Batch, halved, make_batches
 from qvl_hydra.blockwise.ranges import walk
 from qvl_hydra.blockwise.walker import Context
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.estimators.bench import Bench, groups
+from qvl_hydra.estimators.bench import Bench
+from qvl_hydra.estimators.groups import groups
 from qvl_hydra.estimators.layout import Layout, ScoredTokens, WholeSamples
 from qvl_hydra.estimators.positions import IMAGE, token_kinds
 from qvl_hydra.estimators.reverse import MakeProbes, Reading, ReverseSegment, step_back
@@ -76,7 +77,8 @@ def reverse_walk(bench: Bench, plan: Plan) -> None:
     """Score every target on every scored sample; samples go in groups whose states fit in memory together."""
     of_all = len(bench.contexts) * cost(plan.probes)
     bench.progress.total(of_all, f"{plan.name} of {len(bench.targets)} operators")
-    for first, end in groups(bench.job, bench.folder, bench.walker, bench.starts, bench.first):
+    # The last group first: its states were kept, if any were.
+    for first, end in reversed(groups(bench.job, bench.folder, bench.plain.state_bytes, bench.first)):
         _measure_group(bench, plan, first, slice(first - bench.first, end - bench.first))
 
 
@@ -97,12 +99,11 @@ def _measure_group(bench: Bench, plan: Plan, first: int, members: slice) -> None
     segments, contexts = bench.walker.segments, bench.contexts[members]
     units = [f"{plan.name}-{first:05d}-{index:04d}" for index in range(len(segments))]
     left = [index for index, unit in enumerate(units) if not bench.folder.done(unit)]
-    step = len(contexts) * cost(plan.probes) / len(segments)
-    bench.progress.step(step * (len(segments) - len(left)))
+    steps = [len(contexts) * cost(plan.probes) * share for share in bench.plain.shares]
+    bench.progress.step(sum(steps) - sum(steps[index] for index in left))
+    states, bench.states = bench.states, None  # each segment's state is let go once it was used
     if not left:
         return
-    states = None if bench.states is None else bench.states[members]
-    bench.states = None  # each segment's state is let go once it was used
     if states is None:
         _, states = walk(bench.walker, contexts, bench.starts[members], (), (), lambda: None, keep=slice(len(contexts)))
     gradients = _load(bench, plan, first, left[-1], len(contexts))
@@ -117,7 +118,7 @@ def _measure_group(bench: Bench, plan: Plan, first: int, members: slice) -> None
         _save(bench, plan, first, index - 1, gradients)
         bench.folder.write_finite(units[index], scores)
         _gradient_path(bench, plan, first, index).unlink(missing_ok=True)
-        bench.progress.step(step)
+        bench.progress.step(steps[index])
     _gradient_path(bench, plan, first, -1).unlink(missing_ok=True)
 
 

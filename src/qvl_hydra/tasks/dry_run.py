@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.blockwise.stopwatch import synchronize
 from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.estimators.bench import shard_of
+from qvl_hydra.estimators.groups import shard_of
 from qvl_hydra.estimators.table import work_of
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.models.load import LoadedModel, outline_model
@@ -36,6 +37,7 @@ from qvl_hydra.tasks.sweep import job_of
 
 ROW_BYTES = 150  # of a score on disk: in its part, in the tables and with the tracker
 SHOWN_ROLES = 8
+SPREAD = 1.25  # the longest sample is timed, too, where it is so much longer than the one in the middle
 
 
 def foretell(settings: Settings, further: Sequence[QuantSettings], own: Path, screen: Screen) -> None:
@@ -146,8 +148,7 @@ def _memory(settings: Settings, prepared: Prepared) -> str:
 def _time(settings: Settings, prepared: Prepared, scoring: bool) -> str:
     strategy, samples = settings.strategy, _own(settings, prepared)
     row = strategy.row
-    middle = sorted(samples, key=lambda sample: sample.longest)[len(samples) // 2]
-    seconds = sample_seconds(prepared.model, settings.component.name, middle)
+    seconds = mean_seconds(prepared.model, settings.component.name, samples)
     found = [f"a plain forward of one sample takes {_clock(seconds)}, by one part of each kind, timed here"]
     if scoring:
         work = work_of(row)
@@ -181,6 +182,20 @@ def _plans(settings: Settings, scored: int) -> list[tuple[int, int]]:
     families = 2 * wanted.families + 1 if wanted.families else 0
     reported = budgets * (1 + beside) + 2 + 2 * lists + families  # two are the ends: all and nothing quantized
     return [((budgets + lists) * few, scored), (reported, wanted.evaluation_size)]
+
+
+def mean_seconds(model: LoadedModel, component: str, samples: Sequence[Sample]) -> float:
+    """Seconds of a plain forward of one of the samples, on average: two of them are timed where lengths differ.
+
+    Time is taken to grow as a power of the length between and beyond the two: at most its square, as attention's.
+    """
+    ordered = sorted(samples, key=lambda sample: sample.longest)
+    middle, longest = ordered[len(ordered) // 2], ordered[-1]
+    seconds, ratio, power = sample_seconds(model, component, middle), longest.longest / middle.longest, 1.0
+    if ratio > SPREAD:
+        power = math.log(sample_seconds(model, component, longest) / seconds) / math.log(ratio)
+    power = min(max(power, 0.0), 2.0)
+    return seconds * fmean((sample.longest / middle.longest) ** power for sample in samples)
 
 
 @torch.no_grad()

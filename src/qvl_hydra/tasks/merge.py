@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 
 from qvl_hydra.errors import RunFolderError
-from qvl_hydra.estimators.bench import CENSUS, FORWARD, GROUPS, RANGES
+from qvl_hydra.estimators.bench import CENSUS, FORWARD, RANGES
+from qvl_hydra.estimators.groups import GROUPS
 from qvl_hydra.runs.files import read_yaml, write_atomically, write_json
 from qvl_hydra.runs.folder import END, SECONDS, RunFolder
 from qvl_hydra.runs.record import RunRecord, read_record
@@ -30,7 +31,7 @@ from qvl_hydra.tracking.content import leaves
 from qvl_hydra.tracking.record import tracked_beside
 
 FOLDER = "merged"  # of a multirun's merged run, in the sweep folder
-SAME = (RANGES, CENSUS, "row_chunk", "sketch_group")  # what every shard found alike
+SAME = (RANGES, CENSUS, "row_chunk")  # what every shard found alike
 Schemes = Callable[[Settings], tuple[Settings, list[QuantSettings]]]  # the settings, and those of further schemes
 DECIDING_VERSIONS = ("torch", "qvl_hydra")
 
@@ -226,5 +227,9 @@ def _gather(shards: Sequence[Shard], folder: RunFolder) -> None:
         if reasons:
             folder.remember(name, reasons)
     folder.remember(SECONDS, sum(own.seconds for own in kept))
-    folder.remember(FORWARD, sum(shard.record.forward_s or 0.0 for shard in ordered))
+    forwards = [forward for own in kept if (forward := own.recall(FORWARD)) is not None]
+    if len(forwards) == len(kept):
+        sizes = [size for forward in forwards for size in forward["state_bytes"]]
+        seconds = sum(forward["seconds"] for forward in forwards)
+        folder.remember(FORWARD, forwards[0] | {"seconds": seconds, "state_bytes": sizes})
     write_json(folder.path / "shards.json", {"shards": [str(shard.folder.absolute()) for shard in ordered]})
