@@ -15,6 +15,7 @@ import torch
 from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.blockwise.stopwatch import synchronize
 from qvl_hydra.blockwise.walker import Context, Walker
+from qvl_hydra.calibration.held_out import held_out
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators.groups import shard_of
 from qvl_hydra.estimators.table import work_of
@@ -160,28 +161,33 @@ def _time(settings: Settings, prepared: Prepared, scoring: bool) -> str:
             longer = ", longer where many operators score alike" if row.races else ""
             found.append(f"scoring takes about {forwards:.0f} of them: {_clock(forwards * seconds)}{longer}")
     if settings.task.name != "sweep":
-        walks = [(plans, count) for plans, count in _plans(settings, len(samples)) if plans]
+        seen = {sample.id for sample in prepared.calibration.samples}
+        unseen = held_out(settings.calibration, prepared.processor, settings.profile.evaluation_size, seen)
+        walks = [(plans, count) for plans, count in _plans(settings, len(samples), len(unseen)) if plans]
         named = " and ".join(f"{plans} plans on {count} samples" for plans, count in walks)
         most = sum(plans * count for plans, count in walks)
         found.append(f"at most {named} are measured, about one a sample and plan: {_clock(most * seconds)}")
     return "; ".join(found)
 
 
-def _plans(settings: Settings, scored: int) -> list[tuple[int, int]]:
+def _plans(settings: Settings, scored: int, unseen: int) -> list[tuple[int, int]]:
     """How many plans a profile measures at most on how many samples, but for the bisection of an error bound.
 
     The best few of each budget on those that were scored, and on held-out ones what is reported: of task=quantize one
     plan, by each tool and beside the float model.
+
+    Args:
+        scored, unseen: samples that scores are measured on, and held-out ones.
     """
     wanted, of_profile = settings.profile, settings.task.name == "profile"
     budgets = (len(wanted.values) or FRONT) if wanted.choices else 1 + len(wanted.spectrum) * of_profile
     few = wanted.candidates if wanted.candidates > 1 else 0
     if not of_profile:
-        return [(budgets * few, scored), (3 * (len(wanted.quantize_with) or len(PACKAGES)), wanted.evaluation_size)]
+        return [(budgets * few, scored), (3 * (len(wanted.quantize_with) or len(PACKAGES)), unseen)]
     lists, beside = len(wanted.compare_with), MOST if wanted.baselines and not wanted.choices else 0
     families = 2 * wanted.families + 1 if wanted.families else 0
     reported = budgets * (1 + beside) + 2 + 2 * lists + families  # two are the ends: all and nothing quantized
-    return [((budgets + lists) * few, scored), (reported, wanted.evaluation_size)]
+    return [((budgets + lists) * few, scored), (reported, unseen)]
 
 
 def mean_seconds(model: LoadedModel, component: str, samples: Sequence[Sample]) -> float:
