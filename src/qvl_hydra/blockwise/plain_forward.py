@@ -39,25 +39,26 @@ def plain_forward(
     segments = walker.segments
     spent = [0.0] * len(segments)
     state_bytes = [0] * len(starts)
-    steps = iter(range(len(segments)))  # that the bar is owed, however often the forward is timed
+    unseen = iter(segments)  # looked at the first time that all samples walk, so that the others are timed undisturbed
 
     @torch.no_grad()
     def forward(count: int) -> None:
-        states, sizes = list(starts[:count]), [0] * count
+        states = list(starts[:count])
         for index, segment in enumerate(segments):
+            looked_at = count == len(starts) and next(unseen, None) is not None
+            if looked_at:
+                state_bytes[:] = [size + state.nbytes for size, state in zip(state_bytes, states, strict=True)]
             began = time.perf_counter()
-            sizes = [size + state.nbytes for size, state in zip(sizes, states, strict=True)]
             if segment is not segments[-1]:
                 walker.advance(segment, contexts[:count], states)
             else:
                 with walker.weights(segment):
                     for context, state in zip(contexts, states, strict=False):
                         segment.run(state, context)  # logits of all samples would take more memory than the model
-            synchronize(walker.model.device)
-            spent[index] += time.perf_counter() - began
-            if count == len(starts) and next(steps, None) is not None:
+            if looked_at:
+                synchronize(walker.model.device)
+                spent[index] = time.perf_counter() - began
                 step()
-        state_bytes[:count] = sizes
 
     warm_up = None if walker.model.streamed else lambda: forward(1)
     seconds = forward_seconds(lambda: forward(len(starts)), walker.model.device, warm_up)
