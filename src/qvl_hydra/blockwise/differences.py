@@ -9,6 +9,9 @@ What the reference gives is in float32, once for all copies. The difference and 
 each rounded relative to itself, so that an effect loses some thousandths of itself; of a product of all of `x` the
 rounding would be as large as the effect. Norms, attention and activations stay in float32. Products in bfloat16 take a
 fifth of the time of float32 on a CPU that has them.
+
+In a mixture of experts a copy's token may go to an expert that the reference's does not go to. There `x0` is taken as
+0: the expert's whole product is what differs.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from qvl_hydra.blockwise.walker import Context, Walker
+from qvl_hydra.families.experts import ExpertProduct
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
-from qvl_hydra.operators.kinds import apply_operator, product
+from qvl_hydra.operators.kinds import apply_operator, going_to, mixture, product
 from qvl_hydra.quantization.apply import Compute, Forward, mixed_forward, replaced_forwards
 from qvl_hydra.quantization.qdq import OperatorQuantizer, qdq_activation, quantized_operator
 
@@ -31,12 +36,9 @@ CONVERTED = 1 << 26  # weights of an operator that are converted to float32 at o
 def by_difference(operators: Sequence[Operator], dtype: torch.dtype) -> list[str]:
     """Paths of the operators whose products can be taken so; none where all is in float32.
 
-    That is for models of another dtype, and for mixtures, where a copy's token goes to other experts than the
-    reference's.
+    That is for models of another dtype, and for convolutions.
     """
-    if dtype != torch.bfloat16 or any(op.experts > 1 for op in operators):
-        return []
-    return [op.path for op in operators if op.kind == "Linear"]
+    return [op.path for op in operators if op.kind in ("Linear", "Experts")] if dtype == torch.bfloat16 else []
 
 
 class Differences:
@@ -52,6 +54,7 @@ class Differences:
         self._segment: Segment | None = None
         self._weights: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]] = {}  # the segment's, in another dtype
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self._chosen: dict[str, Tensor] = {}  # experts of the same, by mixture
         self._in_scheme: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # the same, with the operator in a scheme
         self._last: tuple[Tensor, Tensor] | None = None  # an input, and how it differs: operators that share one follow
 
@@ -64,7 +67,7 @@ class Differences:
             outputs: what the operators gave, by path, as an earlier walk of the sample left it; what is new is added,
                 but for the last segment's, which may be given a part of the tokens at a time.
         """
-        self._seen, self._in_scheme, self._last = {}, {}, None
+        self._seen, self._chosen, self._in_scheme, self._last = {}, {}, {}, None
         if segment is not self._segment:
             self._segment, self._weights = segment, {}
         kept = {} if outputs is None or segment is self.walker.segments[-1] else outputs
@@ -74,6 +77,8 @@ class Differences:
                 if path not in kept:
                     kept[path] = self._of_reference(module, x)
                 self._seen[path] = x.flatten(0, -2), kept[path].flatten(0, -2)
+                if own := mixture(module):
+                    self._chosen[path] = own.chosen
                 return kept[path]
 
             return forward
@@ -103,6 +108,8 @@ class Differences:
     def _of_reference(self, module: nn.Module, x: Tensor) -> Tensor:
         """An operator's own output in float32; a head with a large vocabulary is converted some rows at a time."""
         weight: Tensor = module.weight  # type: ignore[assignment]
+        if mixture(module):  # converts an expert's at a time
+            return product(module, x, weight)
         if weight.numel() <= CONVERTED:
             return apply_operator(module, x, self._in(torch.float32, weight))
         parts = weight.split(max(1, CONVERTED // weight.shape[1]))
@@ -114,6 +121,8 @@ class Differences:
             if quantizer is not None and quantizer.scheme.output is not None:  # what is added up is rounded once more
                 return quantized_operator(module, x, quantizer)
             given, gave = self._seen[path] if quantizer is None else self._reference_in(path, module, quantizer)
+            if own := mixture(module):
+                given, gave = _by_expert(own, self._chosen[path], given, gave)
             change = self._change(x, given, quantizer)
             if quantizer is not None and not change.any():  # copies that start here
                 return gave.repeat(len(change) // len(given), 1).view(*x.shape[:-1], -1)
@@ -141,10 +150,11 @@ class Differences:
         key = path, id(quantizer)
         if key not in self._in_scheme:
             rounded = qdq_activation(self._seen[path][0], quantizer.scheme.input, quantizer.input)
-            if quantizer.weight is None:
-                self._in_scheme[key] = rounded, self._of_reference(module, rounded)
-            else:
-                self._in_scheme[key] = rounded, apply_operator(module, rounded, quantizer.weight)
+            with going_to(module, self._chosen.get(path)):
+                if quantizer.weight is None:
+                    self._in_scheme[key] = rounded, self._of_reference(module, rounded)
+                else:
+                    self._in_scheme[key] = rounded, apply_operator(module, rounded, quantizer.weight)
         return self._in_scheme[key]
 
     def _in(self, dtype: torch.dtype, weight: Tensor) -> Tensor:
@@ -153,3 +163,29 @@ class Differences:
         if key not in self._weights:
             self._weights[key] = weight, weight.to(dtype)  # both, so that no other weight gets its id
         return self._weights[key][1]
+
+
+def _by_expert(
+    module: ExpertProduct,
+    chosen: Int64[Tensor, "slot"],
+    given: Float[Tensor, "slot in"],
+    gave: Float[Tensor, "slot out"],
+) -> tuple[Float[Tensor, "row in"], Float[Tensor, "row out"]]:
+    """What the reference's token gave each slot's expert, and got; zeros where it does not go there.
+
+    Args:
+        chosen: experts of the reference's slots.
+        given: at these slots.
+
+    Returns:
+        As `given` and `gave` where all copies choose as the reference does; else of each copy's slots.
+    """
+    here = module.chosen.view(-1, len(chosen) // module.active, module.active)
+    there = chosen.view_as(here[0])
+    if bool((here == there).all()):
+        return given, gave
+    same = here[..., None] == there[:, None]  # copy, token, choice, the reference's choice
+    first = torch.arange(0, len(chosen), module.active, device=chosen.device)
+    slots = (first[:, None] + same.byte().argmax(-1)).flatten()
+    others = ~same.any(-1).flatten()
+    return given[slots].masked_fill_(others[:, None], 0), gave[slots].masked_fill_(others[:, None], 0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 
@@ -14,7 +14,7 @@ from qvl_hydra.estimators.exact import Kept, Wavefront, score_samples
 from qvl_hydra.estimators.groups import fitting
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.families.stages import State
-from qvl_hydra.operators.kinds import outputs
+from qvl_hydra.operators.kinds import outputs, slots
 from qvl_hydra.operators.targets import Target, make_targets
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder, SampleScore
@@ -69,7 +69,8 @@ class Exact:
 
     Args:
         keep: keep the reference's states for further wavefronts, of as many samples as fit in memory; with differences
-            also what its operators gave. Of mixtures nothing is kept, as the choices of experts would have to be, too.
+            also what its operators gave. Of mixtures in float32 nothing is kept: the choices of experts would have to
+            be, too.
         known: what `reference_states` gave.
     """
 
@@ -86,7 +87,7 @@ class Exact:
                 bench.progress.total(len(self.walker.prefix), "inputs of exact scores")
             self.starts = self.walker.starts(self.contexts, bench.progress.step)
         keeping = 0
-        if keep and all(op.experts == 1 for op in self.walker.operators):
+        if keep and (self.walker.kept or all(op.experts == 1 for op in self.walker.operators)):
             most = STREAMED_BYTES if bench.job.model.streamed else None
             keeping = fitting(bench.job, self._kept_bytes(), most)
         self._kept = [Kept() if i < keeping else None for i in range(len(self.contexts))]
@@ -99,19 +100,20 @@ class Exact:
     def _walk_references(self) -> None:
         """Keep what references give before copies walk, whose states would leave holes between what is kept."""
         inner = self.walker.segments[:-1]
-        self.bench.progress.total(len(inner), "reference of exact scores")
+        self.bench.progress.total(sum(self.bench.plain.shares[:-1]), "reference of exact scores")
         differences = Differences(self.walker)
-        for segment in inner:
+        for segment, share in zip(inner, self.bench.plain.shares, strict=False):
             with self.walker.weights(segment):
                 for kept, context, start in zip(self._kept, self.contexts, self.starts, strict=True):
                     if kept is not None and not self.walker.skips(segment, context.sample):
                         state = kept.states[-1] if kept.states else start
                         kept.states.append(differences.advance(segment, context, state, kept.outputs))
-            self.bench.progress.step(1)
+            self.bench.progress.step(share)
 
     def _kept_bytes(self) -> list[int]:
         """Of each sample's reference: its states, and what it gives at operators whose products are differences."""
-        values = sum(outputs(self.walker.module.get_submodule(path)) for path in self.walker.kept)
+        kept = [self.walker.module.get_submodule(path) for path in self.walker.kept]
+        values = sum(outputs(module) * slots(module) for module in kept)
         wider = self.walker.dtype.itemsize // self.bench.walker.dtype.itemsize
         return [
             size * wider + 4 * context.sample.longest * values
@@ -139,8 +141,7 @@ class Exact:
         size = max(1, fitting(job, [largest * (len(targets) + 2)] * len(self.starts), most=GROUP_BYTES))
         for group in (left[at : at + size] for at in range(0, len(left), size)):
             contexts, starts, kept = self._of(group)
-            step = exact_cost(len(targets)) * len(group) / len(self.walker.segments)
-            found = score_samples(wave, contexts, starts, kept, partial(bench.progress.step, step))
+            found = score_samples(wave, contexts, starts, kept, self._stepping(wave, len(group)))
             for index, results in zip(group, found, strict=True):
                 bench.folder.write_finite(
                     items[index],
@@ -150,6 +151,13 @@ class Exact:
                         for metric, value in values.items()
                     ],
                 )
+
+    def _stepping(self, wave: Wavefront, samples: int) -> Callable[[], None]:
+        """Steps of a wavefront, a segment each: as long as a plain forward takes there, for each row that passes."""
+        started = accumulate(len(wave.targets_in(segment)) for segment in self.walker.segments)
+        spent = [share * (1 + rows) for share, rows in zip(self.bench.plain.shares, started, strict=True)]
+        steps = (samples * exact_cost(len(wave.targets)) * share / sum(spent) for share in spent)
+        return lambda: self.bench.progress.step(next(steps))
 
     def _of(self, group: Sequence[int]) -> tuple[list[Context], list[State], list[Kept | None]]:
         """What is known of some samples."""

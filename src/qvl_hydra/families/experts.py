@@ -39,7 +39,7 @@ class ExpertProduct(nn.Module):
         return self.product(x, self.weight)
 
     def product(self, x: Float[Tensor, "slot in"], weight: Float[Tensor, "row in"]) -> Float[Tensor, "slot out"]:
-        """Each slot's product with its expert's rows of a weight."""
+        """Each slot's product with its expert's rows of a weight, one expert's at a time in the slots' dtype."""
         return self._routed(x, weight.unflatten(0, (self.experts, -1)))
 
     def back(self, g: Float[Tensor, "slot out"], weight: Float[Tensor, "row in"]) -> Float[Tensor, "slot in"]:
@@ -49,8 +49,8 @@ class ExpertProduct(nn.Module):
     def _routed(self, x: Tensor, matrices: Tensor) -> Tensor:
         order = self.chosen.argsort(stable=True)
         parts = x[order].split(self.chosen.bincount(minlength=self.experts).tolist())
-        made = [functional.linear(part, own) for part, own in zip(parts, matrices, strict=True) if len(part)]
-        return torch.cat(made)[order.argsort()]
+        reached = [(part, own) for part, own in zip(parts, matrices, strict=True) if len(part)]
+        return torch.cat([functional.linear(part, own.to(x.dtype)) for part, own in reached])[order.argsort()]
 
 
 class RoutedExperts(nn.Module):

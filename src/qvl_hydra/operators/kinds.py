@@ -114,12 +114,19 @@ def slots(module: nn.Module) -> int:
 def some_copies(module: nn.Module, chosen: Tensor | Sequence[int], copies: int) -> Iterator[None]:
     """Within it the operator is given only the chosen ones of the copies that its input held, one behind the other."""
     own = mixture(module)
-    if own is None:
+    with going_to(module, None if own is None else own.chosen.view(copies, -1)[chosen].flatten()):
+        yield
+
+
+@contextmanager
+def going_to(module: nn.Module, chosen: Tensor | None) -> Iterator[None]:
+    """Within it slots go to other experts; None for an operator that has one weight for all tokens."""
+    own = mixture(module)
+    if own is None or chosen is None:
         yield
         return
-    every = own.chosen
-    own.chosen = every.view(copies, -1)[chosen].flatten()
+    before, own.chosen = own.chosen, chosen
     try:
         yield
     finally:
-        own.chosen = every
+        own.chosen = before
