@@ -11,9 +11,10 @@ import torch
 
 from benchmarks.jobs import SCHEMES, Silent, bundled_samples, make_job
 from qvl_hydra.backends import torch as native
-from qvl_hydra.blockwise.differences import by_difference
+from qvl_hydra.blockwise.differences import by_difference, by_expert
 from qvl_hydra.estimators import exact_run
 from qvl_hydra.estimators.job import SweepJob
+from qvl_hydra.families.experts import ExpertProduct
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles import measure
 from qvl_hydra.profiles.apply import Quantizers
@@ -111,6 +112,25 @@ def test_a_race_in_rounds_walks_kept_references(tmp_path: Path, monkeypatch: pyt
     kept = scores(job, tmp_path / "kept")
     monkeypatch.setattr(exact_run, "fitting", lambda *_, **__: 1)
     pd.testing.assert_frame_equal(kept, scores(job, tmp_path / "one_kept"), check_exact=True)
+
+
+def test_a_slot_is_compared_with_what_the_reference_gave_the_same_expert() -> None:
+    """In whatever order a token's experts come; with nothing where the reference's token goes elsewhere."""
+    torch.manual_seed(0)
+    module = ExpertProduct(torch.randn(4, 3, 5), active=2)
+    reference = torch.stack([torch.randperm(4)[:2] for _ in range(6)])
+    copies = torch.stack([torch.stack([torch.randperm(4)[:2] for _ in range(6)]) for _ in range(3)])
+    given, gave = torch.randn(12, 5), torch.randn(12, 3)
+    module.chosen = copies.flatten()
+    seen = by_expert(module, reference.flatten(), given, gave)
+    slots = [(expert, token) for copy in copies for token, experts in enumerate(copy.tolist()) for expert in experts]
+    for at, (expert, token) in enumerate(slots):
+        of_token = reference[token].tolist()
+        for values, own in zip((given, gave), seen, strict=True):
+            here = values[2 * token + of_token.index(expert)] if expert in of_token else torch.zeros(values.shape[1])
+            assert torch.equal(own[at], here)
+    module.chosen = reference.flatten().repeat(3)
+    assert by_expert(module, reference.flatten(), given, gave)[0] is given, "nothing to gather"
 
 
 def test_what_is_walked_in_float32() -> None:

@@ -122,7 +122,7 @@ class Differences:
                 return quantized_operator(module, x, quantizer)
             given, gave = self._seen[path] if quantizer is None else self._reference_in(path, module, quantizer)
             if own := mixture(module):
-                given, gave = _by_expert(own, self._chosen[path], given, gave)
+                given, gave = by_expert(own, self._chosen[path], given, gave)
             change = self._change(x, given, quantizer)
             if quantizer is not None and not change.any():  # copies that start here
                 return gave.repeat(len(change) // len(given), 1).view(*x.shape[:-1], -1)
@@ -165,7 +165,7 @@ class Differences:
         return self._weights[key][1]
 
 
-def _by_expert(
+def by_expert(
     module: ExpertProduct,
     chosen: Int64[Tensor, "slot"],
     given: Float[Tensor, "slot in"],
