@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,8 @@ from qvl_hydra.calibration.sources import load_calibration
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
-from qvl_hydra.profiles.apply import Quantizers
+from qvl_hydra.profiles import apply
+from qvl_hydra.profiles.apply import Quantizers, make_quantizer
 from qvl_hydra.profiles.measure import Measurement, _compared, measure_profiles, steps
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.formats.table import not_offered
@@ -157,7 +159,7 @@ def in_turn(operators: list[Operator], schemes: list[Scheme], shift: int) -> Pro
 
 
 @pytest.mark.parametrize("name", ["tiny_qwen2_5_vl", "tiny_qwen3_vl"])
-def test_several_schemes_in_one_walk_resident_and_streamed(name: str) -> None:
+def test_several_schemes_in_one_walk_resident_and_streamed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, streamed = load_tiny(name), load_tiny(name, placement="streamed")
     processor = load_processor(model.description.folder)
     samples = load_calibration(CalibrationSettings(source="bundled", size=6), processor).samples
@@ -166,11 +168,17 @@ def test_several_schemes_in_one_walk_resident_and_streamed(name: str) -> None:
     profiles = [in_turn(operators, schemes, shift) for shift in range(3)]
     last = frozenset(op.path for op in operators[:-4])
     profiles.append(Profile(COARSE, tuple(operators), last, 16, "test"))  # parts from the float model late
+    rounded: Counter[str] = Counter()
+    monkeypatch.setattr(apply, "make_quantizer", lambda *given: [make_quantizer(*given), rounded.update([given[1]])][0])
+    wanted = {(op.path, profile.scheme_of(op).name) for profile in profiles for op in profile.low}
     found = {}
     for own in (model, streamed):
         quantizers = Quantizers(own, operators, samples, "full", schemes)
         found[own.streamed] = measure_profiles(own, profiles, quantizers, samples, "full")
     assert found[True] == found[False]
+    expected_counts = {path: 2 * count for path, count in Counter(path for path, _ in wanted).items()}
+    del rounded[operators[0].path], expected_counts[operators[0].path]  # beartype looks at a mapping's first item
+    assert rounded == expected_counts, "once a walk"
     made = dict(Quantizers(model, operators, samples, "full", schemes))
     for profile, measured in zip(profiles, found[False], strict=True):
         expected = one_by_one(model, profile, made, samples, "full")

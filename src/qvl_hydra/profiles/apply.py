@@ -62,6 +62,9 @@ class Quantizers(Mapping[str, OperatorQuantizer]):
             largest = shared_largest(module, together, scheme).get(op.group)
             return make_quantizer(module, op.path, scheme, self._ranges[scheme.name], largest)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._wanted  # a mapping's own would round the weight to find out
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._wanted)
 
