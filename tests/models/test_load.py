@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qvl_hydra.backends.torch import extra_bytes
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import ModelError
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel, ModelDescription, describe_model, is_local, load_model, require_memory
 from qvl_hydra.settings import ModelSettings
 from tests.conftest import load_tiny
+from tests.program import composed
 
 CPU = torch.device("cpu")
 PLACEMENTS = ("resident", "streamed")
@@ -236,6 +239,22 @@ def test_a_model_that_does_not_fit_is_refused() -> None:
     assert "needs 32.9 GiB for a test (30.9 GiB of it weights), and 8.0 GiB are free" in text
     assert "model.placement=streamed" in text
     require_memory(real("qwen2_vl_2b", dtype="bfloat16", memory_limit_gib=8), 1024**3, "a test")
+
+
+def test_a_block_that_does_not_fit_in_every_scheme_is_refused() -> None:
+    """Of Qwen3-VL-235B-A22B, streamed: 2.4 billion parameters a block, of 14 bytes in two schemes."""
+    model = ["model=qwen3_vl_235b_a22b", "model.weights=random", "model.dtype=bfloat16", "model.memory_limit_gib=30"]
+    needed = []
+    for experiment in ("lm_mse_v2", "profile_choices"):
+        settings = composed(f"experiment={experiment}", *model)
+        settings = replace(settings, model=replace(settings.model, placement="streamed"))
+        description = describe_model(settings.model)
+        needed.append(extra_bytes(settings, description, ()))
+    one, two = needed
+    assert (one + description.weight_bytes) / 12 == pytest.approx((two + description.weight_bytes) / 14)
+    require_memory(description, one, "a test")
+    with pytest.raises(ModelError, match=r"needs 3\d\.\d GiB for a test \(its largest block.*profile\.choices"):
+        require_memory(description, two, "a test")
 
 
 def test_the_sha_names_the_weights(checkpoint: Path, tmp_path: Path) -> None:

@@ -37,7 +37,10 @@ def extra_bytes(settings: Settings, description: ModelDescription, operators: Se
         largest = max(sum(p.numel() for p in part.parameters()) for part in parts)
         text = description.config.get_text_config()
         table = text.vocab_size * text.hidden_size
-        return max(3 * largest, 2 * table) * torch.float32.itemsize - weights
+        # Plans have a block in several schemes at once: in float32, and in bfloat16 for products by difference.
+        schemes = 1 if settings.task.name == "sweep" else len(settings.schemes)
+        plans = 2 + 6 * schemes if settings.model.dtype == "bfloat16" else 4 + 4 * schemes
+        return max(max(3 * torch.float32.itemsize, plans) * largest, 2 * table * torch.float32.itemsize) - weights
     if settings.strategy.name == "hawq_v2":
         return 5 * max(op.n_params for op in operators) * torch.float32.itemsize
     return math.ceil(0.1 * weights)

@@ -261,11 +261,16 @@ def require_memory(description: ModelDescription, extra_bytes: int, purpose: str
     free = free_memory_bytes() if limit is None else int(limit * GIB)
     need = description.weight_bytes + extra_bytes
     if need > free:
+        own = description.settings
+        what = f"{description.weight_bytes / GIB:.1f} GiB of it weights"
+        remedy = "backend=torch with model.placement=streamed, model.dtype=bfloat16, fewer operators "
+        remedy += "(operators.max_ops, operators.blocks) or a smaller model"
+        if own.placement == "streamed":
+            what = "its largest block, rounded"
+            remedy = "model.dtype=bfloat16, fewer of profile.choices or a smaller model"
         raise ModelError(
-            f"{description.settings.name} in {description.settings.dtype} needs {need / GIB:.1f} GiB for {purpose} "
-            f"({description.weight_bytes / GIB:.1f} GiB of it weights), and {free / GIB:.1f} GiB are free; "
-            "take backend=torch with model.placement=streamed, model.dtype=bfloat16, fewer operators "
-            "(operators.max_ops, operators.blocks) or a smaller model"
+            f"{own.name} in {own.dtype} needs {need / GIB:.1f} GiB for {purpose} ({what}), and {free / GIB:.1f} GiB "
+            f"are free; take {remedy}"
         )
 
 
