@@ -33,4 +33,5 @@ def test_what_would_sharpen() -> None:
     assert "more samples (calibration.size, here 400 scored)" in sharpening(frame(0.9, 0.9), "kl", "w8")
     assert re.search(r"strategy\.probes=1\d would", sharpening(frame(0.1, 0.8), "kl", "w8"))
     assert "more samples" in sharpening(frame(0.9, 0.9, probes=1), "kl", "w8")
+    assert "more probes (strategy.probes, here 2) would" in sharpening(frame(0.0, 0.8, samples=2, probes=2), "kl", "w8")
     assert sharpening(frame(0.9, 0.9, samples=1), "kl", "w8") == ""

@@ -50,7 +50,8 @@ def sharpening(frame: pd.DataFrame, metric: str, scheme: str) -> str:
         return f"{said}: {more}"
     best = max(1, round((REST / BACKWARD) ** 0.5 * probes / between)) if between > 0 else None
     said += f", and by {probes:.1f} times from probe to probe of a sample"
-    if best is None or best > frame["probe"].max() + 1:
-        wanted = "more" if best is None else str(best)
-        return f"{said}: strategy.probes={wanted} would sharpen the ranking most at its cost"
+    own = frame["probe"].max() + 1
+    if best is None or best > own:
+        wanted = f"more probes (strategy.probes, here {own:.0f})" if best is None else f"strategy.probes={best}"
+        return f"{said}: {wanted} would sharpen the ranking most at its cost"
     return f"{said}: {more} at their cost"
