@@ -34,10 +34,7 @@ CONVERTED = 1 << 26  # weights of an operator that are converted to float32 at o
 
 
 def by_difference(operators: Sequence[Operator], dtype: torch.dtype) -> list[str]:
-    """Paths of the operators whose products can be taken so; none where all is in float32.
-
-    That is for models of another dtype, and for convolutions.
-    """
+    """Paths of the operators whose products can be taken so: none of models in another dtype, and no convolution's."""
     return [op.path for op in operators if op.kind in ("Linear", "Experts")] if dtype == torch.bfloat16 else []
 
 

@@ -99,10 +99,10 @@ class Exact:
     @torch.no_grad()
     def _walk_references(self) -> None:
         """Keep what references give before copies walk, whose states would leave holes between what is kept."""
-        inner = self.walker.segments[:-1]
-        self.bench.progress.total(sum(self.bench.plain.shares[:-1]), "reference of exact scores")
+        inner, shares = self.walker.segments[:-1], self.bench.plain.shares[:-1]
+        self.bench.progress.total(sum(shares), "reference of exact scores")
         differences = Differences(self.walker)
-        for segment, share in zip(inner, self.bench.plain.shares, strict=False):
+        for segment, share in zip(inner, shares, strict=True):
             with self.walker.weights(segment):
                 for kept, context, start in zip(self._kept, self.contexts, self.starts, strict=True):
                     if kept is not None and not self.walker.skips(segment, context.sample):
