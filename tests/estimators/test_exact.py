@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qvl_hydra.blockwise.ranges import walk
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.estimators import exact
-from qvl_hydra.estimators.exact import RowChunk, Wavefront, score_samples
+from qvl_hydra.estimators import rows
+from qvl_hydra.estimators.exact import Wavefront, score_samples
+from qvl_hydra.estimators.rows import RowChunk, packed
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.operators.targets import make_targets
@@ -99,20 +104,39 @@ def test_fused_groups_are_quantized_together(tiny_model: LoadedModel, tiny_sampl
 def test_outputs_of_a_chunk_are_bounded_together(
     tiny_model: LoadedModel, tiny_samples: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samples, scheme = tiny_samples[:1], SCHEMES["w8a8_static"]
-    whole = wavefront_scores(tiny_model, samples, "lm", scheme)
+    samples, scheme = (*tiny_samples[:2], text_alone(tiny_samples[0])), SCHEMES["w8a8_dynamic"]
+    one_by_one = [scores for sample in samples for scores in wavefront_scores(tiny_model, (sample,), "full", scheme)]
     limit = 1 << 15
-    monkeypatch.setattr(exact, "OUTPUT_BYTES", {"cpu": limit})
+    monkeypatch.setattr(rows, "OUTPUT_BYTES", {"cpu": limit})
     seen: list[int] = []
-    measure = exact.error_sums
+    run = rows.run_rows
 
-    def look(reference: torch.Tensor, outputs: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
+    def look(*args: Any) -> torch.Tensor:
+        outputs = run(*args)
         seen.append(outputs.numel() * outputs.itemsize)
-        return measure(reference, outputs, *rest)
+        return outputs
 
-    monkeypatch.setattr(exact, "error_sums", look)
-    assert_equal_scores(wavefront_scores(tiny_model, samples, "lm", scheme), whole)
-    assert limit // 2 < max(seen) <= limit
+    monkeypatch.setattr(rows, "run_rows", look)
+    assert_equal_scores(wavefront_scores(tiny_model, samples, "full", scheme), one_by_one)
+    assert limit // 2 < max(seen) <= limit < sum(seen)
+
+
+def text_alone(sample: Sample) -> Sample:
+    """Its answer's tokens and what stands before them, without the image."""
+    first = int((sample.labels >= 0).nonzero()[0]) - 4
+    ids = sample.input_ids[first:]
+    places = torch.arange(len(ids)).expand(len(sample.position_ids), -1)
+    return Sample(f"{sample.id}, text alone", ids, places, sample.labels[first:], None, None)
+
+
+@given(st.lists(st.integers(0, 9), max_size=6), st.integers(1, 12))
+def test_tokens_of_several_samples_are_packed_in_order(counts: list[int], most: int) -> None:
+    groups = list(packed(counts, most))
+    tokens = [(index, token) for group in groups for index, own in group for token in range(own.start, own.stop)]
+    assert tokens == [(index, token) for index, count in enumerate(counts) for token in range(count)]
+    sizes = [sum(own.stop - own.start for _, own in group) for group in groups]
+    assert all(size == most for size in sizes[:-1])
+    assert all(0 < size <= most for size in sizes[-1:])
 
 
 def test_chunk_halves_when_cuda_memory_runs_out(tiny_model: LoadedModel) -> None:

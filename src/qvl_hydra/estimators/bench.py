@@ -16,11 +16,11 @@ from qvl_hydra.blockwise.ranges import NONE, Params, walk
 from qvl_hydra.blockwise.stopwatch import synchronize
 from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.errors import EngineError
-from qvl_hydra.estimators.exact import RowChunk
 from qvl_hydra.estimators.groups import groups, shard_of
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.metrics import unit_of
 from qvl_hydra.estimators.positions import scored_positions, without_answer
+from qvl_hydra.estimators.rows import RowChunk
 from qvl_hydra.families.stages import State
 from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.operators.discover import Operator

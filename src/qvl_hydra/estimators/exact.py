@@ -12,6 +12,7 @@ quantized and starts a copy from it with the target in float. Results equal the 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -23,8 +24,8 @@ from torch import Tensor
 from qvl_hydra.blockwise.differences import Differences
 from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.estimators.flips import FLIPS, Flips
-from qvl_hydra.estimators.metrics import error_counts, error_sums, next_token_labels, output_metrics, token_chunks
-from qvl_hydra.estimators.positions import predicted_kinds, scored_positions
+from qvl_hydra.estimators.metrics import output_metrics
+from qvl_hydra.estimators.rows import End, RowChunk, Rows, compare_features, compare_logits, run_rows
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target
@@ -32,8 +33,6 @@ from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.scores.shrink import SPLIT
 
 QuantizerOf = Callable[[Operator], OperatorQuantizer]
-Rows = Mapping[str, Sequence[OperatorQuantizer | None]]  # of some operators, for each row its quantizer or None
-OUTPUT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # outputs of all rows of a chunk together
 
 
 @dataclass(frozen=True)
@@ -85,29 +84,6 @@ class Kept:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
-class RowChunk:
-    """How many rows advance together. On CUDA it halves when memory runs out, and the work goes on."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def advance(self, rows: State, run: Callable[[State, int], Tensor]) -> Tensor:
-        """Apply `run(chunk, index of its first row)` to all rows, chunk by chunk."""
-        outputs: list[Tensor] = []
-        first = 0
-        while first < rows.shape[0]:
-            size = self.size
-            try:
-                outputs.append(run(rows[first : first + size], first))
-                first += size
-            except torch.cuda.OutOfMemoryError:
-                if size == 1:
-                    raise
-                torch.cuda.empty_cache()
-                self.size = max(1, size // 2)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
 @torch.no_grad()
 def score_samples(
     wave: Wavefront,
@@ -150,10 +126,32 @@ def score_samples(
         each()
     with walker.weights(last):
         own = wave.targets_in(last)
-        made = wave.quantizers_in(last, own)
-        scores = [walk.scores(last, own, made) for walk in walks]
+        values = _compared(wave, last, walks, own, wave.quantizers_in(last, own))
     each()
-    return scores
+    return [walk.scores(own_values) for walk, own_values in zip(walks, values, strict=True)]
+
+
+def _compared(
+    wave: Wavefront,
+    last: Segment,
+    walks: Sequence[_Walk],
+    own: Sequence[Target],
+    made: Mapping[str, OperatorQuantizer],
+) -> list[Float64[Tensor, "row metric"]]:
+    """Run the last segment; metrics of every row of each walk."""
+    quantizers = [walk.start(own, made) for walk in walks]
+    if wave.walker.component == "vision":
+        of_walks = zip(walks, quantizers, strict=True)
+        return [compare_features(wave.differences, last, wave.chunk, walk.end, rows) for walk, rows in of_walks]
+    alike: dict[int, list[int]] = defaultdict(list)  # walks by their rows: those without images have fewer
+    for index, walk in enumerate(walks):
+        alike[len(walk.end.rows)].append(index)
+    values: dict[int, Tensor] = {}
+    for indexes in alike.values():
+        ends, rows = [walks[index].end for index in indexes], quantizers[indexes[0]]
+        found = compare_logits(wave.differences, last, wave.chunk, wave.positions, ends, rows)
+        values |= zip(indexes, found, strict=True)
+    return [values[index] for index in range(len(walks))]
 
 
 class _Walk:
@@ -190,7 +188,7 @@ class _Walk:
             own: targets whose copies start here.
             made: see `Wavefront.quantizers_in`.
         """
-        quantizers = self._start(own, made)
+        quantizers = self.start(own, made)
         if not self.has_work:
             self.pass_on()
             return
@@ -202,26 +200,28 @@ class _Walk:
         else:
             self._reference = known
         if len(self._rows):
-            copies = partial(_run, self.wave, segment, self.context, quantizers)
+            copies = partial(run_rows, differences, segment, self.context, quantizers)
             self._rows = self.wave.chunk.advance(self._rows, partial(self._flips.counted, segment, copies))
         if self.kept is not None and known is None:
             self._reference = self._reference.clone()  # as the walk of ranges does: what is kept leaves no holes
             self.kept.states.append(self._reference)
         self._passed += 1
 
-    def scores(
-        self, last: Segment, own: Sequence[Target], made: Mapping[str, OperatorQuantizer]
-    ) -> dict[str, dict[str, float]]:
-        """Run through the last segment; metrics of every target."""
-        quantizers, fallback = self._start(own, made), bool(self.wave.base)
-        values = _compare(self.wave, last, self.context, self._reference, self._rows, quantizers)
+    @property
+    def end(self) -> End:
+        """What the last segment is given; the reference alone where the sample passed over all targets."""
+        return End(self.context, self._reference, self._rows if len(self._rows) else self._reference)
+
+    def scores(self, values: Float64[Tensor, "row metric"]) -> dict[str, dict[str, float]]:
+        """Metrics of every target, from those of every row."""
+        fallback = bool(self.wave.base)
         scores = _by_target(self.wave, values, self._started, fallback)
         if self._flips.mixtures and not fallback:
             for row, target in enumerate(self._started):
                 scores[target.name][FLIPS] = self._flips.share(row)
         return scores
 
-    def _start(self, own: Sequence[Target], made: Mapping[str, OperatorQuantizer]) -> Rows:
+    def start(self, own: Sequence[Target], made: Mapping[str, OperatorQuantizer]) -> Rows:
         """Add the copies that start in a segment; the quantizers of all rows."""
         self._rows = _with_copies(self._rows, self._rows[:1] if self.wave.base else self._reference, len(own))
         self._started += own
@@ -259,41 +259,3 @@ def _quantized_rows(
         for op in target.operators:
             found[op.path][row] = None if op.path in base else made[op.path]
     return found
-
-
-def _run(wave: Wavefront, segment: Segment, context: Context, quantizers: Rows, rows: State, first: int) -> Tensor:
-    """Advance a chunk of rows through a segment, each operator quantized in its rows."""
-    own = {path: of_rows[first : first + len(rows)] for path, of_rows in quantizers.items()}
-    return wave.differences.run_copies(segment, context, rows, own)
-
-
-def _compare(
-    wave: Wavefront, segment: Segment, context: Context, reference: State, rows: State, quantizers: Rows
-) -> Float64[Tensor, "row metric"]:
-    """Run the last segment and compare every row with the reference; outputs of all are never in memory together.
-
-    The head works on each token by itself, so its tokens are taken in chunks; the merger of the vision tower does not.
-    """
-    if not len(rows):  # the sample passed over all targets
-        rows = reference
-    is_text = wave.walker.component != "vision"
-    labels = next_token_labels(context.sample.labels).to(rows.device) if is_text else None
-    kinds = None
-    if is_text and wave.positions == "all":
-        kinds = predicted_kinds(context.sample, context.places[0]).to(rows.device)
-    if labels is not None:
-        counted = scored_positions(context.sample, context.places[0], wave.positions).to(rows.device)
-        if not bool(counted.all()):
-            reference, rows, labels = reference[:, counted], rows[:, counted], labels[counted]
-    a_token = wave.walker.module.lm_head.out_features * 4 * min(wave.chunk.size, rows.shape[0])
-    sums: list[Tensor] = []
-    for tokens in token_chunks(rows.shape[1], a_token, OUTPUT_BYTES[rows.device.type]) if is_text else [slice(None)]:
-        output = wave.differences.advance(segment, context, reference[:, tokens])[0]
-        here = [None if all_of is None else all_of[tokens] for all_of in (labels, kinds)]
-
-        def compare(x: State, at: int, output: Tensor = output, here: list[Tensor | None] = here) -> Tensor:
-            return error_sums(output, _run(wave, segment, context, quantizers, x, at), *here)
-
-        sums.append(wave.chunk.advance(rows[:, tokens], compare))
-    counts = error_counts(rows.shape[1], labels) + ([] if kinds is None else [1] * kinds.shape[1])
-    return torch.stack(sums).sum(0) / torch.tensor(counts, device=rows.device, dtype=torch.float64)

@@ -27,7 +27,7 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators.bench import Bench, measuring
 from qvl_hydra.estimators.first_order import SamplesOf
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
-from qvl_hydra.estimators.metrics import UNITS
+from qvl_hydra.estimators.metrics import UNITS, squared_norms
 from qvl_hydra.estimators.probes import Signs, fisher_probes
 from qvl_hydra.estimators.reverse_walk import MakeSampleProbes, reverse_walk
 from qvl_hydra.estimators.table import CURVATURE_METRICS
@@ -171,6 +171,6 @@ def _mean_errors(bench: Bench, op: Operator) -> list[float]:
             errors.append(0.0)
             continue
         change = weight_change(weight, scheme.weight, bench.shared_largest(op, scheme))
-        total = sum(float(change[rows].float().square().sum(dtype=torch.float64)) for rows in row_parts(change))
+        total = sum(float(squared_norms(change[rows].float()).sum()) for rows in row_parts(change))
         errors.append(total / change.numel())
     return errors

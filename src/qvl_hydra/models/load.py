@@ -263,11 +263,12 @@ def require_memory(description: ModelDescription, extra_bytes: int, purpose: str
     if need > free:
         own = description.settings
         what = f"{description.weight_bytes / GIB:.1f} GiB of it weights"
-        remedy = "backend=torch with model.placement=streamed, model.dtype=bfloat16, fewer operators "
+        smaller = "" if own.dtype == "bfloat16" else "model.dtype=bfloat16, "
+        remedy = f"backend=torch with model.placement=streamed, {smaller}fewer operators "
         remedy += "(operators.max_ops, operators.blocks) or a smaller model"
         if own.placement == "streamed":
             what = "its largest block, rounded"
-            remedy = "model.dtype=bfloat16, fewer of profile.choices or a smaller model"
+            remedy = f"{smaller}fewer of profile.choices or a smaller model"
         raise ModelError(
             f"{own.name} in {own.dtype} needs {need / GIB:.1f} GiB for {purpose} ({what}), and {free / GIB:.1f} GiB "
             f"are free; take {remedy}"

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from qvl_hydra.estimators.metrics import squared_norms
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.models.memory import row_parts
 from qvl_hydra.profiles.costs import COSTS, LEAVE
@@ -118,5 +119,5 @@ def errors_and_ranges(
 
 def _squared_distance(first: Float[Tensor, "row in"], second: Float[Tensor, "row in"]) -> float:
     """Some rows at a time: of a head with a large vocabulary there is no room for copies."""
-    parts = ((first[rows] - second[rows]).double().square().sum() for rows in row_parts(first))
+    parts = (squared_norms((first[rows] - second[rows]).float()).sum() for rows in row_parts(first))
     return float(sum(parts))

@@ -22,7 +22,7 @@ from qvl_hydra.blockwise.differences import by_difference
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import IGNORED, Sample, samples_sha
 from qvl_hydra.errors import ProfileError
-from qvl_hydra.estimators.metrics import divergence, next_token_labels
+from qvl_hydra.estimators.metrics import divergence, next_token_labels, squared_norms
 from qvl_hydra.families.record import HEAD
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.models.memory import free_memory_bytes, row_parts
@@ -262,7 +262,7 @@ def _differences(
     squared, kl = 0.0, reference.new_empty(len(reference), dtype=torch.float64)
     for tokens in row_parts(reference):
         change = found[tokens] - reference[tokens]
-        squared += float(change.square().sum(dtype=torch.float64))
+        squared += float(squared_norms(change).sum())
         kl[tokens] = divergence(reference[tokens], p[tokens], change)[0].double()
     return squared, kl
 
