@@ -16,9 +16,10 @@ from qvl_hydra.calibration.sources import load_calibration
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator, find_operators
-from qvl_hydra.profiles import apply
+from qvl_hydra.profiles import apply, walk
 from qvl_hydra.profiles.apply import Quantizers, make_quantizer
-from qvl_hydra.profiles.measure import Measurement, _compared, measure_profiles, steps
+from qvl_hydra.profiles.losses import Losses
+from qvl_hydra.profiles.measure import Measurement, _sums, measure_profiles, steps
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme, WeightFormat
@@ -99,6 +100,27 @@ def test_batches_equal_one_forward_a_sample(
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+def test_logits_of_some_tokens_are_in_memory_at_a_time(
+    small_model: LoadedModel, small_samples: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operators = find_operators(small_model.module, "lm")
+    quantizers = Quantizers(small_model, operators, small_samples[:4], "lm", [COARSE])
+    profiles = [profile_keeping(operators, set()), profile_keeping(operators, {operators[0].path})]
+    whole = measure_profiles(small_model, profiles, quantizers, small_samples[:3], "lm")
+    limit, see, seen = 5000, Losses.see, []
+    monkeypatch.setattr(walk, "LOGITS", limit)
+
+    def look(self: Losses, tokens: slice, reference: torch.Tensor, p: torch.Tensor, found: torch.Tensor) -> None:
+        seen.append(found.numel())
+        see(self, tokens, reference, p, found)
+
+    monkeypatch.setattr(Losses, "see", look)
+    measured = measure_profiles(small_model, profiles, quantizers, small_samples[:3], "lm")
+    for found, expected in zip(measured, whole, strict=True):
+        assert vars(found) == pytest.approx(vars(expected), rel=1e-5)
+    assert limit // 2 < max(seen) <= limit
+
+
 def test_samples_without_an_answer_are_judged_at_their_text_where_none_has_one(
     small_model: LoadedModel, small_samples: tuple[Sample, ...]
 ) -> None:
@@ -126,7 +148,9 @@ def test_a_small_divergence_does_not_drown_in_rounding() -> None:
         found = logits + torch.randn(logits.shape, generator=draw) * size
         p, q = logits.double().log_softmax(-1), found.double().log_softmax(-1)
         kl = (p.exp() * (p - q)).sum(-1)
-        sums = _compared(logits, logits.softmax(-1), found, labels)
+        losses = Losses(labels)
+        losses.see(slice(None), logits, logits.softmax(-1), found)
+        sums = _sums(losses)
         assert sums.kl == pytest.approx(float(kl.mean(1).sum()), rel=1e-3)
         assert sums.kl_answer == pytest.approx(float(kl[:, 2:4].mean(1).sum()), rel=1e-3)
 

@@ -127,8 +127,8 @@ def next_token_labels(labels: Int64[Tensor, "*row token"]) -> Int64[Tensor, "*ro
     return functional.pad(labels[..., 1:], (0, 1), value=-100)
 
 
-def token_chunks(tokens: int, bytes_per_token: int, limit: int) -> Iterator[slice]:
-    """Slices of tokens whose outputs take at most `limit` bytes, one token at least."""
-    size = max(1, limit // max(bytes_per_token, 1))
+def token_chunks(tokens: int, one: int, limit: int) -> Iterator[slice]:
+    """Slices of tokens whose outputs take at most `limit`, one token at least, where a single token's take `one`."""
+    size = max(1, limit // max(one, 1))
     for first in range(0, tokens, size):
         yield slice(first, min(first + size, tokens))

@@ -15,7 +15,7 @@ from torch import Tensor
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.load import LoadedModel
-from qvl_hydra.models.memory import free_memory_bytes
+from qvl_hydra.models.memory import free_memory_bytes, row_parts
 from qvl_hydra.profiles.apply import quantizer_key
 from qvl_hydra.profiles.measure import STATE_BYTES, state_bytes
 from qvl_hydra.profiles.profile import Profile
@@ -55,10 +55,15 @@ class _Sums:
 
     def add(self, reference: Tensor, ours: Tensor, theirs: Tensor) -> None:
         """Add the outputs of a sample: (token, value) each."""
-        self.largest = max(self.largest, float((theirs - ours).abs().max()))
-        self.apart += float((theirs - ours).double().square().sum())
-        self.effect += float((ours - reference).double().square().sum())
-        self.identical += bool(torch.equal(theirs, ours))
+        identical = True
+        for tokens in row_parts(ours):
+            own, other = ours[tokens].float(), theirs[tokens].float()
+            apart = other - own
+            self.largest = max(self.largest, float(apart.abs().max()))
+            self.apart += float(apart.double().square().sum())
+            self.effect += float((own - reference[tokens].float()).double().square().sum())
+            identical &= torch.equal(other, own)
+        self.identical += identical
 
 
 def compare(
@@ -122,7 +127,7 @@ def _walk(
                 with quantized(walker.module, made):
                     own = segment.run(ours[index], context)
                 if segment is walker.segments[-1]:
-                    sums.add(reference[0].float(), own[0].float(), outputs(context.sample))
+                    sums.add(reference[0], own[0], outputs(context.sample))
                 else:
                     floats[index], ours[index] = reference, own
         each()

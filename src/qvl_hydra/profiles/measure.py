@@ -10,29 +10,26 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
-from torch.nn import functional
 
 from qvl_hydra.blockwise.differences import by_difference
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import IGNORED, Sample, samples_sha
 from qvl_hydra.errors import ProfileError
-from qvl_hydra.estimators.metrics import divergence, next_token_labels, squared_norms
 from qvl_hydra.families.record import HEAD
 from qvl_hydra.models.load import LoadedModel
-from qvl_hydra.models.memory import free_memory_bytes, row_parts
+from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.profiles.losses import Losses
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.profiles.walk import Batch, walk
+from qvl_hydra.profiles.walk import LOGITS, Batch, walk
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.runs.folder import RunFolder
 
-BATCH_LOGITS = 2**26  # numbers in one batch's logits at most: 256 MiB in float32, and a few copies of it
 SMALLEST_KL = 1e-9  # nats: what is less is no loss
 STATE_BYTES = 1 << 30  # of all rows between two segments
 
@@ -174,7 +171,7 @@ def _groups(model: LoadedModel, count: int, samples: Sequence[Sample], component
     taken = 0
     for rows in shapes.values():
         one = state_bytes(model, rows[0], count + 1, component)
-        at_once = max(1, min(BATCH_LOGITS // (rows[0].input_ids.numel() * vocabulary), limit // one))
+        at_once = max(1, min(LOGITS // (rows[0].input_ids.numel() * vocabulary), limit // one))
         for start in range(0, len(rows), at_once):
             batch = rows[start : start + at_once]
             if groups[-1] and taken + len(batch) * one > limit:
@@ -212,18 +209,22 @@ class _Eyes:
         """What is scored for the vision tower: the squared change of all that leaves it."""
         self._add(batch, lambda at: _Sums(squared=float((output(at) - output(0)).double().square().sum())))
 
-    def see_logits(self, batch: Batch, output: Callable[[int], Tensor]) -> None:
-        reference = output(0)
-        p = reference.softmax(-1)
-        labels = torch.stack([context.sample.labels for context in batch.contexts]).to(reference.device)
+    def see_logits(self, batch: Batch, parts: Iterator[tuple[slice, Callable[[int], Tensor]]]) -> None:
+        labels = torch.stack([context.sample.labels for context in batch.contexts]).to(batch.state.device)
+        seen = {branch: Losses(labels) for branch in batch.branch}
+        for tokens, output in parts:
+            reference = output(0)
+            p = reference.softmax(-1)
+            for branch, losses in seen.items():
+                losses.see(tokens, reference, p, output(branch) if branch else reference)
 
-        def compared(at: int) -> _Sums:
-            found = _compared(reference, p, output(at) if at else reference, labels)
+        def sums(branch: int) -> _Sums:
+            found = _sums(seen[branch])
             if self.component == "vision":
                 found.squared = 0.0
             return found
 
-        self._add(batch, compared)
+        self._add(batch, sums)
 
     def _add(self, batch: Batch, of_branch: Callable[[int], _Sums]) -> None:
         for branch in dict.fromkeys(batch.branch):
@@ -233,55 +234,16 @@ class _Eyes:
                     own.add(found)
 
 
-def _compared(
-    reference: Float[Tensor, "row token vocab"],
-    p: Float[Tensor, "row token vocab"],
-    found: Float[Tensor, "row token vocab"],
-    labels: Int64[Tensor, "row token"],
-) -> _Sums:
-    squared, kl = _differences(reference.flatten(0, 1), p.flatten(0, 1), found.flatten(0, 1))
-    kl = kl.view(labels.shape)
-    following = next_token_labels(labels)
-    asked = following != IGNORED
-    losses, hits = _answers(found[asked], following[asked], asked)
-    at_answer = (kl * asked).sum(1) / asked.sum(1)
+def _sums(losses: Losses) -> _Sums:
+    at_answer = losses.at_answer(losses.kl)
     return _Sums(
-        squared=squared,
-        kl=float(kl.mean(1).sum()),
+        squared=losses.squared,
+        kl=float(losses.kl.mean(1).sum()),
         kl_answer=float(at_answer.sum()),
-        loss=float(losses.sum()),
-        right=int(hits.sum()),
+        loss=float(losses.at_answer(losses.surprise).sum()),
+        right=int(losses.right.all(1).sum()),
         log_kl=float(at_answer.clamp(min=SMALLEST_KL).log().sum()),
     )
-
-
-def _differences(
-    reference: Float[Tensor, "token vocab"], p: Float[Tensor, "token vocab"], found: Float[Tensor, "token vocab"]
-) -> tuple[float, Float64[Tensor, "token"]]:
-    """The squared change of all logits, and at each token the KL in nats; some tokens at a time."""
-    squared, kl = 0.0, reference.new_empty(len(reference), dtype=torch.float64)
-    for tokens in row_parts(reference):
-        change = found[tokens] - reference[tokens]
-        squared += float(squared_norms(change).sum())
-        kl[tokens] = divergence(reference[tokens], p[tokens], change)[0].double()
-    return squared, kl
-
-
-def _answers(
-    found: Float[Tensor, "answer vocab"], right: Int64[Tensor, "answer"], asked: Bool[Tensor, "row token"]
-) -> tuple[Float64[Tensor, " row"], Bool[Tensor, " row"]]:
-    """Mean loss over the answer tokens of each row, and which rows have every answer token right.
-
-    Args:
-        found: logits where the next token belongs to the answer.
-        right: these tokens.
-        asked: where in the rows they are.
-    """
-    losses = torch.zeros(asked.shape, dtype=torch.float64, device=asked.device)
-    losses[asked] = functional.cross_entropy(found, right, reduction="none").double()
-    hits = torch.ones_like(asked)
-    hits[asked] = found.argmax(-1) == right
-    return losses.sum(1) / asked.sum(1), hits.all(1)
 
 
 def _mean(sums: _Sums, count: int, chooser: str) -> Measurement:

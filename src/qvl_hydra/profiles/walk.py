@@ -6,7 +6,7 @@ taken by difference: in bfloat16 the rounding of two walks alone is as large as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,14 +17,17 @@ from torch import Tensor
 from qvl_hydra.blockwise.differences import Differences
 from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.calibration.sample import Sample
+from qvl_hydra.estimators.metrics import token_chunks
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.profiles.apply import quantizer_key
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 
 ROW_TOKENS = {"cpu": 2048, "cuda": 32768}  # advanced together; beyond them products no longer get faster
-# Called with the samples of a batch, the branch of each profile, and the output of each branch; 0 is the float model's.
-See = Callable[["Batch", Callable[[int], Float[Tensor, "sample token value"]]], None]
+LOGITS = 1 << 26  # numbers of one branch of a batch at a time: 256 MiB in float32, and a few copies of it
+Output = Callable[[int], Float[Tensor, "sample token value"]]  # of each branch; 0 is the float model's
+SeeFeatures = Callable[["Batch", Output], None]
+SeeLogits = Callable[["Batch", Iterator[tuple[slice, Output]]], None]  # some tokens after others
 
 
 @dataclass
@@ -56,8 +59,8 @@ def walk(
     profiles: Sequence[Profile],
     quantizers: Mapping[str, OperatorQuantizer],
     each: Callable[[], None],
-    see_features: See | None,
-    see_logits: See,
+    see_features: SeeFeatures | None,
+    see_logits: SeeLogits,
 ) -> None:
     """Take a group of batches through the whole model, in the float model and in every profile.
 
@@ -66,8 +69,8 @@ def walk(
         group: of each batch its samples, all of one shape.
         quantizers: see `quantizer_key`; asked for while the weights of their segment are in memory.
         each: called after each segment of each batch.
-        see_features: given what leaves the vision tower.
-        see_logits: given the logits.
+        see_features: given a batch and what leaves the vision tower.
+        see_logits: given a batch and the logits.
     """
     batches = []
     for rows in group:
@@ -85,13 +88,26 @@ def walk(
                 if walker.skips(segment, batch.contexts[0].sample):
                     pass
                 elif segment is walker.segments[-1]:
-                    of_branch = _branch_out(batch, plans)
-                    see_logits(batch, partial(_output, differences, segment, batch, of_branch, made))
+                    see_logits(batch, _logits(differences, segment, batch, _branch_out(batch, plans), made))
                 else:
                     batch.state = _advance(differences, segment, batch, _branch_out(batch, plans), made)
                     if see_features is not None and segment is walker.stages.vision[-1]:
                         see_features(batch, batch.of)
                 each()
+
+
+def _logits(
+    differences: Differences,
+    segment: Segment,
+    batch: Batch,
+    of_branch: Sequence[Mapping[str, str]],
+    made: Mapping[str, OperatorQuantizer],
+) -> Iterator[tuple[slice, Output]]:
+    """Some tokens after others, and the logits of each branch at them: those of a whole sample can take gigabytes."""
+    one_token = len(batch.contexts) * differences.walker.module.lm_head.out_features
+    for tokens in token_chunks(batch.state.shape[1], one_token, LOGITS):
+        part = Batch(batch.contexts, batch.state[:, tokens], batch.branch)
+        yield tokens, partial(_output, differences, segment, part, of_branch, made)
 
 
 def _output(
