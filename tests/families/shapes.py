@@ -72,6 +72,21 @@ SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
     "text_bias": ("qwen2", TEXT | {"tie_word_embeddings": True}, {}, {}),
     "text_norms": ("qwen3", TEXT | {"head_dim": 12}, {}, {}),
     "text_plain": ("llama", TEXT | {"tie_word_embeddings": True}, {}, {}),
+    "text_windows": (
+        "qwen3",
+        TEXT | {"head_dim": 12, "attention_bias": True, "use_sliding_window": True, "sliding_window": 5,
+                "max_window_layers": 1,
+                "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                                    "original_max_position_embeddings": 16}},
+        {}, {},
+    ),
+    "text_scaled": (
+        "llama",
+        TEXT | {"attention_bias": True, "mlp_bias": True,
+                "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+                                    "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+        {}, {},
+    ),
 }  # fmt: skip
 
 
