@@ -115,14 +115,18 @@ def fisher_probes(
 
     `Q` turns the signs of each token's most likely successors to the eigenvectors of `B' B` among them.
     """
-    p = logits.float().softmax(-1)
-    root = p.sqrt()
-    top, places = root.topk(min(LEADING, p.shape[-1]), dim=-1)
-    vectors = _eigenvectors(top, p.square().sum(-1))
+    p = torch.empty(logits.shape, device=logits.device)
+    for tokens in row_parts(p):
+        p[tokens] = logits[tokens].float().softmax(-1)
+    top, places = p.topk(min(LEADING, p.shape[-1]), dim=-1)
+    vectors = _eigenvectors(top.sqrt_(), torch.linalg.vector_norm(p, dim=-1).square())
     for drawn in signs:
         turned = torch.einsum("tij,tj->ti", vectors, drawn.draw(*top.shape).flip(1))
-        mixed = drawn.draw(*p.shape).scatter_(1, places, turned).mul_(root)
-        yield mixed.addcmul_(p, mixed.sum(-1, keepdim=True), value=-1)
+        probe = drawn.draw(*p.shape).scatter_(1, places, turned)
+        for tokens in row_parts(p):
+            mixed = probe[tokens].mul_(p[tokens].sqrt())
+            mixed.addcmul_(p[tokens], mixed.sum(-1, keepdim=True), value=-1)
+        yield probe
 
 
 def _eigenvectors(
