@@ -17,7 +17,7 @@ from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 
 Rows = Mapping[str, Sequence[OperatorQuantizer | None]]  # of some operators, for each row its quantizer or None
-OUTPUT_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}  # logits of the reference, and of the rows that are in memory with it
+OUTPUT_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}  # logits of the reference, and of the rows that are in memory with it
 
 
 class RowChunk:
