@@ -237,7 +237,9 @@ def test_a_model_that_does_not_fit_is_refused() -> None:
         require_memory(description, 2 * 1024**3, "a test")
     text = str(caught.value)
     assert "needs 32.9 GiB for a test (30.9 GiB of it weights), and 8.0 GiB are free" in text
-    assert "model.placement=streamed" in text
+    assert "model.placement=streamed, model.dtype=bfloat16" in text
+    with pytest.raises(ModelError, match="take backend=torch with model.placement=streamed, fewer operators"):
+        require_memory(real("qwen2_5_vl_7b", dtype="bfloat16", memory_limit_gib=8), 0, "a test")
     require_memory(real("qwen2_vl_2b", dtype="bfloat16", memory_limit_gib=8), 1024**3, "a test")
 
 

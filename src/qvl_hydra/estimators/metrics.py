@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
@@ -61,7 +59,7 @@ def error_sums(
         here = reference[tokens].float()
         p = None if labels is None else here.softmax(-1)
         own = [None if all_of is None else all_of[tokens] for all_of in (labels, kinds)]
-        parts = row_parts(here.flatten().expand(len(outputs), -1))
+        parts = row_parts(here.flatten().expand(len(outputs), -1))  # a row is a copy's values at these tokens
         sums.append(torch.cat([_sums_of_some(here, p, outputs[rows, tokens].float(), *own) for rows in parts]))
     return torch.stack(sums).sum(0)
 
@@ -125,10 +123,3 @@ def error_counts(tokens: int, labels: Int64[Tensor, "token"] | None) -> list[int
 def next_token_labels(labels: Int64[Tensor, "*row token"]) -> Int64[Tensor, "*row token"]:
     """At each position the label of the token that its logits predict."""
     return functional.pad(labels[..., 1:], (0, 1), value=-100)
-
-
-def token_chunks(tokens: int, one: int, limit: int) -> Iterator[slice]:
-    """Slices of tokens whose outputs take at most `limit`, one token at least, where a single token's take `one`."""
-    size = max(1, limit // max(one, 1))
-    for first in range(0, tokens, size):
-        yield slice(first, min(first + size, tokens))

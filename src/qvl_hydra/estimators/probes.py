@@ -23,6 +23,7 @@ from scipy.linalg import hadamard
 from torch import Tensor
 from torch.nn import functional
 
+from qvl_hydra.estimators.metrics import squared_norms
 from qvl_hydra.models.memory import row_parts
 
 LEADING = 32  # directions of the last weight, and likely tokens, that probes are turned to
@@ -119,7 +120,7 @@ def fisher_probes(
     for tokens in row_parts(p):
         p[tokens] = logits[tokens].float().softmax(-1)
     top, places = p.topk(min(LEADING, p.shape[-1]), dim=-1)
-    vectors = _eigenvectors(top.sqrt_(), torch.linalg.vector_norm(p, dim=-1).square())
+    vectors = _eigenvectors(top.sqrt_(), squared_norms(p))
     for drawn in signs:
         turned = torch.einsum("tij,tj->ti", vectors, drawn.draw(*top.shape).flip(1))
         probe = drawn.draw(*p.shape).scatter_(1, places, turned)

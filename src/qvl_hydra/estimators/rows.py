@@ -104,13 +104,12 @@ def compare_logits(
     limit = OUTPUT_BYTES[ends[0].rows.device.type]
     for pieces in packed([len(own.labels) for own in compared], max(1, limit // a_token)):
         parts = [compared[index].part(tokens) for index, tokens in pieces]
-        counts = [len(part.labels) for part in parts]
         output = differences.advance(segment, ends[0].context, torch.cat([part.reference for part in parts], 1))[0]
-        outputs = output.split(counts)
+        outputs = output.split([len(part.labels) for part in parts])
 
         def compare(x: State, at: int, parts: list[_Compared] = parts, outputs: Sequence[Tensor] = outputs) -> Tensor:
             found = run_rows(differences, segment, ends[0].context, quantizers, x, at)
-            of_parts = zip(outputs, found.split([len(part.labels) for part in parts], 1), parts, strict=True)
+            of_parts = zip(outputs, found.split([len(own) for own in outputs], 1), parts, strict=True)
             return torch.stack([error_sums(own, other, part.labels, part.kinds) for own, other, part in of_parts], 1)
 
         rows = torch.cat([part.rows for part in parts], 1)

@@ -48,27 +48,17 @@ class Losses:
             p: probabilities of the same.
             found: of the profile.
         """
-        self.squared += self._compare(tokens, reference.flatten(0, 1), p.flatten(0, 1), found.flatten(0, 1))
+        before, likely, after = (values.flatten(0, 1) for values in (reference, p, found))
+        kl = torch.zeros(len(before), dtype=torch.float64, device=before.device)
+        for places in row_parts(before):
+            change = after[places] - before[places]
+            self.squared += float(squared_norms(change).sum())
+            kl[places] = divergence(before[places], likely[places], change)[0].double()
+        self.kl[:, tokens] = kl.view(len(self.kl), -1)
         asked, following = self.asked[:, tokens], self._following[:, tokens]
         at, right = found[asked], following[asked]
         self.surprise[:, tokens][asked] = functional.cross_entropy(at, right, reduction="none").double()
         self.right[:, tokens][asked] = at.argmax(-1) == right
-
-    def _compare(
-        self,
-        tokens: slice,
-        reference: Float[Tensor, "place vocab"],
-        p: Float[Tensor, "place vocab"],
-        found: Float[Tensor, "place vocab"],
-    ) -> float:
-        """The squared change; the KL of each place is noted."""
-        squared, kl = 0.0, torch.zeros(len(reference), dtype=torch.float64, device=reference.device)
-        for places in row_parts(reference):
-            change = found[places] - reference[places]
-            squared += float(squared_norms(change).sum())
-            kl[places] = divergence(reference[places], p[places], change)[0].double()
-        self.kl[:, tokens] = kl.view(len(self.kl), -1)
-        return squared
 
     def at_answer(self, values: Float64[Tensor, "row token"]) -> Float64[Tensor, "row"]:
         """Mean of each row over its answer's tokens."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 
 import torch
@@ -26,7 +26,7 @@ from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.losses import Losses
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.profiles.walk import LOGITS, Batch, walk
+from qvl_hydra.profiles.walk import LOGITS, Batch, Parts, walk
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.runs.folder import RunFolder
 
@@ -209,7 +209,7 @@ class _Eyes:
         """What is scored for the vision tower: the squared change of all that leaves it."""
         self._add(batch, lambda at: _Sums(squared=float((output(at) - output(0)).double().square().sum())))
 
-    def see_logits(self, batch: Batch, parts: Iterator[tuple[slice, Callable[[int], Tensor]]]) -> None:
+    def see_logits(self, batch: Batch, parts: Parts) -> None:
         labels = torch.stack([context.sample.labels for context in batch.contexts]).to(batch.state.device)
         seen = {branch: Losses(labels) for branch in batch.branch}
         for tokens, output in parts:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -17,7 +16,6 @@ from torch import Tensor
 from qvl_hydra.blockwise.differences import Differences
 from qvl_hydra.blockwise.walker import Context, Walker
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.estimators.metrics import token_chunks
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.profiles.apply import quantizer_key
 from qvl_hydra.profiles.profile import Profile
@@ -27,7 +25,8 @@ ROW_TOKENS = {"cpu": 2048, "cuda": 32768}  # advanced together; beyond them prod
 LOGITS = 1 << 26  # numbers of one branch of a batch at a time: 256 MiB in float32, and a few copies of it
 Output = Callable[[int], Float[Tensor, "sample token value"]]  # of each branch; 0 is the float model's
 SeeFeatures = Callable[["Batch", Output], None]
-SeeLogits = Callable[["Batch", Iterator[tuple[slice, Output]]], None]  # some tokens after others
+Parts = Iterator[tuple[slice, Output]]  # some tokens after others
+SeeLogits = Callable[["Batch", Parts], None]
 
 
 @dataclass
@@ -102,25 +101,19 @@ def _logits(
     batch: Batch,
     of_branch: Sequence[Mapping[str, str]],
     made: Mapping[str, OperatorQuantizer],
-) -> Iterator[tuple[slice, Output]]:
+) -> Parts:
     """Some tokens after others, and the logits of each branch at them: those of a whole sample can take gigabytes."""
-    one_token = len(batch.contexts) * differences.walker.module.lm_head.out_features
-    for tokens in token_chunks(batch.state.shape[1], one_token, LOGITS):
+    most = max(1, LOGITS // (len(batch.contexts) * differences.walker.module.lm_head.out_features))
+    for first in range(0, batch.state.shape[1], most):
+        tokens = slice(first, first + most)
         part = Batch(batch.contexts, batch.state[:, tokens], batch.branch)
-        yield tokens, partial(_output, differences, segment, part, of_branch, made)
 
+        def output(branch: int, part: Batch = part) -> Tensor:
+            if branch == 0:
+                return differences.advance(segment, part.contexts[0], part.of(0))
+            return _run(differences, segment, part, of_branch[branch : branch + 1], made, branch)
 
-def _output(
-    differences: Differences,
-    segment: Segment,
-    batch: Batch,
-    of_branch: Sequence[Mapping[str, str]],
-    made: Mapping[str, OperatorQuantizer],
-    branch: int,
-) -> Tensor:
-    if branch == 0:
-        return differences.advance(segment, batch.contexts[0], batch.of(0))
-    return _run(differences, segment, batch, of_branch[branch : branch + 1], made, branch)
+        yield tokens, output
 
 
 def _branch_out(batch: Batch, plans: Sequence[tuple[tuple[str, str], ...]]) -> list[dict[str, str]]:

@@ -25,10 +25,9 @@ from torch.ao.quantization.fx import utils as fx_utils
 from qvl_hydra.backends.neural_compressor.adaptor import FxSession
 from qvl_hydra.backends.neural_compressor.session import replaced_globals
 from qvl_hydra.backends.neural_compressor.wrapper import WrapperBatch
-from qvl_hydra.estimators.metrics import error_counts, error_sums, next_token_labels, output_metrics, token_chunks
+from qvl_hydra.estimators.metrics import error_counts, error_sums, next_token_labels, output_metrics
 
 CHECK = 1e-3  # relative: the parts of all samples must sum to Neural Compressor's own number (float32 sum)
-OUTPUT_BYTES = 1 << 27  # logits compared at a time
 Metrics = dict[str, float]
 
 
@@ -162,10 +161,8 @@ def sample_metrics(
     first = 0
     for item in batch.inputs:
         labels = None if component == "vision" else next_token_labels(item.sample.labels)
-        sums = torch.zeros(len(names), dtype=torch.float64)
-        for part in token_chunks(item.rows, reference.shape[1] * reference.itemsize, OUTPUT_BYTES):
-            own = slice(first + part.start, first + part.stop)
-            sums += error_sums(reference[own], output[own][None], None if labels is None else labels[part])[0]
+        own = slice(first, first + item.rows)
+        sums = error_sums(reference[own], output[own][None], labels)[0]
         counts = torch.tensor(error_counts(item.rows, labels), dtype=torch.float64)
         found.append(dict(zip(names, (sums / counts).tolist(), strict=True)))
         first += item.rows
