@@ -223,6 +223,11 @@ def test_limits(key: str, outside: object, inside: object) -> None:
         ({"strategy__metric": "kl", "component__name": "vision"}, "which component=vision has not"),
         ({"strategy__metric": "loss_change"}, "needs strategy.estimator=exact"),
         ({"model__placement": "streamed", "model__weights": "random"}, "model.weights=random has none"),
+        ({"quant__name": "a/b"}, "quant.name='a/b'; must be of letters, digits, _ . + -, and not leave"),
+        ({"quant__name": ""}, "quant.name=''; must be"),
+        ({"quant__name": "leave"}, "quant.name='leave'; must be"),
+        ({"quant__also": ["nvfp4", "x", "nvfp4"]}, "quant and quant.also have nvfp4 twice"),
+        ({"quant__name": "w4a16", "quant__also": ["w4a16"]}, "quant and quant.also have w4a16 twice"),
         ({"model__placement": "streamed", "task__name": "export_onnx"}, "is for task=sweep, profile, quantize, not"),
     ],
 )

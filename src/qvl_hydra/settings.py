@@ -191,6 +191,8 @@ class QuantSettings:
 
     def faults(self) -> list[str]:
         found = []
+        if self.name == LEAVE or not re.fullmatch(r"[\w.+-]+", self.name, re.ASCII):
+            found.append(f"quant.name={self.name!r}; must be of letters, digits, _ . + -, and not {LEAVE}")
         for key in ("weight_bits", "input_bits", "output_bits"):
             bits = getattr(self, key)
             if bits is not None and not 2 <= bits <= 8:
@@ -541,6 +543,12 @@ class Settings:
             found.append(f"tracking.register is for what task=profile and task=quantize make, not {self.task.name}")
         if self.quant.also and self.task.name in ("profile", "quantize"):
             found.append("quant.also scores further schemes of a sweep; a profile is told them by profile.choices")
+        names = [self.quant.name, *self.quant.also]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            found.append(
+                f"quant and quant.also have {', '.join(twice)} twice; leave it out, or give a changed scheme a name of "
+                "its own (quant.name)"
+            )
         return found
 
     def device_name(self, devices: int) -> str:

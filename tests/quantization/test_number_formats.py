@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from qvl_hydra.models import memory
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.quantization.formats import float4
-from qvl_hydra.quantization.formats.table import FORMATS, refusal, weight_bits
+from qvl_hydra.quantization.formats.table import FORMATS, faults, refusal, weight_bits
 from qvl_hydra.quantization.qdq import largest_value, qdq_activation, qdq_weight, weight_change
 from qvl_hydra.quantization.scheme import Scheme, WeightFormat, scheme_from_settings
 
@@ -179,10 +180,45 @@ def test_bits_count_scales(name: str, bits: float) -> None:
     assert weight_bits(Scheme("x", None, None), 1024, 16) == 16
 
 
-def test_a_format_added_to_the_table_is_all_that_a_scheme_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
+@pytest.mark.parametrize(
+    ("name", "changes", "fault"),
+    [
+        ("w8a8_static", {"weight_granularity": "tensor"}, "quant.weight_granularity=tensor, but int has channel"),
+        ("w8a8_static", {"input_group_size": 32}, "but int has none with input_granularity=tensor; take null"),
+        ("w8a8_dynamic", {"input_group_size": 32}, "but int has none with input_granularity=token; take null"),
+        ("fp8_dynamic", {"weight_group_size": 64}, "but float8_e4m3 has none with weight_granularity=channel"),
+        ("fp8", {"input_group_size": 64}, "quant.input_group_size=64, but float8_e4m3 has none with input_gr"),
+        ("nvfp4", {"input_granularity": "token"}, "quant.input_granularity=token, but nvfp4 has tensor"),
+        ("nvfp4", {"weight_group_size": 32}, "quant.weight_group_size=32, but nvfp4 has groups of 16; take null"),
+        ("mxfp4", {"input_granularity": "tensor"}, "quant.input_granularity=tensor, but mxfp4 has token"),
+        ("mxfp8", {"weight_granularity": "block"}, "quant.weight_granularity=block, but mxfp8 has channel"),
+        ("fp8", {"input_format": "int7"}, "quant.input_format=int7; allowed: int, float8_e4m3, nvfp4, mxfp4, mxfp8"),
+    ],
+)
+def test_what_a_format_would_not_read_is_refused(name: str, changes: dict[str, Any], fault: str) -> None:
+    """It was: an integer's `tensor` and `block` were scored as `channel`, and NVFP4's `token` ended in a traceback."""
+    own = scheme_settings(name)
+    assert faults(own) == []
+    (found,) = faults(dataclasses.replace(own, **changes))
+    assert fault in found
 
-    row = replace(FORMATS["int"], name="halves", bits=9, weight=lambda x, form, largest: (x * 2).round() / 2)
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("fp8_dynamic", {"input_group_size": 64}),
+        ("w8a8_dynamic", {"weight_group_size": 64}),
+        ("nvfp4", {"input_bits": None, "input_granularity": "token"}),
+        ("mxfp8", {"weight_group_size": 32}),
+    ],
+)
+def test_what_a_format_has_is_taken(name: str, changes: dict[str, Any]) -> None:
+    assert faults(dataclasses.replace(scheme_settings(name), **changes)) == []
+
+
+def test_a_format_added_to_the_table_is_all_that_a_scheme_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    halves = lambda x, form, largest: (x * 2).round() / 2  # noqa: E731
+    row = dataclasses.replace(FORMATS["int"], name="halves", bits=9, weight=halves)
     monkeypatch.setitem(FORMATS, "halves", row)
     form = WeightFormat(9, number="halves")
     assert qdq_weight(torch.tensor([[0.2, 0.3, 1.1]]), form).tolist() == [[0.0, 0.5, 1.0]]

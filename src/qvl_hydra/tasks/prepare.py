@@ -31,7 +31,7 @@ from qvl_hydra.models.load import (
 )
 from qvl_hydra.operators.discover import Operator, find_operators, select_operators, uncovered
 from qvl_hydra.profiles.names import router_of
-from qvl_hydra.quantization.formats.table import FORMATS
+from qvl_hydra.quantization.formats.table import faults as format_faults
 from qvl_hydra.quantization.scheme import Scheme, scheme_from_settings
 from qvl_hydra.reference import load
 from qvl_hydra.runs.folder import FINGERPRINT
@@ -82,9 +82,7 @@ def environment_faults(settings: Settings) -> list[str]:
     module, package, extra = row.package if row and row.package else ("", "", "")
     if module and importlib.util.find_spec(module) is None:
         faults.append(str(MissingExtraError(package, extra, f"backend={settings.backend.name}")))
-    for key in ("weight_format", "input_format"):
-        if getattr(settings.quant, key) not in FORMATS:
-            faults.append(f"quant.{key}={getattr(settings.quant, key)}; allowed: {', '.join(FORMATS)}")
+    faults += format_faults(settings.quant)
     if settings.resume not in ("auto", "never") and not (Path(settings.resume).expanduser() / FINGERPRINT).is_file():
         faults.append(f"resume={settings.resume}: no unfinished run there; allowed: auto, never, or a run's folder")
     return faults

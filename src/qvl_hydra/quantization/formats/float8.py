@@ -75,4 +75,7 @@ def _scale_bits(form: WeightFormat, inputs: int) -> float:
     return {"tensor": 0.0, "channel": 16 / inputs, "block": 32 / BLOCK**2}[form.granularity]
 
 
-FLOAT8 = NumberFormat("float8_e4m3", 8, _weight, _activation, _static, _scales, _scale_bits, "fp8", rows=BLOCK)
+FLOAT8 = NumberFormat(
+    "float8_e4m3", 8, _weight, _activation, _static, _scales, _scale_bits, "fp8",
+    weights=("channel", "tensor", "block"), token_groups=True, rows=BLOCK,
+)  # fmt: skip

@@ -124,4 +124,4 @@ def _scale_bits(form: WeightFormat, inputs: int) -> float:
     return each / min(form.group_size or inputs, inputs)
 
 
-INTEGER = NumberFormat("int", None, _weight, _activation, _static, _scales, _scale_bits, "int8")
+INTEGER = NumberFormat("int", None, _weight, _activation, _static, _scales, _scale_bits, "int8", weight_groups=True)

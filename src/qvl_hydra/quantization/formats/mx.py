@@ -69,7 +69,7 @@ def _row(name: str, bits: int, offset: int, cast: Callable[[Tensor], Tensor]) ->
     own = {"offset": offset, "cast": cast}
     return NumberFormat(
         name, bits, partial(_weight, **own), partial(_activation, **own), _static,  # type: ignore[arg-type]
-        partial(_scales, offset=offset), lambda form, inputs: 8 / GROUP, f"fp{bits}", group=GROUP,
+        partial(_scales, offset=offset), lambda form, inputs: 8 / GROUP, f"fp{bits}", group=GROUP, inputs=("token",),
     )  # fmt: skip
 
 

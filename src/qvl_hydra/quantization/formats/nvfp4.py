@@ -59,5 +59,5 @@ def _static(low: Tensor, high: Tensor, form: ActivationFormat) -> QuantParams:
 
 NVFP4 = NumberFormat(
     "nvfp4", 4, _weight, _activation, _static, _scales, lambda form, inputs: 8 / GROUP, "fp4", group=GROUP,
-    tensor_scale=tensor_scale,
+    inputs=("tensor",), tensor_scale=tensor_scale,
 )  # fmt: skip

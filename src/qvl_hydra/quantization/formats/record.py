@@ -40,6 +40,9 @@ class NumberFormat:
         scale_bits: bits that the scales of a weight take for each of its values, given its inputs.
         rate: what devices multiply it as (`tera_ops` of conf/device/); where they do not, half precision.
         group: values that share a scale always; None where the scheme chooses.
+        weights, inputs: what may share a scale, of `quant.weight_granularity` and `quant.input_granularity`.
+        weight_groups, token_groups: whether a scheme may choose how many inputs of a channel, or channels of a token,
+            share a scale.
         tensor_scale: of formats whose groups' scales are in steps of one scale a tensor, whatever the granularity:
             that scale, from the largest |value|. Fused operators share it.
         rows: of a weight that share scales, so that they are rounded together.
@@ -54,6 +57,10 @@ class NumberFormat:
     scale_bits: Callable[[WeightFormat, int], float]
     rate: str
     group: int | None = None
+    weights: tuple[str, ...] = ("channel",)
+    inputs: tuple[str, ...] = ("tensor", "token")
+    weight_groups: bool = False
+    token_groups: bool = False
     tensor_scale: Callable[[Tensor], Tensor] | None = None
     rows: int = 1
 

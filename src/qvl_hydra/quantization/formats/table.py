@@ -11,6 +11,7 @@ from qvl_hydra.quantization.formats.mx import MXFP4, MXFP8
 from qvl_hydra.quantization.formats.nvfp4 import NVFP4
 from qvl_hydra.quantization.formats.record import NumberFormat
 from qvl_hydra.quantization.scheme import Scheme
+from qvl_hydra.settings import QuantSettings
 
 FORMATS: dict[str, NumberFormat] = {row.name: row for row in (INTEGER, FLOAT8, NVFP4, MXFP4, MXFP8)}
 
@@ -33,6 +34,27 @@ def refusal(scheme: Scheme, kind: str, inputs: int, outputs: int) -> str | None:
         if reason := row.refusal(width, group):
             return reason
     return None
+
+
+def faults(quant: QuantSettings) -> list[str]:
+    """What a scheme's settings ask of their number formats that these have not, and would not read."""
+    found = []
+    for part, bits, name, granularity, size in (
+        ("weight", quant.weight_bits, quant.weight_format, quant.weight_granularity, quant.weight_group_size),
+        ("input", quant.input_bits, quant.input_format, quant.input_granularity, quant.input_group_size),
+    ):
+        row = FORMATS.get(name)
+        if row is None:
+            found.append(f"quant.{part}_format={name}; allowed: {', '.join(FORMATS)}")
+        elif bits is not None:
+            able = row.weights if part == "weight" else row.inputs
+            if granularity not in able:
+                found.append(f"quant.{part}_granularity={granularity}, but {name} has {', '.join(able)}")
+            chosen = row.weight_groups if part == "weight" else row.token_groups and granularity == "token"
+            if size not in (None, row.group) and not chosen:
+                has = f"groups of {row.group}" if row.group else f"none with {part}_granularity={granularity}"
+                found.append(f"quant.{part}_group_size={size}, but {name} has {has}; take null")
+    return found
 
 
 def not_offered(operators: Iterable[Operator], scheme: Scheme) -> str | None:
