@@ -620,8 +620,10 @@ class Settings:
             )
         if self.operators.experts == "single" and not row.sketches:
             found.append(f"operators.experts=single needs strategy.estimator=sketch or auto, not {row.name}")
-        if row.weighs_errors and self.quant.weight_bits is None and strategy.weighting == "weight_error":
-            found.append(f"strategy={strategy.name} weighs by the weight error, but quant.weight_bits is null")
+        if row.weighs_errors and strategy.weighting == "weight_error":
+            lacks = "quant.weight_bits is null" if self.quant.weight_bits is None else "quant.perturb is activation"
+            if self.quant.weight_bits is None or self.quant.perturb == "activation":
+                found.append(f"strategy={strategy.name} weighs by the weight error, but {lacks}")
         return found
 
     def settled(self) -> Settings:

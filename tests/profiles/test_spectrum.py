@@ -144,3 +144,13 @@ def test_lines_of_the_figure_meet_at_both_ends(measured: tuple, tmp_path: Path) 
         assert line["share_high"].is_monotonic_increasing
     draw_spectrum(table, "squared_error", tmp_path / "figures" / "curve.png")
     assert (tmp_path / "figures" / "curve.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("asked", [[], [Budget("share", 1.0)]])
+def test_everything_in_high_precision_is_among_the_candidates_whatever_the_scores(asked: list[Budget]) -> None:
+    """Of `fallback` scores may be below zero; without baselines nothing else was all in high precision."""
+    units = [unit_of(f"op{i}", (operator(f"op{i}"),), score) for i, score in enumerate([1.0, 0.0, -1.0])]
+    found = candidates(units, {item: select(units, item, TERMS) for item in asked}, TERMS, None, {})
+    assert [len(item.profile.low) for item in found] == ([3, 2, 0] if asked else [3, 0])
+    assert found[-1].budget == Budget("share", 1.0)
+    assert found[-1].profile.predicted == 0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from qvl_hydra.calibration.sample import Sample
@@ -17,7 +18,7 @@ from qvl_hydra.profiles.joint import Interactions
 from qvl_hydra.profiles.measure import Measurement, measure_profiles
 from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.profiles.select import Budget, select
+from qvl_hydra.profiles.select import Budget, profile_of
 from qvl_hydra.profiles.units import Unit
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.runs.folder import RunFolder
@@ -81,10 +82,12 @@ def candidates(
         ranges: width of each operator's input range.
     """
     total = sum(len(unit.members) for unit in units)
-    least = _least(units)
+    least, all_of_it = _least(units), Budget("share", 1.0)
+    (scheme,) = terms.schemes.values()
+    quantized = profile_of(units, np.array([unit.stays for unit in units]), scheme, terms.high_bits, "scores")
+    in_float = profile_of(units, np.ones(len(units), dtype=bool), scheme, terms.high_bits, "scores")
     found: list[Candidate] = []
-    ends = {end: select(units, end, terms) for end in (Budget("share", least), Budget("share", 1.0))}
-    every = {**ends, **decided}
+    every = {Budget("share", least): quantized, all_of_it: in_float, **decided}
     for item in sorted(every, key=lambda budget: (budget.kind != "share", budget.value)):
         best = every[item]
         found.append(Candidate(item, best))
@@ -92,6 +95,8 @@ def candidates(
             same = Budget("count", len(best.high)) if item.kind == ERROR else item
             others = baseline_profiles(units, same, terms, errors, ranges)
             found += [Candidate(item, other) for other in others]
+    if all(item.profile.low for item in found):  # scores of zero or less do not ask to leave everything
+        found.append(Candidate(all_of_it, dataclasses.replace(in_float, chooser="float")))
     return found
 
 
