@@ -226,6 +226,15 @@ def test_limits(key: str, outside: object, inside: object) -> None:
         ({"quant__name": "a/b"}, "quant.name='a/b'; must be of letters, digits, _ . + -, and not leave"),
         ({"quant__name": ""}, "quant.name=''; must be"),
         ({"quant__name": "leave"}, "quant.name='leave'; must be"),
+        (
+            {"strategy__name": "hawq_v2", "quant__perturb": "activation"},
+            "weighs by the weight error, but quant.perturb is activation",
+        ),
+        (
+            {"strategy__name": "hawq_v2", "strategy__curvature": "hessian", "task__name": "profile",
+             "profile__choices": ["nvfp4", "w4a16", "leave"]},
+            "profile.choices has 2 schemes, but hessian scores one in a run",
+        ),
         ({"quant__also": ["nvfp4", "x", "nvfp4"]}, "quant and quant.also have nvfp4 twice"),
         ({"quant__name": "w4a16", "quant__also": ["w4a16"]}, "quant and quant.also have w4a16 twice"),
         ({"model__placement": "streamed", "task__name": "export_onnx"}, "is for task=sweep, profile, quantize, not"),

@@ -597,9 +597,14 @@ class Settings:
             fusing = " and ".join(other.name for other in BACKENDS.values() if other.fuses)
             found.append(f"operators.fuse is done by backend={fusing}, not {name}")
         estimator = strategy.row
-        if quant.also and not (row.several and estimator.several):
+        if not (row.several and estimator.several):
             who = f"backend={name}" if not row.several else f"{estimator.name}"
-            found.append(f"quant.also={quant.also}, but {who} scores one scheme in a run; give each scheme its own run")
+            if quant.also:
+                found.append(
+                    f"quant.also={quant.also}, but {who} scores one scheme in a run; give each scheme its own run"
+                )
+            elif len(self.schemes) > 1 and self.profile.scores is None:
+                found.append(f"profile.choices has {len(self.schemes)} schemes, but {who} scores one in a run")
         return found
 
     def _strategy_faults(self) -> list[str]:

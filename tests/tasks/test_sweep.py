@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from qvl_hydra.entry.compose import scheme_settings
-from qvl_hydra.errors import EngineError, RunFolderError
+from qvl_hydra.errors import EngineError, RunFolderError, SettingsError
 from qvl_hydra.estimators import exact_run
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
@@ -117,6 +117,14 @@ def test_further_schemes_have_tables_of_their_own(tmp_path: Path) -> None:
         alone, _ = run(tmp_path / scheme, f"quant={scheme}", "strategy.estimator=exact")
         pd.testing.assert_frame_equal(beside, alone, check_exact=False, rtol=1e-5)
         assert not np.allclose(beside["score"], both["score"])
+
+
+def test_a_scheme_that_no_operator_can_have_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    """As the first of several it ended the run, and as another one it was missed when plans were made."""
+    settings = settings_of("component=vision", "model=tiny_qwen3_vl", "operators.include=['*blocks.1.*']")
+    with pytest.raises(SettingsError, match="no operator can be in fp8_block: model.visual.blocks.1.mlp.linear_fc2 is"):
+        sweep.run(settings, RunFolder(tmp_path), Screen(), [scheme_settings("fp8_block")])
+    assert not (tmp_path / "calibration.json").exists()
 
 
 def test_fused_groups_are_rows(tmp_path: Path) -> None:

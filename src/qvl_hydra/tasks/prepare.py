@@ -15,7 +15,7 @@ from qvl_hydra.backends.table import BACKENDS
 from qvl_hydra.calibration.encode import Processor, load_processor
 from qvl_hydra.calibration.sample import CalibrationSet, Sample
 from qvl_hydra.calibration.sources import check_calibration, load_calibration
-from qvl_hydra.errors import MissingExtraError, ModelError, QvlHydraError
+from qvl_hydra.errors import MissingExtraError, ModelError, QvlHydraError, SettingsError
 from qvl_hydra.families.record import Family
 from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.models.load import (
@@ -32,6 +32,7 @@ from qvl_hydra.models.load import (
 from qvl_hydra.operators.discover import Operator, find_operators, select_operators, uncovered
 from qvl_hydra.profiles.names import router_of
 from qvl_hydra.quantization.formats.table import faults as format_faults
+from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.scheme import Scheme, scheme_from_settings
 from qvl_hydra.reference import load
 from qvl_hydra.runs.folder import FINGERPRINT
@@ -107,6 +108,8 @@ def prepare(
     foreign = _foreign_graph(settings, description)
     found = foreign.operators if foreign else find_operators(description.skeleton, settings.component.name)
     operators = tuple(select_operators(found, settings.operators, settings.seed))
+    schemes = schemes_of(settings, further_schemes)
+    _refuse_schemes(operators, schemes)
     if foreign is None:
         extra = load(row.memory)(settings, description, operators)
         require_memory(description, extra, f"backend={row.name}")
@@ -120,14 +123,20 @@ def prepare(
         model = loaded(description, device, settings.seed)
     batches = settings.strategy.confidence_batches
     count = len(calibration.samples) if batches is None else batches * settings.calibration.batch_size
-    scored, schemes = calibration.samples[:count], schemes_of(settings, further_schemes)
-    return Prepared(description, model, processor, operators, calibration, scored, schemes)
+    return Prepared(description, model, processor, operators, calibration, calibration.samples[:count], schemes)
 
 
 def schemes_of(settings: Settings, further: Sequence[QuantSettings]) -> tuple[Scheme, ...]:
     """The scheme to score, then further ones, all of them with `quant.perturb`."""
     every = (settings.quant, *further)
     return tuple(scheme_from_settings(dataclasses.replace(own, perturb=settings.quant.perturb)) for own in every)
+
+
+def _refuse_schemes(operators: Sequence[Operator], schemes: Sequence[Scheme]) -> None:
+    for scheme in schemes:
+        reasons = [not_offered([op], scheme) for op in operators]
+        if all(reasons):
+            raise SettingsError([f"no operator can be in {scheme.name}: {operators[-1].path} is {reasons[-1]}"])
 
 
 def may_reuse(settings: Settings) -> bool:

@@ -134,12 +134,13 @@ def ranking_metric(settings: Settings) -> str:
 def _tables(
     settings: Settings, folder: RunFolder, prepared: Prepared, report: EngineReport | None
 ) -> dict[str, tuple[pd.DataFrame, float | None]]:
-    """The table of each scheme that has scores; the main one always."""
+    """The table of each scheme, also of one that no operator can have; the main one first."""
     frame = folder.frame()
     metric = report.metric if report else ranking_metric(settings)
     unit = report.unit if report else unit_of(metric, settings.strategy.positions)
-    main = BACKENDS[settings.backend.name].scheme or prepared.schemes[0].name
-    schemes = list(dict.fromkeys([main, *frame["scheme"].unique()]))
+    asked, fixed = [scheme.name for scheme in prepared.schemes], BACKENDS[settings.backend.name].scheme
+    main = fixed or asked[0]
+    schemes = list(dict.fromkeys([main, *([] if fixed else asked), *frame["scheme"].unique()]))
     by_name = defaultdict(lambda: prepared.schemes[0], {item.name: item for item in prepared.schemes})
     return {
         scheme: score_table(
