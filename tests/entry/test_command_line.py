@@ -11,13 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
 from PIL import Image
 
 from qvl_hydra.entry import app
-from qvl_hydra.entry.command_line import check_command_line
+from qvl_hydra.entry.command_line import check_command_line, quoted
 from qvl_hydra.entry.compose import config_folder, take_saved_settings
 from qvl_hydra.errors import RunFolderError, SettingsError
 from qvl_hydra.tasks import prepare
@@ -266,6 +269,21 @@ def test_help_that_nobody_reads_on_is_no_failure() -> None:
     ended = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (0, "[]\n")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\\'\"$ ={,"), min_size=1))
+def test_a_folder_is_read_back_as_it_is_called(name: str) -> None:
+    """A quote in the working folder's name ended every run before it began."""
+    (override,) = OverridesParser.create().parse_overrides([f"hydra.run.dir={quoted(name)}"])
+    assert str(override.value()) == name
+
+
+def test_a_folder_that_hydra_reads_as_a_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "${oc.env:HOME}"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    with pytest.raises(SettingsError, match=r"a folder's name must not hold \$\{"):
+        check_command_line(["experiment=lm_mse_v2"])
 
 
 def test_saved_settings_are_taken_from_the_line(tmp_path: Path) -> None:

@@ -162,6 +162,22 @@ def test_default_store_is_absolute_and_beside_the_working_folder(
     assert store.artifact_root(TrackingSettings(uri="http://host:5000")) is None
 
 
+@pytest.mark.parametrize("given", [None, "odd.db"])
+def test_a_folder_whose_name_means_something_in_an_address(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow tried for minutes to open a file that was not there."""
+    place = tmp_path / "it's 100%20? #1"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    settings = TrackingSettings(uri=given)
+    run_id = record.send_run(write_run(place / "run"), settings)
+    assert client_of(settings).get_run(run_id).info.status == "FINISHED"
+    assert {"run", "mlartifacts", given or "mlflow.db"} <= {path.name for path in place.iterdir()}
+    again = TrackingSettings(uri=store.tracking_uri(settings))  # as the run's own record has it
+    assert store.tracking_uri(again) == store.tracking_uri(settings)
+
+
 def test_deleted_experiment_is_told_with_the_remedy(settings: TrackingSettings, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     record.send_run(folder, settings)

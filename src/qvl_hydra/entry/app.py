@@ -13,7 +13,7 @@ from pathlib import Path
 
 import hydra
 
-from qvl_hydra.entry.command_line import Checked, check_command_line
+from qvl_hydra.entry.command_line import Checked, check_command_line, quoted
 from qvl_hydra.entry.compose import config_folder, take_saved_settings, with_choices
 from qvl_hydra.entry.process import (
     BROKEN,
@@ -45,7 +45,7 @@ def main() -> None:
         if checked.folder is not None:
             if not checked.multirun:
                 _require_writable(checked.folder)
-            sys.argv.append(f"hydra.{'sweep' if checked.multirun else 'run'}.dir='{checked.folder}'")
+            sys.argv.append(f"hydra.{'sweep' if checked.multirun else 'run'}.dir={quoted(str(checked.folder))}")
     except KeyboardInterrupt:
         screen.finish()
         screen.say("stopped before anything was begun")

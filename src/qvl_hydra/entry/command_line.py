@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,9 +105,18 @@ def _folder(overrides: Sequence[str], name: str, multirun: bool) -> Path:
     try:
         config = compose(name, overrides=[*fixed, f"hydra.mode={'MULTIRUN' if multirun else 'RUN'}"],
                          return_hydra_config=True).hydra  # fmt: skip
-        return Path(str(config.sweep.dir if multirun else config.run.dir)).expanduser().absolute()
+        folder = Path(str(config.sweep.dir if multirun else config.run.dir)).expanduser().absolute()
     except (HydraException, OmegaConfBaseException) as error:
         raise SettingsError([" ".join(line.strip() for line in str(error).splitlines()[:2])]) from error
+    if "${" in str(folder):
+        raise SettingsError([f"a run in {folder}: a folder's name must not hold ${{, which Hydra reads as a value"])
+    return folder
+
+
+def quoted(text: str) -> str:
+    """A value as Hydra's command line reads it back, whatever stands in it."""
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), text)
+    return f"'{escaped}'"
 
 
 def _parse(lines: Sequence[str], faults: list[str]) -> list[Override]:

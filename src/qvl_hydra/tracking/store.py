@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from qvl_hydra.errors import QvlHydraError, TrackingError
 from qvl_hydra.runs.lock import Lock, LockedError
@@ -40,13 +40,23 @@ def tracking_uri(settings: TrackingSettings) -> str:
     """The absolute tracking URI: `mlflow.db` in the working folder unless the settings name another place."""
     uri = settings.uri
     if uri is None:
-        return f"{SQLITE}{Path.cwd() / STORE_FILE}"
+        return _sqlite(Path.cwd() / STORE_FILE)
     if uri.startswith(SQLITE):
-        return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).expanduser().absolute()}"
+        return _sqlite(_file(uri).expanduser().absolute())
     if "://" in uri or uri == "databricks":
         return uri
     path = Path(uri.removeprefix("file:")).expanduser().absolute()
-    return f"{SQLITE}{path}" if path.suffix == ".db" else path.as_uri()
+    return _sqlite(path) if path.suffix == ".db" else path.as_uri()
+
+
+def _sqlite(path: Path) -> str:
+    """The URI of a SQLite file, whose path may hold what means something in a URI."""
+    return SQLITE + str(path).replace("%", "%25").replace("?", "%3F")
+
+
+def _file(uri: str) -> Path:
+    """The file of a SQLite URI."""
+    return Path(unquote(uri.removeprefix(SQLITE)))
 
 
 def is_server(uri: str) -> bool:
@@ -90,20 +100,20 @@ def open_client(settings: TrackingSettings) -> MlflowClient:
 
 def _make(uri: str) -> None:
     """Make a SQLite store beside its place, and put it there whole: half of its tables are no store for anybody."""
-    path = Path(uri.removeprefix(SQLITE))
+    path = _file(uri)
     if not uri.startswith(SQLITE) or path.exists():
         return
     for left in path.parent.glob(f"{path.name}.new-*"):  # of one that was killed
         left.unlink(missing_ok=True)
     beside = path.with_name(f"{path.name}.new-{uuid.uuid4().hex}")
-    MlflowClient(tracking_uri=f"{SQLITE}{beside}").search_experiments(max_results=1)
+    MlflowClient(tracking_uri=_sqlite(beside)).search_experiments(max_results=1)
     os.replace(beside, path)
 
 
 def _require_open(uri: str) -> None:
     """Open a SQLite store once: MLflow tries one that cannot be opened for minutes."""
     if uri.startswith(SQLITE):
-        with contextlib.closing(sqlite3.connect(uri.removeprefix(SQLITE), timeout=10)) as connection:
+        with contextlib.closing(sqlite3.connect(_file(uri), timeout=10)) as connection:
             connection.execute("PRAGMA schema_version").fetchone()
             connection.execute("BEGIN IMMEDIATE")
 
@@ -193,16 +203,17 @@ def _store_lock(uri: str) -> Iterator[None]:
         yield
         return
     _store_folder(uri).mkdir(parents=True, exist_ok=True)
-    with file_lock(Path(uri.removeprefix(SQLITE) + ".lock")):
+    path = _file(uri)
+    with file_lock(path.with_name(f"{path.name}.lock")):
         yield
 
 
 def _store_folder(uri: str) -> Path:
     """The folder beside which artifacts of a local store go."""
     if uri.startswith(SQLITE):
-        return Path(uri.removeprefix(SQLITE)).parent
+        return _file(uri).parent
     if uri.startswith("file:"):
-        return Path(urlsplit(uri).path).parent
+        return Path(unquote(urlsplit(uri).path)).parent
     return Path.cwd()
 
 
