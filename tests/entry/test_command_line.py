@@ -24,6 +24,7 @@ from qvl_hydra.entry.command_line import check_command_line, quoted
 from qvl_hydra.entry.compose import config_folder, take_saved_settings
 from qvl_hydra.errors import RunFolderError, SettingsError
 from qvl_hydra.tasks import prepare
+from tests.program import SMALL
 
 
 @dataclass(frozen=True)
@@ -269,6 +270,17 @@ def test_help_that_nobody_reads_on_is_no_failure() -> None:
     ended = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (0, "[]\n")
+
+
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "<&- >/dev/full 2>&-"])
+def test_a_run_that_nobody_can_be_told_of_ends_as_any_other(streams: str, tmp_path: Path) -> None:
+    """A closed stdout ended it in a traceback; and what is opened next would take its place, a store among it."""
+    line = f"task=profile profile.value=1 profile.evaluation_size=2 tracking.enabled=false hydra.run.dir=run {SMALL}"
+    shell = f"exec {shlex.quote(sys.executable)} -m qvl_hydra {line} {streams}"
+    ended = subprocess.run(["bash", "-c", shell], cwd=tmp_path, timeout=120, check=False)
+    assert ended.returncode == 0
+    assert json.loads((tmp_path / "run" / "end.json").read_text()) == {"end": "FINISHED"}
+    assert (tmp_path / "run" / "profiles.parquet").exists()
 
 
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\\'\"$ ={,"), min_size=1))

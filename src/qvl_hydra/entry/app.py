@@ -20,6 +20,7 @@ from qvl_hydra.entry.process import (
     STOPPED,
     WRONG_INPUT,
     be_quiet,
+    have_streams,
     note_command,
     said,
     show_traceback,
@@ -33,6 +34,7 @@ from qvl_hydra.screen import Screen
 def main() -> None:
     """Run the command line, and exit."""
     note_command()
+    have_streams()
     be_quiet()
     screen = Screen()
     try:

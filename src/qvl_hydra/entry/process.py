@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import traceback
 import types
 import warnings
@@ -27,6 +28,17 @@ def note_command() -> None:
 def elsewhere() -> bool:
     """Whether this is another process: a launcher's worker, whichever way it was made."""
     return os.getpid() not in _COMMANDS
+
+
+def have_streams() -> None:
+    """Where the program was started with a closed stdin, stdout or stderr, nothing else may be opened in its place."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def be_quiet() -> None:

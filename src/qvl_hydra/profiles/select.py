@@ -256,10 +256,10 @@ def _solve(
 @contextmanager
 def _silent() -> Iterator[None]:
     """Nothing of what HiGHS prints past `disp`, where it repairs a solution of its own, reaches the screen."""
-    sys.stdout.flush()
     try:
+        sys.stdout.flush()
         kept = os.dup(1)
-    except OSError:  # the screen is gone
+    except (OSError, ValueError):  # the screen is gone
         yield
         return
     with open(os.devnull, "w") as nowhere:

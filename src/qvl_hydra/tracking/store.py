@@ -23,7 +23,7 @@ from qvl_hydra.runs.lock import Lock, LockedError
 from qvl_hydra.settings import TrackingSettings
 
 logging.getLogger("alembic").setLevel(logging.WARNING)  # a new store tells every migration otherwise
-logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it raises is told, see `told`
 
 from mlflow import MlflowClient  # noqa: E402  (after its loggers were quieted)
 
