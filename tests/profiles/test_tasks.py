@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from rich.console import Console
 
 from qvl_hydra.entry.compose import scheme_settings
@@ -217,6 +218,17 @@ def test_scores_of_another_scheme_or_component_are_refused(
         profile.run(settings_of("quant=w4a16", f"profile.scores={folder}"), RunFolder(tmp_path), screen()[0])
     with pytest.raises(ProfileError, match="component=lm, here component=full"):
         profile.run(settings_of("component=full", f"profile.scores={folder}"), RunFolder(tmp_path), screen()[0])
+
+
+def test_scores_of_a_scheme_that_was_another_are_refused(profiled: tuple[Settings, Path, str], tmp_path: Path) -> None:
+    """It has the same name: eight bits were scored, and four planned by them."""
+    settings, folder, _ = profiled
+    kept = Path(shutil.copytree(folder, tmp_path / "kept"))
+    (kept / "config.yaml").write_text(yaml.safe_dump({"quant": dataclasses.asdict(settings.quant)}))
+    with pytest.raises(ProfileError, match=r"scores of w8a8_static were.*quant\.weight_bits=8, here 4; give this run"):
+        profile.run(settings_of("quant.weight_bits=4", f"profile.scores={kept}"), RunFolder(tmp_path), screen()[0])
+    with pytest.raises(ProfileError, match=r"quant\.perturb=both, here weight"):
+        profile.run(settings_of("quant.perturb=weight", f"profile.scores={kept}"), RunFolder(tmp_path), screen()[0])
 
 
 @pytest.mark.inc

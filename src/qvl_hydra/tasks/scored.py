@@ -15,7 +15,7 @@ from qvl_hydra.errors import ProfileError
 from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.operators.discover import Operator, select_operators
 from qvl_hydra.profiles.families import families
-from qvl_hydra.runs.files import read_table, write_parquet
+from qvl_hydra.runs.files import read_table, read_yaml, write_parquet
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.runs.record import RunRecord, record_of, write_record
 from qvl_hydra.screen import Screen
@@ -46,7 +46,7 @@ def scored_by(
         QvlHydraError: what the sweep raises.
     """
     if settings.profile.scores is not None:
-        return _fetch(settings, settings.profile.scores, folder.path)
+        return _fetch(settings, further, settings.profile.scores, folder.path)
     sweep.run(settings, folder, screen, further)
     return _sweep_record(folder.path)
 
@@ -86,7 +86,7 @@ def of_profile(sweep: RunRecord, task: str, said: Mapping[str, Any], notes: Sequ
     )
 
 
-def _fetch(settings: Settings, reference: str, into: Path) -> RunRecord:
+def _fetch(settings: Settings, further: Sequence[QuantSettings], reference: str, into: Path) -> RunRecord:
     """Copy the tables of a sweep, from a folder or from the tracker, and give its `run.json`.
 
     Those of a scheme of `quant.also` become the main ones where the reference or this run's own scheme says so.
@@ -98,6 +98,7 @@ def _fetch(settings: Settings, reference: str, into: Path) -> RunRecord:
         names = ", ".join(str(source) for source, _ in found[:5])
         raise ProfileError(f"profile.scores={reference} holds {len(found)} sweeps ({names}); give one of them")
     source, scheme = found[0]
+    _require_same_scheme(source, [settings.quant, *further])
     record = _sweep_record(source)
     for path in [*(source / name for name in KEPT), *source.glob("scores_*.parquet")]:
         if path.exists():
@@ -108,12 +109,26 @@ def _fetch(settings: Settings, reference: str, into: Path) -> RunRecord:
         own.rename(into / SCORES)
         (into / EXPERTS).unlink(missing_ok=True)
         scheme, record = wanted, dataclasses.replace(record, details={})  # they are of the other scheme
-    further = {**record.further, "source": reference}
-    record = dataclasses.replace(record, scheme=scheme or record.scheme, further=further)
+    beside = {**record.further, "source": reference}
+    record = dataclasses.replace(record, scheme=scheme or record.scheme, further=beside)
     samples = read_table(into / "sample_scores.parquet")
     write_parquet(into / FAMILIES, families(read_table(into / SCORES), samples, record.scheme, shared(record)))
     write_record(into, dataclasses.replace(record, task=settings.task.name))  # should no plan follow
     return record
+
+
+def _require_same_scheme(source: Path, wanted: Sequence[QuantSettings]) -> None:
+    """Refuse scores of a scheme that is called as one of these and is another, by the settings that the sweep left."""
+    there = read_yaml(source / "config.yaml").get("quant") or {}
+    for quant in wanted:
+        here = vars(dataclasses.replace(quant, perturb=wanted[0].perturb))
+        apart = [key for key in here if key != "also" and key in there and there[key] != here[key]]
+        if apart and quant.name == there.get("name"):
+            faults = " and ".join(f"quant.{key}={there[key]}, here {here[key]}" for key in apart)
+            raise ProfileError(
+                f"the scores of {quant.name} were measured with {faults}; give this run the same, or score this "
+                "scheme, with a quant.name of its own"
+            )
 
 
 def _sweep_record(folder: Path) -> RunRecord:
