@@ -198,6 +198,16 @@ def test_a_model_whose_weights_are_not_finite(
     assert (tmp_path / "run" / "report.html").exists()
 
 
+def test_float16_is_named_where_nothing_is_finite(tmp_path: Path, tiny_model: LoadedModel) -> None:
+    source = Path(shutil.copytree(tiny_model.description.folder, tmp_path / "weights"))
+    (weights,) = source.glob("*.safetensors")
+    tensors = load_file(weights)
+    next(tensor for key, tensor in tensors.items() if key.endswith("layers.1.mlp.down_proj.weight")).mul_(1e5)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(EngineError, match="float16 overflows beyond 65,504; take bfloat16 or float32"):
+        run(tmp_path / "run", f"model.path={source}", "model.dtype=float16", "operators.max_ops=2")
+
+
 def test_another_folder_by_name_is_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "first")
     with pytest.raises(RunFolderError, match="that run had other settings"):

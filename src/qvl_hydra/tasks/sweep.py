@@ -85,7 +85,7 @@ def run(
         record = _write_results(settings, folder, prepared, report, note)
     show(settings, folder, report, record, screen)
     if not record.n_scored:
-        raise EngineError(NOTHING_SCORED)
+        raise EngineError(_nothing_scored(settings))
 
 
 def job_of(settings: Settings, prepared: Prepared, workdir: Path) -> SweepJob:
@@ -225,7 +225,7 @@ def _run_record(
     if prepared.model.device.type == "cuda":
         details["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(prepared.model.device)
     n_scored = int(status.get("scored", 0))
-    error = NOTHING_SCORED if report and not n_scored else None
+    error = _nothing_scored(settings) if report and not n_scored else None
     return RunRecord(
         task="sweep",
         status="failed" if error else "complete" if report else "partial",
@@ -258,6 +258,12 @@ def _run_record(
         details=details,
         error=error,
     )
+
+
+def _nothing_scored(settings: Settings) -> str:
+    if settings.model.dtype != "float16":
+        return NOTHING_SCORED
+    return f"{NOTHING_SCORED} model.dtype=float16 overflows beyond 65,504; take bfloat16 or float32"
 
 
 def versions() -> dict[str, str]:
