@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.backends.neural_compressor.inc_job import Steps, make_job, make_sample, small_model
+from tests.program import composed
 
 pytest.importorskip("neural_compressor.strategy", reason="needs the 2.x API of neural-compressor")
 
@@ -25,7 +27,9 @@ from qvl_hydra.backends.neural_compressor.wrapper import ComponentWrapper, Wrapp
 from qvl_hydra.estimators.metrics import next_token_labels
 from qvl_hydra.models.forward import logits, text_inputs
 from qvl_hydra.runs.folder import RunFolder
+from qvl_hydra.screen import Screen
 from qvl_hydra.settings import StrategySettings
+from qvl_hydra.tasks import sweep
 
 pytestmark = [pytest.mark.inc, pytest.mark.filterwarnings("ignore")]
 KEY = "model.language_model.layers.0.self_attn.k_proj"
@@ -118,6 +122,15 @@ def test_vision_operators_get_traces_from_the_whole_model(component: str, tmp_pa
     inc_fx.run(job, folder, Steps())
     assert set(folder.frame()["op"]) == {op.path for op in job.operators}
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in job.model.module.parameters())
+
+
+def test_traces_are_scores_whatever_scheme_is_asked_for(tmp_path: Path) -> None:
+    """Under the name of another than Neural Compressor's own no table took them, and every operator was skipped."""
+    line = ["backend=inc_fx", "strategy=hawq_v2", "strategy.probes=1", "strategy.max_probes=1", "operators.max_ops=2"]
+    settings = composed(*line, "calibration.size=2", "strategy.confidence_batches=1")
+    assert settings.quant.name == "w8a8_static"
+    sweep.run(settings, RunFolder(tmp_path), Screen())
+    assert set(pd.read_parquet(tmp_path / "scores.parquet")["status"]) == {"scored"}
 
 
 def test_a_resumed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from neural_compressor.adaptor.torch_utils import hawq_metric
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qvl_hydra.backends.neural_compressor.adaptor import Batches
+from qvl_hydra.backends.neural_compressor.adaptor import SCHEME, Batches
 from qvl_hydra.backends.neural_compressor.wrapper import ComponentWrapper, WrapperBatch, WrapperInput
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
 from qvl_hydra.estimators.metrics import next_token_labels
@@ -143,7 +143,7 @@ def _probe(job: SweepJob, trace: Any, paths: Sequence[str], index: int, folder: 
     folder.write(
         unit,
         [
-            SampleScore(path, "all", index, value, "mean_trace", "inc", job.scheme.name)
+            SampleScore(path, "all", index, value, "mean_trace", "inc", SCHEME)
             for path, value in zip(paths, values, strict=True)
             if math.isfinite(value)
         ],
