@@ -235,6 +235,10 @@ def test_limits(key: str, outside: object, inside: object) -> None:
              "profile__choices": ["nvfp4", "w4a16", "leave"]},
             "profile.choices has 2 schemes, but hessian scores one in a run",
         ),
+        (
+            {"backend__name": "inc_fx", "task__name": "profile", "strategy__name": "mse_v2"},
+            "backend=inc_fx scores inc_static alone; plans from its scores need quant=inc_static",
+        ),
         ({"quant__also": ["nvfp4", "x", "nvfp4"]}, "quant and quant.also have nvfp4 twice"),
         ({"quant__name": "w4a16", "quant__also": ["w4a16"]}, "quant and quant.also have w4a16 twice"),
         ({"model__placement": "streamed", "task__name": "export_onnx"}, "is for task=sweep, profile, quantize, not"),

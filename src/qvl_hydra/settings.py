@@ -596,6 +596,9 @@ class Settings:
         if self.operators.fuse and not row.fuses:
             fusing = " and ".join(other.name for other in BACKENDS.values() if other.fuses)
             found.append(f"operators.fuse is done by backend={fusing}, not {name}")
+        decides = self.task.name in ("profile", "quantize") and self.profile.scores is None
+        if decides and row.scheme and self.schemes != [row.scheme]:
+            found.append(f"backend={name} scores {row.scheme} alone; plans from its scores need quant={row.scheme}")
         estimator = strategy.row
         if not (row.several and estimator.several):
             who = f"backend={name}" if not row.several else f"{estimator.name}"
