@@ -119,7 +119,8 @@ def _fetch(settings: Settings, further: Sequence[QuantSettings], reference: str,
 
 def _require_same_scheme(source: Path, wanted: Sequence[QuantSettings]) -> None:
     """Refuse scores of a scheme that is called as one of these and is another, by the settings that the sweep left."""
-    there = read_yaml(source / "config.yaml").get("quant") or {}
+    kept = read_yaml(source / "config.yaml").get("quant")
+    there: dict[str, Any] = kept if isinstance(kept, dict) else {}
     for quant in wanted:
         here = vars(dataclasses.replace(quant, perturb=wanted[0].perturb))
         apart = [key for key in here if key != "also" and key in there and there[key] != here[key]]
