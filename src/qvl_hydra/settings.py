@@ -392,7 +392,7 @@ class ProfileSettings:
     families: int = 5  # largest families of modules that are measured: quantized alone, and left alone; 0: none
     candidates: int = 8  # best plans of a budget, measured on the scored samples; the best measured is taken
     prompt_tokens: int = 64  # of a request: text,
-    image_tokens: int = 1024  # image tokens of the language model,
+    image_tokens: int = 1024  # image tokens of the language model; 0: no image,
     answer_tokens: int = 128  # and what it answers
     requests: int = 1  # that are answered at once
     high_bits: int = 16  # bits that a kept operator's weights count with
@@ -416,9 +416,11 @@ class ProfileSettings:
                 found.append(f"profile.spaces: {space.match} has {foreign}, which profile.choices has not")
         if unknown := [name for name in self.formats if name not in CONSUMERS]:
             found.append(f"profile.formats={unknown}; allowed: {', '.join(CONSUMERS)}")
-        for key in ("prompt_tokens", "image_tokens", "answer_tokens", "requests"):
+        for key in ("prompt_tokens", "answer_tokens", "requests"):
             if getattr(self, key) < 1:
                 found.append(f"profile.{key}={getattr(self, key)}; must be 1 or more")
+        if self.image_tokens < 0:
+            found.append(f"profile.image_tokens={self.image_tokens}; must not be negative")
         if self.choices and set(self.choices) <= {LEAVE}:
             found.append("profile.choices=[leave] leaves nothing to choose; name schemes: [nvfp4,fp8_dynamic,leave]")
         if any(not 0 <= share <= 1 for share in self.spectrum):

@@ -16,9 +16,10 @@ from scipy.optimize import linprog
 
 from qvl_hydra.entry.compose import scheme_settings, with_choices
 from qvl_hydra.errors import ProfileError, SettingsError
+from qvl_hydra.families.table import FAMILIES
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.costs import COSTS, LEAVE, MEASURED_SECONDS
-from qvl_hydra.profiles.prices import Terms
+from qvl_hydra.profiles.prices import Terms, lengths_of
 from qvl_hydra.profiles.profile import Profile, weight_values
 from qvl_hydra.profiles.select import (
     Budget,
@@ -206,6 +207,19 @@ def test_a_roofline_is_the_longer_of_arithmetic_and_traffic(scheme: str | None, 
     assert COSTS["seconds"].load()(op, own, terms) == pytest.approx(expected)
     moved = weight / 4 if component == "lm" else weight / 50
     assert COSTS["bytes_per_token"].load()(op, own, terms) == pytest.approx(moved)
+
+
+@pytest.mark.parametrize("cost", ["seconds", "bytes_per_token"])
+def test_a_request_without_an_image_costs_no_vision_tower(cost: str) -> None:
+    """A model of text alone was priced with a prompt of 1024 image tokens, and zero was refused."""
+    vision, language = dataclasses.replace(operator("v", 1024), component="vision"), operator("a", 1024)
+    price, image, text = COSTS[cost].load(), ProfileSettings(), ProfileSettings(image_tokens=0)
+    assert lengths_of(image, FAMILIES["qwen3_vl"]) == image
+    assert lengths_of(image, FAMILIES["llama"]) == text
+    with_image, without = (Terms(SCHEMES, 16, DEVICE, lengths) for lengths in (image, text))
+    assert price(vision, None, without) == 0 < price(vision, None, with_image)
+    less = price(language, None, with_image) - price(language, None, without)
+    assert less > 0 if cost == "seconds" else less == 0
 
 
 def scored(operators: list[Operator], score: float = 1.0) -> pd.DataFrame:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qvl_hydra.errors import ProfileError
-from qvl_hydra.families.record import HEAD
+from qvl_hydra.families.record import HEAD, Family
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.profiles.profile import low_bits, weight_values
@@ -72,8 +72,14 @@ def bytes_per_token(op: Operator, scheme: Scheme | None, terms: Terms) -> float:
     image, which the answer's tokens share; `profile.requests` that are served together share what is read.
     """
     lengths = terms.lengths
-    share = used(op, lengths.requests) / lengths.requests if op.component == "lm" else 1 / lengths.answer_tokens
+    once = 1 / lengths.answer_tokens if lengths.image_tokens else 0.0
+    share = used(op, lengths.requests) / lengths.requests if op.component == "lm" else once
     return weight_bytes(op, scheme, terms) * share
+
+
+def lengths_of(lengths: ProfileSettings, family: Family) -> ProfileSettings:
+    """Those of a request to a model of a family: one that is text alone is given no image."""
+    return lengths if family.visual is not None else replace(lengths, image_tokens=0)
 
 
 def used(op: Operator, tokens: int) -> float:
@@ -91,6 +97,8 @@ def products(op: Operator, lengths: ProfileSettings) -> list[tuple[int, float]]:
     of the answer, for all requests that are served at once; the head over one token each time.
     """
     if op.component == "vision":
+        if not lengths.image_tokens:
+            return []
         merged = "merger" in op.role or op.role.startswith("deepstack")
         return [(lengths.image_tokens * (1 if merged else MERGED), 1.0)]
     first = 1 if op.path == HEAD else lengths.prompt_tokens + lengths.image_tokens

@@ -21,7 +21,7 @@ from qvl_hydra.profiles.costs import ERROR, LEAVE
 from qvl_hydra.profiles.formats.table import FORMATS, Consumer
 from qvl_hydra.profiles.formats.written import require_able
 from qvl_hydra.profiles.keep_lists import read_keep_list
-from qvl_hydra.profiles.prices import Terms
+from qvl_hydra.profiles.prices import Terms, lengths_of
 from qvl_hydra.profiles.profile import Profile, require_modules
 from qvl_hydra.profiles.select import Budget, select
 from qvl_hydra.profiles.storable import never_storable, not_storable, require_storable
@@ -60,7 +60,7 @@ def refuse_beforehand(settings: Settings, further: Sequence[QuantSettings]) -> N
     if settings.task.name == "quantize":
         _require_tools(settings, description, every)
     units = _foreseen(settings, description, schemes)
-    _require_plans(settings, units, terms_of(settings, schemes))
+    _require_plans(settings, units, terms_of(settings, schemes, description.family))
     _require_writable(settings, units, schemes, every)
     processor = processor_of(description)
     seen = {sample.id for sample in load_calibration(settings.calibration, processor).samples}
@@ -108,11 +108,11 @@ def require_inc_able(settings: Settings, family: Family, every: Sequence[Operato
         )
 
 
-def terms_of(settings: Settings, schemes: Mapping[str, Scheme]) -> Terms:
+def terms_of(settings: Settings, schemes: Mapping[str, Scheme], family: Family) -> Terms:
     """What prices depend on, by the settings."""
     wanted = settings.profile
     costs = {} if wanted.costs is None else read_costs(wanted.costs)
-    return Terms(schemes, wanted.high_bits, settings.device, wanted, costs)
+    return Terms(schemes, wanted.high_bits, settings.device, lengths_of(wanted, family), costs)
 
 
 def storable(settings: Settings, units: Sequence[Unit], schemes: Mapping[str, Scheme]) -> list[Unit]:

@@ -154,7 +154,7 @@ def plans_of(settings: Settings, folder: RunFolder, screen: Screen, further: Seq
     wanted = settings.profile
     units = units_from_scores(operators, tables, wanted.choices, wanted.spaces, shared(record))
     units = storable(settings, units, schemes)
-    terms, cost = terms_of(settings, schemes), COSTS[wanted.cost]
+    terms, cost = terms_of(settings, schemes, prepared.description.family), COSTS[wanted.cost]
     values = wanted.values or frontier(units, prices_of(units, cost, terms), size_of(units, cost), FRONT)
     plans = [several(units, Budget(cost.name, value), terms, wanted.candidates) for value in values]
     scored = pd.concat(tables.values()).dropna(subset=["metric"]).iloc[0]

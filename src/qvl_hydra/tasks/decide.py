@@ -89,7 +89,7 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
     budget = Budget(settings.profile.budget, settings.profile.value)
     if budget.kind == ERROR:
         require_bound(record.direction or "requantize", metric)
-    terms = terms_of(settings, {scheme.name: scheme})
+    terms = terms_of(settings, {scheme.name: scheme}, prepared.description.family)
     shares = settings.profile.spectrum if settings.task.name == "profile" else []
     pools = {
         item: several(units, item, terms, settings.profile.candidates)

@@ -19,7 +19,7 @@ from qvl_hydra.models.memory import peak_memory_bytes
 from qvl_hydra.operators.discover import Operator, find_operators, select_operators
 from qvl_hydra.profiles.costs import LEAVE
 from qvl_hydra.profiles.kernels import make_product, padded
-from qvl_hydra.profiles.prices import Terms, bytes_moved, products, rate_of, roofline
+from qvl_hydra.profiles.prices import Terms, bytes_moved, lengths_of, products, rate_of, roofline
 from qvl_hydra.quantization.scheme import scheme_from_settings
 from qvl_hydra.runs.files import read_table, write_parquet
 from qvl_hydra.runs.folder import RunFolder
@@ -48,12 +48,13 @@ def run(settings: Settings, folder: RunFolder, screen: Screen, further: Sequence
     found = find_operators(description.skeleton, settings.component.name)
     operators = [op for op in select_operators(found, settings.operators, settings.seed) if op.kind == "Linear"]
     schemes = {item.name: scheme_from_settings(item) for item in (settings.quant, *further)}
-    terms = Terms(schemes, settings.profile.high_bits, settings.device, settings.profile)
+    lengths = lengths_of(settings.profile, description.family)
+    terms = Terms(schemes, settings.profile.high_bits, settings.device, lengths)
     wanted = {
         (op.in_features, op.out_features, choice, tokens): op
         for op in operators
         for choice in (LEAVE, *schemes)
-        for tokens, _ in products(op, settings.profile)
+        for tokens, _ in products(op, lengths)
     }
     device = pick_device(settings.backend.device)
     threads = torch.get_num_threads()
