@@ -17,6 +17,8 @@ from rich.console import Console
 
 from qvl_hydra.entry.compose import scheme_settings
 from qvl_hydra.errors import CalibrationError, MissingExtraError, OperatorError, ProfileError
+from qvl_hydra.models.load import describe_model
+from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
@@ -390,3 +392,20 @@ def test_a_tool_that_is_not_installed_is_said_before_the_work(tmp_path: Path) ->
     with pytest.raises(MissingExtraError, match=r"qvl-hydra\[profiles\]"):
         quantize.run(settings, RunFolder(tmp_path), screen()[0])
     assert not (tmp_path / "scores.parquet").exists()
+
+
+def test_operators_that_no_sample_reaches_stay_as_they_are(tmp_path: Path) -> None:
+    """Of texts alone the vision tower has no ranges: after the sweep the profile ended for want of them."""
+    lines = [{"prompt": f"how many of {n}?", "answer": "two"} for n in range(8)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = settings_of(
+        "component=full", "calibration=jsonl", f"calibration.path={tmp_path / 'text.jsonl'}", "calibration.size=4",
+        "strategy.estimator=sketch", "profile.value=0.7", "profile.baselines=false", "profile.evaluation_size=2",
+        "profile.families=0",
+    )  # fmt: skip
+    profile.run(settings, RunFolder(tmp_path), screen()[0])
+    found = json.loads((tmp_path / "profile.json").read_text())
+    operators = find_operators(describe_model(settings.model).skeleton, "full")
+    vision = {op.path for op in operators if op.component == "vision"}
+    assert vision <= set(found["high"])
+    assert len(found["high"]) == int(0.7 * len(operators))

@@ -50,6 +50,11 @@ class Unit:
         return set(self.scores) == {LEAVE}
 
 
+def decided_on(units: Sequence[Unit]) -> list[Operator]:
+    """Operators that a plan can quantize; ranges of the others may not be there, as without an image in any sample."""
+    return [op for unit in units if not unit.stays for op in unit.members]
+
+
 def units_from_scores(
     operators: Sequence[Operator],
     tables: Mapping[str, pd.DataFrame],

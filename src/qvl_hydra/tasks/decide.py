@@ -20,7 +20,7 @@ from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.select import Budget, select, several
 from qvl_hydra.profiles.spectrum import spectrum_budgets
-from qvl_hydra.profiles.units import Unit, units_from_scores
+from qvl_hydra.profiles.units import Unit, decided_on, units_from_scores
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.files import read_table, write_json
@@ -97,7 +97,7 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
     }
     curve = {item: pool[0] for item, pool in pools.items()}
     quantizers = Quantizers(
-        prepared.model, curve[budget].operators, prepared.calibration.samples, settings.component.name, [scheme]
+        prepared.model, decided_on(units), prepared.calibration.samples, settings.component.name, [scheme]
     )
     if budget.kind == ERROR:
         curve[budget], said = _held_bound(
