@@ -50,9 +50,13 @@ class Unit:
         return set(self.scores) == {LEAVE}
 
 
-def decided_on(units: Sequence[Unit]) -> list[Operator]:
-    """Operators that a plan can quantize; ranges of the others may not be there, as without an image in any sample."""
-    return [op for unit in units if not unit.stays for op in unit.members]
+def calibrated(units: Sequence[Unit], images: bool) -> list[Operator]:
+    """Operators of units, without those of a vision tower that stay as they are and that no sample reaches.
+
+    Args:
+        images: a calibration sample has one.
+    """
+    return [op for unit in units for op in unit.members if images or op.component != "vision" or not unit.stays]
 
 
 def units_from_scores(

@@ -23,7 +23,7 @@ from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile, describe
 from qvl_hydra.profiles.select import Budget, cost_of, frontier, prices_of, select, several, size_of
 from qvl_hydra.profiles.spectrum import Candidate, described, measure_curve
-from qvl_hydra.profiles.units import Unit, decided_on, units_from_scores
+from qvl_hydra.profiles.units import Unit, calibrated, units_from_scores
 from qvl_hydra.reports.profile import PLANS, profile_sections
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.files import read_table, write_json, write_parquet
@@ -160,9 +160,9 @@ def plans_of(settings: Settings, folder: RunFolder, screen: Screen, further: Seq
     scored = pd.concat(tables.values()).dropna(subset=["metric"]).iloc[0]
     metric = "kl_answer" if scored["unit"] == unit_of("kl", "answer") else str(scored["metric"])
     profiles, notes = [own[0] for own in plans], _refused(units)
-    quantizers = Quantizers(
-        prepared.model, decided_on(units), prepared.calibration.samples, settings.component.name, prepared.schemes
-    )
+    calibration = prepared.calibration.samples
+    reached = calibrated(units, any(sample.pixel_values is not None for sample in calibration))
+    quantizers = Quantizers(prepared.model, reached, calibration, settings.component.name, prepared.schemes)
     if wanted.candidates > 1 and metric in MEASURED:
         # Whatever meets a smaller budget meets this one, too.
         pools = [

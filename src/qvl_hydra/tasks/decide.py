@@ -20,7 +20,7 @@ from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.select import Budget, select, several
 from qvl_hydra.profiles.spectrum import spectrum_budgets
-from qvl_hydra.profiles.units import Unit, decided_on, units_from_scores
+from qvl_hydra.profiles.units import Unit, calibrated, units_from_scores
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.files import read_table, write_json
@@ -96,9 +96,9 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
         for item in (budget, *spectrum_budgets(units, shares))
     }
     curve = {item: pool[0] for item, pool in pools.items()}
-    quantizers = Quantizers(
-        prepared.model, decided_on(units), prepared.calibration.samples, settings.component.name, [scheme]
-    )
+    calibration = prepared.calibration.samples
+    operators = calibrated(units, any(sample.pixel_values is not None for sample in calibration))
+    quantizers = Quantizers(prepared.model, operators, calibration, settings.component.name, [scheme])
     if budget.kind == ERROR:
         curve[budget], said = _held_bound(
             settings, prepared, units, terms, curve[budget], budget, metric, quantizers, folder, screen
