@@ -416,20 +416,18 @@ class ProfileSettings:
                 found.append(f"profile.spaces: {space.match} has {foreign}, which profile.choices has not")
         if unknown := [name for name in self.formats if name not in CONSUMERS]:
             found.append(f"profile.formats={unknown}; allowed: {', '.join(CONSUMERS)}")
-        for key in ("prompt_tokens", "answer_tokens", "requests"):
-            if getattr(self, key) < 1:
-                found.append(f"profile.{key}={getattr(self, key)}; must be 1 or more")
-        if self.image_tokens < 0:
-            found.append(f"profile.image_tokens={self.image_tokens}; must not be negative")
         if self.choices and set(self.choices) <= {LEAVE}:
             found.append("profile.choices=[leave] leaves nothing to choose; name schemes: [nvfp4,fp8_dynamic,leave]")
         if any(not 0 <= share <= 1 for share in self.spectrum):
             found.append(f"profile.spectrum={self.spectrum}; every share must lie between 0 and 1")
         if (self.budget != ERROR and self.value < 0) or (self.budget == "share" and self.value > 1):
             found.append(f"profile.value={self.value}; must not be negative, nor above 1 for profile.budget=share")
-        if self.families < 0:
-            found.append(f"profile.families={self.families}; must not be negative")
-        for key in ("evaluation_size", "high_bits", "candidates"):
+        for key in ("families", "image_tokens"):
+            if getattr(self, key) < 0:
+                found.append(f"profile.{key}={getattr(self, key)}; must not be negative")
+        for key in (
+            "prompt_tokens", "answer_tokens", "requests", "evaluation_size", "high_bits", "candidates",
+        ):  # fmt: skip
             if getattr(self, key) < 1:
                 found.append(f"profile.{key}={getattr(self, key)}; must be 1 or more")
         return found
@@ -608,7 +606,7 @@ class Settings:
                 found.append(
                     f"quant.also={quant.also}, but {who} scores one scheme in a run; give each scheme its own run"
                 )
-            elif len(self.schemes) > 1 and self.profile.scores is None:
+            elif decides and len(self.schemes) > 1:
                 found.append(f"profile.choices has {len(self.schemes)} schemes, but {who} scores one in a run")
         return found
 
@@ -630,10 +628,11 @@ class Settings:
             )
         if self.operators.experts == "single" and not row.sketches:
             found.append(f"operators.experts=single needs strategy.estimator=sketch or auto, not {row.name}")
-        if row.weighs_errors and strategy.weighting == "weight_error":
-            lacks = "quant.weight_bits is null" if self.quant.weight_bits is None else "quant.perturb is activation"
-            if self.quant.weight_bits is None or self.quant.perturb == "activation":
-                found.append(f"strategy={strategy.name} weighs by the weight error, but {lacks}")
+        lacks = "quant.weight_bits is null" if self.quant.weight_bits is None else ""
+        if self.quant.perturb == "activation":
+            lacks = lacks or "quant.perturb is activation"
+        if row.weighs_errors and strategy.weighting == "weight_error" and lacks:
+            found.append(f"strategy={strategy.name} weighs by the weight error, but {lacks}")
         return found
 
     def settled(self) -> Settings:

@@ -14,9 +14,10 @@ from qvl_hydra.models import memory
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.quantization.formats import float4
-from qvl_hydra.quantization.formats.table import FORMATS, faults, refusal, weight_bits
+from qvl_hydra.quantization.formats.table import FORMATS, format_faults, refusal, weight_bits
 from qvl_hydra.quantization.qdq import largest_value, qdq_activation, qdq_weight, weight_change
 from qvl_hydra.quantization.scheme import Scheme, WeightFormat, scheme_from_settings
+from tests import toys
 
 PRESETS = {
     "fp8": "FP8", "fp8_dynamic": "FP8_DYNAMIC", "fp8_block": "FP8_BLOCK", "nvfp4": "NVFP4", "mxfp4": "MXFP4",
@@ -198,8 +199,8 @@ def test_bits_count_scales(name: str, bits: float) -> None:
 def test_what_a_format_would_not_read_is_refused(name: str, changes: dict[str, Any], fault: str) -> None:
     """It was: an integer's `tensor` and `block` were scored as `channel`, and NVFP4's `token` ended in a traceback."""
     own = scheme_settings(name)
-    assert faults(own) == []
-    (found,) = faults(dataclasses.replace(own, **changes))
+    assert format_faults(own) == []
+    (found,) = format_faults(dataclasses.replace(own, **changes))
     assert fault in found
 
 
@@ -213,12 +214,10 @@ def test_what_a_format_would_not_read_is_refused(name: str, changes: dict[str, A
     ],
 )
 def test_what_a_format_has_is_taken(name: str, changes: dict[str, Any]) -> None:
-    assert faults(dataclasses.replace(scheme_settings(name), **changes)) == []
+    assert format_faults(dataclasses.replace(scheme_settings(name), **changes)) == []
 
 
 def test_a_format_added_to_the_table_is_all_that_a_scheme_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    halves = lambda x, form, largest: (x * 2).round() / 2  # noqa: E731
-    row = dataclasses.replace(FORMATS["int"], name="halves", bits=9, weight=halves)
-    monkeypatch.setitem(FORMATS, "halves", row)
+    monkeypatch.setitem(FORMATS, "halves", toys.FORMAT)
     form = WeightFormat(9, number="halves")
     assert qdq_weight(torch.tensor([[0.2, 0.3, 1.1]]), form).tolist() == [[0.0, 0.5, 1.0]]

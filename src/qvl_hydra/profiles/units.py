@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.operators.discover import Operator, unmatched
 from qvl_hydra.profiles.costs import LEAVE
@@ -50,12 +51,9 @@ class Unit:
         return set(self.scores) == {LEAVE}
 
 
-def calibrated(units: Sequence[Unit], images: bool) -> list[Operator]:
-    """Operators of units, without those of a vision tower that stay as they are and that no sample reaches.
-
-    Args:
-        images: a calibration sample has one.
-    """
+def calibrated(units: Sequence[Unit], samples: Sequence[Sample]) -> list[Operator]:
+    """Operators of units, without those of a vision tower that stay as they are and that no sample reaches."""
+    images = any(sample.pixel_values is not None for sample in samples)
     return [op for unit in units for op in unit.members if images or op.component != "vision" or not unit.stays]
 
 

@@ -160,9 +160,10 @@ def plans_of(settings: Settings, folder: RunFolder, screen: Screen, further: Seq
     scored = pd.concat(tables.values()).dropna(subset=["metric"]).iloc[0]
     metric = "kl_answer" if scored["unit"] == unit_of("kl", "answer") else str(scored["metric"])
     profiles, notes = [own[0] for own in plans], _refused(units)
-    calibration = prepared.calibration.samples
-    reached = calibrated(units, any(sample.pixel_values is not None for sample in calibration))
-    quantizers = Quantizers(prepared.model, reached, calibration, settings.component.name, prepared.schemes)
+    samples = prepared.calibration.samples
+    quantizers = Quantizers(
+        prepared.model, calibrated(units, samples), samples, settings.component.name, prepared.schemes
+    )
     if wanted.candidates > 1 and metric in MEASURED:
         # Whatever meets a smaller budget meets this one, too.
         pools = [

@@ -83,8 +83,8 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
     units = units_from_scores(operators, {scheme.name: table}, (scheme.name, LEAVE), shared=shared(record))
     units = storable(settings, units, {scheme.name: scheme})
     scored = table.dropna(subset=["metric"]).iloc[0]
-    samples = read_table(folder.path / "sample_scores.parquet")
-    interactions = interactions_from(samples, units, scheme.name, str(scored["metric"]))
+    by_sample = read_table(folder.path / "sample_scores.parquet")
+    interactions = interactions_from(by_sample, units, scheme.name, str(scored["metric"]))
     metric = "kl_answer" if scored["unit"] == unit_of("kl", "answer") else str(scored["metric"])
     budget = Budget(settings.profile.budget, settings.profile.value)
     if budget.kind == ERROR:
@@ -96,9 +96,10 @@ def decide(settings: Settings, folder: RunFolder, screen: Screen) -> Decision:
         for item in (budget, *spectrum_budgets(units, shares))
     }
     curve = {item: pool[0] for item, pool in pools.items()}
-    calibration = prepared.calibration.samples
-    operators = calibrated(units, any(sample.pixel_values is not None for sample in calibration))
-    quantizers = Quantizers(prepared.model, operators, calibration, settings.component.name, [scheme])
+    samples = prepared.calibration.samples
+    quantizers = Quantizers(
+        prepared.model, calibrated(units, samples), samples, settings.component.name, [scheme]
+    )
     if budget.kind == ERROR:
         curve[budget], said = _held_bound(
             settings, prepared, units, terms, curve[budget], budget, metric, quantizers, folder, screen

@@ -31,8 +31,7 @@ from qvl_hydra.models.load import (
 )
 from qvl_hydra.operators.discover import Operator, find_operators, select_operators, uncovered
 from qvl_hydra.profiles.names import router_of
-from qvl_hydra.quantization.formats.table import faults as format_faults
-from qvl_hydra.quantization.formats.table import not_offered
+from qvl_hydra.quantization.formats.table import format_faults, not_offered
 from qvl_hydra.quantization.scheme import Scheme, scheme_from_settings
 from qvl_hydra.reference import load
 from qvl_hydra.runs.folder import FINGERPRINT

@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -133,25 +133,22 @@ def ranking_metric(settings: Settings) -> str:
 
 def _tables(
     settings: Settings, folder: RunFolder, prepared: Prepared, report: EngineReport | None
-) -> dict[str, tuple[pd.DataFrame, float | None]]:
-    """The table of each scheme, also of one that no operator can have; the main one first."""
+) -> Iterator[tuple[str, tuple[pd.DataFrame, float | None]]]:
+    """Each scheme with its table, also one that no operator can have; the main one first."""
     frame = folder.frame()
     metric = report.metric if report else ranking_metric(settings)
     unit = report.unit if report else unit_of(metric, settings.strategy.positions)
-    asked, fixed = [scheme.name for scheme in prepared.schemes], BACKENDS[settings.backend.name].scheme
-    main = fixed or asked[0]
-    schemes = list(dict.fromkeys([main, *([] if fixed else asked), *frame["scheme"].unique()]))
+    fixed = BACKENDS[settings.backend.name].scheme
+    own = [fixed] if fixed else [scheme.name for scheme in prepared.schemes]
     by_name = defaultdict(lambda: prepared.schemes[0], {item.name: item for item in prepared.schemes})
-    return {
-        scheme: score_table(
+    for scheme in dict.fromkeys([*own, *frame["scheme"].unique()]):
+        yield scheme, score_table(
             Scored(
                 prepared.operators, frame, folder.endings(), metric, unit, scheme, settings.operators.fuse,
                 folder.recall(CONTROLS, {}).get(scheme, ()), folder.recall(CENSUS, {}),
                 partial(not_offered, scheme=by_name[scheme]),
             )
-        )
-        for scheme in schemes
-    }  # fmt: skip
+        )  # fmt: skip
 
 
 def _refresher(settings: Settings, folder: RunFolder, prepared: Prepared) -> Callable[[], None]:
@@ -161,7 +158,7 @@ def _refresher(settings: Settings, folder: RunFolder, prepared: Prepared) -> Cal
     def refresh() -> None:
         nonlocal last
         if time.monotonic() - last > REFRESH_S:
-            table, _ = next(iter(_tables(settings, folder, prepared, None).values()))
+            _, (table, _) = next(_tables(settings, folder, prepared, None))
             write_parquet(folder.path / "scores.parquet", table)
             last = time.monotonic()
 
@@ -188,7 +185,7 @@ def _write_experts(folder: RunFolder, frame: pd.DataFrame, metric: str, scheme: 
 def _write_results(
     settings: Settings, folder: RunFolder, prepared: Prepared, report: EngineReport | None, note: dict[str, Any]
 ) -> RunRecord:
-    tables = _tables(settings, folder, prepared, report)
+    tables = dict(_tables(settings, folder, prepared, report))
     main = next(iter(tables))
     for scheme, (table, _) in tables.items():
         name = "scores.parquet" if scheme == main else f"scores_{scheme}.parquet"

@@ -36,7 +36,7 @@ def refusal(scheme: Scheme, kind: str, inputs: int, outputs: int) -> str | None:
     return None
 
 
-def faults(quant: QuantSettings) -> list[str]:
+def format_faults(quant: QuantSettings) -> list[str]:
     """What a scheme's settings ask of their number formats that these have not, and would not read."""
     found = []
     for part, bits, name, granularity, size in (
