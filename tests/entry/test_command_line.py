@@ -19,8 +19,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from PIL import Image
 
+from qvl_hydra import __main__
 from qvl_hydra.entry import app
-from qvl_hydra.entry.command_line import check_command_line, quoted
+from qvl_hydra.entry.command_line import as_typed, check_command_line, quoted
 from qvl_hydra.entry.compose import config_folder, take_saved_settings
 from qvl_hydra.errors import RunFolderError, SettingsError
 from qvl_hydra.tasks import prepare
@@ -93,7 +94,7 @@ BEFORE_ANYTHING: list[tuple[str, list[str]]] = [
     ("~model", ["~model: model cannot be left out"]),
     ("strategy.probes", ["'strategy.probes' is no override; expected key=value"]),
     ("operators.include=[", ["'operators.include=[' is no override"]),
-    ("profile.scores=a#w4a16", ["a value that holds = or # needs quotes of its own: \"key='value'\""]),
+    ("profile.scores=a{b", ["such a value needs quotes of its own: \"key='value'\""]),
     ("operators.include='*.mlp.*'", ["expected a list such as [a,b]"]),
     ("operators.max_ops=0", ["operators.max_ops=0; must be 1 or more, or null for no cap"]),
     ("calibration.size=0", ["calibration.size=0; must be 1 or more"]),
@@ -106,6 +107,7 @@ BEFORE_ANYTHING: list[tuple[str, list[str]]] = [
     ("calibration=jsonl", ["calibration=jsonl needs calibration.path"]),
     ("calibration=jsonl calibration.path=/nowhere.jsonl", ["calibration.path=/nowhere.jsonl: no such file"]),
     ("calibration=imagefolder calibration.path=/nowhere", ["calibration.path=/nowhere: no such folder"]),
+    ("calibration=imagefolder calibration.path=~/ü#=(1)", ["calibration.path=~/ü#=(1): no such folder"]),
     ("quant.also=[w2a2]", ["quant.also or profile.choices names 'w2a2'; allowed: fp8"]),
     ("resume=/nowhere", ["resume=/nowhere: no unfinished run there"]),
     ("hydra.nonsense=1", ["hydra.nonsense"]),
@@ -117,6 +119,29 @@ BEFORE_ANYTHING: list[tuple[str, list[str]]] = [
 def test_refused_before_anything_is_written(line: str, messages: list[str], call: Call, tmp_path: Path) -> None:
     refused(call(line), *messages)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("typed", "read"), [
+    ("k=~/a,/b (1),4,null", "k='~/a','/b (1)',4,null"),
+    ("+k.p=[~/a[1], 3,b]", "+k.p=['~/a[1]',3,b]"),
+    ("k=sqlite:////tmp/ü\\", r"k='sqlite:////tmp/ü\\'"),
+    *((same, same) for same in ("--cfg", "k=", "k=a b", "k=[a", "k=range(1,~", "k='ü'", "~k=ü", "k={ü:1}", "k=a,b")),
+])  # fmt: skip
+def test_values_that_hydra_cannot_read_are_texts_as_typed(typed: str, read: str) -> None:
+    assert as_typed([typed]) == [read]
+
+
+def test_ctrl_c_while_modules_are_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Outside what a run itself handles: it ended in a traceback."""
+
+    def stopped(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "_run", stopped)
+    monkeypatch.setattr(sys, "argv", ["qvl_hydra", "--help"])
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    assert (end.value.code, capsys.readouterr()) == (130, ("stopped\n", ""))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -133,7 +158,7 @@ def test_all_faults_together(call: Call, tmp_path: Path) -> None:
     )
     refused(
         outcome, "faults:", "model.path=./nowhere", "strategy=best", "xyzzy", "operators.max_ops=0",
-        "calibration.size=-1", "direction=requantize", "resume=/nowhere", "'a=b=c' is no override",
+        "calibration.size=-1", "direction=requantize", "resume=/nowhere", "unknown key a;",
     )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import hydra
 
-from qvl_hydra.entry.command_line import Checked, check_command_line, quoted
+from qvl_hydra.entry.command_line import Checked, as_typed, check_command_line, quoted
 from qvl_hydra.entry.compose import config_folder, take_saved_settings, with_choices
 from qvl_hydra.entry.process import (
     BROKEN,
@@ -38,7 +38,7 @@ def main() -> None:
     be_quiet()
     screen = Screen()
     try:
-        sys.argv[1:], config_name = take_saved_settings(sys.argv[1:])
+        sys.argv[1:], config_name = take_saved_settings(as_typed(sys.argv[1:]))
         checked = check_command_line(sys.argv[1:], config_name)
         if checked.dry:
             _foretell(checked, screen)
@@ -147,7 +147,3 @@ def _flush(screen: Screen) -> None:
 
 def _leave_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-if __name__ == "__main__":
-    main()

@@ -113,6 +113,33 @@ def _folder(overrides: Sequence[str], name: str, multirun: bool) -> Path:
     return folder
 
 
+def as_typed(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with quotes around those values that Hydra's grammar cannot read but nobody would quote.
+
+    A home folder's `~`, letters beyond ASCII, `=`, `#` and brackets within a name are no part of that grammar; shells
+    leave them to the program. Commas keep their meaning, and so do the brackets of a list.
+    """
+    return [_with_quotes(line) for line in arguments]
+
+
+def _with_quotes(line: str) -> str:
+    parts = re.fullmatch(r"""(\+{0,2}[\w./@:-]+=)(?:\[(.+)\]|(?!\[|\w+\()(.+))""", line)
+    if parts is None or set(line) & set("'\"{}") or _is_read(line):
+        return line
+    key, items, text = parts.groups()
+    values = (value.strip() for value in (items or text).split(","))
+    written = ",".join(value if _is_read(f"key={value}") else quoted(value) for value in values)
+    return key + (f"[{written}]" if items else written)
+
+
+def _is_read(line: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(line)
+    except HydraException:
+        return False
+    return True
+
+
 def quoted(text: str) -> str:
     """A value as Hydra's command line reads it back, whatever stands in it."""
     escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), text)
@@ -126,7 +153,7 @@ def _parse(lines: Sequence[str], faults: list[str]) -> list[Override]:
         try:
             (item,) = parser.parse_overrides([line])
         except HydraException:
-            quotes = "; a value that holds = or # needs quotes of its own: \"key='value'\"" if "=" in line else ""
+            quotes = "; such a value needs quotes of its own: \"key='value'\"" if "=" in line else ""
             faults.append(f"{line!r} is no override; expected key=value{quotes}")
             continue
         if item.is_sweep_override() and not item.is_discrete_sweep():
