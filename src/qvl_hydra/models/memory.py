@@ -8,26 +8,50 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 from torch import Tensor
 
 GIB = 1024**3
 KEPT_BYTES = 1 << 28  # that lie together, and in one tensor
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+GROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # version 2, and 1
+GROUP_CACHE = ("inactive_file", "active_file")
 PART_VALUES = {"cpu": 1 << 20, "cuda": 1 << 26}  # of a large matrix at a time, in `row_parts`
 
 
 def free_memory_bytes() -> int:
-    """Bytes this process may still take: the machine's available memory, or less where a control group limits it."""
-    available = 8 * GIB
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
-    return available
+    """Bytes this process may still take: the machine's available memory, or less where its limits leave less.
+
+    These are `ulimit -v` and the control groups of a container or a job; what a group holds of files is free, as it is
+    in what the machine says.
+    """
+    room = [psutil.virtual_memory().available, *_group_room()]
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
+        room.append(most - psutil.Process().memory_info().vms)
+    return max(0, min(room))
+
+
+def _group_room() -> Iterator[int]:
+    """What each control group that this process is in leaves, its parents among them."""
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else []:
+        _, controllers, own = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = GROUPS / controllers
+        inside = top / own.lstrip("/")
+        for folder in (inside, *inside.parents):  # in a container the outer ones are not seen, or end at its own
+            for limit, used in GROUP_FILES:
+                if folder.is_relative_to(top) and (folder / limit).exists() and (folder / used).exists():
+                    most = (folder / limit).read_text().strip()
+                    if most != "max":
+                        yield int(most) - int((folder / used).read_text()) + _group_cache(folder)
+
+
+def _group_cache(folder: Path) -> int:
+    told = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return sum(int(told.get(f"total_{name}", told.get(name, 0))) for name in GROUP_CACHE)  # version 1 has both
 
 
 def keep_freed_memory() -> None:
