@@ -84,6 +84,7 @@ def run_here(
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "argv", ["qvl-hydra", *shlex.split(line)])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # the program has its own
     capsys.readouterr()
     polite = signal.getsignal(signal.SIGTERM)
     try:

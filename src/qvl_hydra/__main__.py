@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, and exit; Ctrl-C is told without a traceback while modules are still read, too."""
+    """Run the command line, and exit; what stops it while modules are still read is told without a traceback, too."""
     try:
         from qvl_hydra.entry.app import main as run
 
@@ -12,6 +12,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped")
         sys.exit(130)
+    except MemoryError:
+        print("error: memory ran out before anything was begun")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

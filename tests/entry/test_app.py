@@ -17,6 +17,7 @@ from mlflow.entities import Run
 from pandas.testing import assert_frame_equal
 from safetensors import SafetensorError
 
+from qvl_hydra.entry import job as one_job
 from qvl_hydra.estimators import exact_run
 from tests.program import SMALL, finish, run_here, start, wait_for, with_store
 
@@ -203,6 +204,9 @@ def test_a_failing_job_does_not_stop_the_others(here: Here, tmp_path: Path) -> N
     [
         (OSError(errno.ENOSPC, "full"), "no space is left on the disk: make some"),
         (SafetensorError("I/O error: No space left on device"), "no space is left on the disk: make some"),
+        (SafetensorError("I/O error: File too large (os error 27)"), "a file became larger than it may be (ulimit -f"),
+        (OSError(errno.EMFILE, "many"), "too many files are open: raise the limit (ulimit -n)"),
+        (OSError(errno.EIO, "broken"), "a disk failed ([Errno 5] broken): see to it"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory ran out: take model.placement"),
         (torch.OutOfMemoryError("made up"), "memory ran out: take model.placement=streamed"),
     ],
@@ -223,6 +227,32 @@ def test_a_machine_that_lacks_something_is_told_apart_from_a_fault(
     assert record(tmp_path / "run")["status"] == "partial"
     status, _ = here(f"{SMALL} tracking.enabled=false hydra.run.dir=run")
     assert (status, record(tmp_path / "run")["status"]) == (0, "complete")
+
+
+def test_a_disk_on_which_not_even_the_end_can_be_noted(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(exact_run, "score_samples", full)
+        patched.setattr(one_job, "write_json", full)
+        status, text = here(f"{SMALL} tracking.enabled=false hydra.run.dir=run")
+    assert (status, "Traceback" in text) == (2, False)
+    assert "error: no space is left on the disk" in text
+    status, _ = here(f"{SMALL} tracking.enabled=false hydra.run.dir=run")
+    assert (status, record(tmp_path / "run")["status"]) == (0, "complete")
+
+
+def test_no_more_threads_than_cores(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's quota of one core, of which torch knows nothing."""
+    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    status, text = here(f"{SMALL} tracking.enabled=false hydra.run.dir=run")
+    assert (status, asked[0]) == (0, 1), text
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from qvl_hydra.entry.process import (
     WRONG_INPUT,
     be_quiet,
     have_streams,
+    keep_to_own_cores,
     note_command,
     said,
     show_traceback,
@@ -78,6 +79,7 @@ def _foretell(checked: Checked, screen: Screen) -> None:
     from qvl_hydra.tasks.dry_run import foretell
 
     assert checked.folder is not None
+    keep_to_own_cores()
     for number, settings in enumerate(checked.dry):
         if checked.multirun:
             screen.say(f"job {number}")

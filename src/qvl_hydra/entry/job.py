@@ -10,6 +10,7 @@ import contextlib
 import errno
 import importlib
 import logging
+import re
 import shlex
 import textwrap
 import time
@@ -31,6 +32,7 @@ from qvl_hydra.entry.process import (
     WRONG_INPUT,
     be_quiet,
     elsewhere,
+    keep_to_own_cores,
     said,
     show_traceback,
     stop_politely,
@@ -71,6 +73,7 @@ def run_job(config: DictConfig) -> int:
     be_quiet()
     transformers.utils.logging.disable_progress_bar()  # one bar is enough
     stop_politely()
+    keep_to_own_cores()
     runtime = HydraConfig.get()
     path = Path(runtime.runtime.output_dir).absolute()
     sweep, number = None, 0
@@ -115,10 +118,11 @@ class _Job:
         except Exception as error:
             end = self._fail(_explained(error, self.path))
         finally:
-            if own:
-                write_json(self.path / END, {"end": end.end})
-            if self.sweep is not None:
-                note_end(self.sweep, self.number, self.path, end)
+            with contextlib.suppress(OSError):  # a full disk; without its end a run counts as killed
+                if own:
+                    write_json(self.path / END, {"end": end.end})
+                if self.sweep is not None:
+                    note_end(self.sweep, self.number, self.path, end)
         return end.status
 
     def _tracked(self, settings: Settings, folder: RunFolder, config: DictConfig) -> None:
@@ -214,9 +218,16 @@ def _saved(config: DictConfig, settings: Settings) -> str:
 
 def _explained(error: Exception, folder: Path) -> Exception:
     """What the place that a run writes to lacks, with what to do about it; any other error as it is."""
-    number = getattr(error, "errno", None)
+    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' way
+    number = int(told[1]) if told else getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
         lack = "no space is left on the disk: make some, or take a hydra.run.dir elsewhere"
+    elif number == errno.EFBIG:
+        lack = "a file became larger than it may be (ulimit -f, or the file system): take a hydra.run.dir elsewhere"
+    elif number in (errno.EMFILE, errno.ENFILE):
+        lack = "too many files are open: raise the limit (ulimit -n)"
+    elif number in (errno.EIO, errno.ESTALE):
+        lack = f"a disk failed ({error}): see to it, or take a hydra.run.dir elsewhere"
     elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         lack = "memory ran out: take model.placement=streamed, model.dtype=bfloat16 or a smaller backend.row_chunk"
     elif number in (errno.EACCES, errno.EROFS, errno.EPERM):

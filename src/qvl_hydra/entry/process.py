@@ -5,11 +5,13 @@ Nothing here takes time to import: help, and the answer to a wrong option, need 
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 import types
 import warnings
@@ -18,6 +20,7 @@ from qvl_hydra.errors import QvlHydraError
 
 _COMMANDS: set[int] = set()  # this process, where it is the command's own
 STOPPED, WRONG_INPUT, BROKEN = 130, 2, 1  # exit statuses
+AGAIN_S = 0.05
 
 
 def note_command() -> None:
@@ -49,15 +52,34 @@ def be_quiet() -> None:
 
 
 def stop_politely() -> None:
-    """Let a polite kill and a terminal that goes away end a run as Ctrl-C does."""
+    """Let a polite kill and a terminal that goes away end a run as Ctrl-C does, whatever is being done when they come.
+
+    What is raised while Python clears something away is printed and lost; a stop is raised again, a moment later.
+    """
 
     def stop(signum: int, frame: types.FrameType | None) -> None:
         raise KeyboardInterrupt
 
+    def again(lost: sys.UnraisableHookArgs) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            threading.Timer(AGAIN_S, _thread.interrupt_main, [signal.SIGTERM]).start()
+        else:
+            sys.__unraisablehook__(lost)
+
     with contextlib.suppress(ValueError):  # a launcher may run jobs in threads, which have no signals
         signal.signal(signal.SIGTERM, stop)
+        sys.unraisablehook = again
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
             signal.signal(signal.SIGHUP, stop)
+
+
+def keep_to_own_cores() -> None:
+    """Have torch take no more threads than this process has cores: it does not know of a container's quota."""
+    import joblib
+    import torch
+
+    if torch.get_num_threads() > (cores := joblib.cpu_count()):
+        torch.set_num_threads(cores)
 
 
 def said(error: Exception) -> str:
