@@ -16,6 +16,7 @@ from qvl_hydra.estimators import hawq
 from qvl_hydra.estimators.job import SweepJob
 from qvl_hydra.models.load import LoadedModel, describe_model, load_model
 from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.operators.targets import make_targets
 from qvl_hydra.quantization.qdq import qdq_weight
 from qvl_hydra.quantization.scheme import Scheme, WeightFormat
 from qvl_hydra.runs.folder import RunFolder
@@ -96,6 +97,29 @@ def test_omega_is_mean_curvature_times_weight_error(job: SweepJob, tmp_path: Pat
         weight = job.model.module.get_submodule(op.path).weight
         change = float((qdq_weight(weight, WeightFormat(8)) - weight).double().square().sum())
         assert means["omega", op.path] == pytest.approx(means["trace", op.path] / weight.numel() * change, rel=1e-9)
+
+
+def test_a_format_that_not_all_shapes_take_and_whose_fused_operators_share_a_scale(
+    job: SweepJob, tmp_path: Path
+) -> None:
+    """What cannot have NVFP4 (8 inputs) ended the run, and q, k and v had a scale each."""
+    form = WeightFormat(4, number="nvfp4")
+    scheme = Scheme("nvfp4", form, None)
+    wanted = ("q_proj", "k_proj", "v_proj", "down_proj")
+    operators = tuple(op for op in find_operators(job.model.module, "lm") if op.role in wanted)
+    own = dataclasses.replace(
+        job, schemes=(scheme,), operators=operators, fuse=True, strategy=strategy(probes=2, max_probes=2)
+    )
+    folder = RunFolder(tmp_path)
+    native.run(own, folder, Silent())
+    (name,) = folder.frame()["op"].unique()
+    assert name.endswith("self_attn.qkv_proj")
+    (target,) = (target for target in make_targets(operators, True) if target.name == name)
+    weights = {op.path: job.model.module.get_submodule(op.path).weight for op in target.operators}
+    largest = torch.cat([weight.flatten() for weight in weights.values()]).abs().max()
+    for path, factor in hawq.weight_factors(own, target).items():
+        change = (qdq_weight(weights[path], form, largest) - weights[path]).double()
+        assert factor == pytest.approx(float(change.square().mean()), rel=1e-9)
 
 
 def test_stops_at_the_tolerance_or_at_the_last_probe(job: SweepJob, tmp_path: Path) -> None:

@@ -25,10 +25,10 @@ from qvl_hydra.families.stages import State
 from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target, make_targets
-from qvl_hydra.quantization.apply import make_quantizer
+from qvl_hydra.quantization.apply import make_quantizer, shared_largest
 from qvl_hydra.quantization.formats.record import QuantParams
-from qvl_hydra.quantization.formats.table import FORMATS, not_offered
-from qvl_hydra.quantization.qdq import OperatorQuantizer, largest_value
+from qvl_hydra.quantization.formats.table import not_offered
+from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.quantization.scheme import Scheme
 from qvl_hydra.runs.folder import RunFolder
 
@@ -83,12 +83,10 @@ class Bench:
 
         Operators that are scored as one target share what a runtime gives them together.
         """
-        if scheme.weight is None or FORMATS[scheme.weight.number].tensor_scale is None:
-            return None
         own = next((t for t in self.targets if op in t.operators), None)
         if own is None or len(own.operators) == 1:
             return None
-        return largest_value(self.walker.module.get_submodule(member.path).weight for member in own.operators)
+        return shared_largest(self.walker.module, own.operators, scheme).get(op.group)
 
     def scored_positions(self, context: Context) -> list[Bool[Tensor, "token"]]:
         """For each sample of a context the positions that count."""

@@ -28,6 +28,8 @@ from qvl_hydra.models.forward import logits, text_inputs
 from qvl_hydra.models.memory import free_memory_bytes
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target, make_targets
+from qvl_hydra.quantization.apply import shared_largest
+from qvl_hydra.quantization.formats.table import not_offered
 from qvl_hydra.quantization.qdq import qdq_weight
 from qvl_hydra.runs.folder import RunFolder, SampleScore
 
@@ -51,7 +53,10 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     report.forward_s = _forward_s(job, samples)
     began = time.perf_counter()
     weights_of = {op.path: weight_of(job, op) for op in operators}
-    factors = {op.path: weight_factor(job, op) for op in operators} if metric == "omega" else {}
+    factors: dict[str, float] = {}
+    if metric == "omega":
+        for target in targets:
+            factors |= weight_factors(job, target)
     chunks = list(_chunks(job, targets))
     progress.total(strategy.max_probes * len(samples) * len(chunks), "Hessian traces")
     done, error = 0, math.inf
@@ -81,12 +86,16 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
     return report
 
 
-def weight_factor(job: SweepJob, op: Operator) -> float:
-    """`||Q(W) - W||^2 / n` of an operator: what its trace is weighed with."""
-    weight = weight_of(job, op)
+def weight_factors(job: SweepJob, target: Target) -> dict[str, float]:
+    """`||Q(W) - W||^2 / n` of each operator of a target, by path: what its trace is weighed with."""
     assert job.scheme.weight is not None, "the settings refuse a scheme without a weight format"
-    change = (qdq_weight(weight, job.scheme.weight) - weight).double()
-    return float(change.square().sum()) / weight.numel()
+    together = shared_largest(job.model.module, target.operators, job.scheme)
+    factors: dict[str, float] = {}
+    for op in target.operators:
+        weight = weight_of(job, op)
+        change = (qdq_weight(weight, job.scheme.weight, together.get(op.group)) - weight).double()
+        factors[op.path] = float(change.square().sum()) / weight.numel()
+    return factors
 
 
 def weight_of(job: SweepJob, op: Operator) -> Tensor:
@@ -159,10 +168,12 @@ def _chunks(job: SweepJob, targets: Sequence[Target]) -> Iterator[list[Operator]
 
 
 def _reachable(job: SweepJob, folder: RunFolder, samples: Sequence[Sample]) -> list[Target]:
-    """Targets that the loss of some sample depends on."""
+    """Targets that can have the scheme, and that the loss of some sample depends on."""
     images = any(sample.pixel_values is not None for sample in samples)
     kept: list[Target] = []
     for target in make_targets(job.operators, job.fuse):
+        if not_offered(target.operators, job.scheme):
+            continue  # the table of scores says why
         if target.operators[0].component == "vision" and not images:
             folder.skip(target.name, "no scored sample has an image")
         else:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
-from torch import Tensor, nn
-
 from qvl_hydra.blockwise.ranges import SchemeRanges, walk
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import Sample
@@ -14,9 +12,9 @@ from qvl_hydra.errors import ProfileError
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.quantization.apply import make_quantizer
-from qvl_hydra.quantization.formats.table import FORMATS, not_offered
-from qvl_hydra.quantization.qdq import OperatorQuantizer, largest_value
+from qvl_hydra.quantization.apply import make_quantizer, shared_largest
+from qvl_hydra.quantization.formats.table import not_offered
+from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.quantization.scheme import Scheme
 
 
@@ -99,16 +97,6 @@ def observed_ranges(
             "or give calibration samples that reach it"
         )
     return ranges.params
-
-
-def shared_largest(module: nn.Module, operators: Sequence[Operator], scheme: Scheme) -> dict[str, Tensor]:
-    """The largest |weight| of what a runtime fuses, where it gives that one tensor scale."""
-    if scheme.weight is None or FORMATS[scheme.weight.number].tensor_scale is None:
-        return {}
-    groups: dict[str, list[Tensor]] = {}
-    for op in operators:
-        groups.setdefault(op.group, []).append(module.get_submodule(op.path).get_parameter("weight"))
-    return {name: largest_value(weights) for name, weights in groups.items()}
 
 
 def quantizer_key(profile: Profile, op: Operator, quantizers: Mapping[str, OperatorQuantizer]) -> str:

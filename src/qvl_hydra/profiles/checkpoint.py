@@ -25,11 +25,12 @@ from qvl_hydra.families.record import HEAD
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.models.stream import Checkpoint
 from qvl_hydra.operators.discover import Operator, find_operators
-from qvl_hydra.profiles.apply import quantizer_key, shared_largest
+from qvl_hydra.profiles.apply import quantizer_key
 from qvl_hydra.profiles.formats.compressed_tensors import checkpoint_format, config_group, quantization_config
 from qvl_hydra.profiles.names import modules_of_experts
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.storable import require_storable, unpacked_narrow
+from qvl_hydra.quantization.apply import shared_largest
 from qvl_hydra.quantization.formats.table import FORMATS
 from qvl_hydra.quantization.qdq import OperatorQuantizer, weight_scales
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.models.forward import reference_output
+from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.kinds import apply_operator, as_tokens, outputs, some_copies
 from qvl_hydra.quantization.formats.record import QuantParams
+from qvl_hydra.quantization.formats.table import FORMATS
 from qvl_hydra.quantization.observers import RangeObserver
-from qvl_hydra.quantization.qdq import OperatorQuantizer, qdq_weight, quantized_operator
+from qvl_hydra.quantization.qdq import OperatorQuantizer, largest_value, qdq_weight, quantized_operator
 from qvl_hydra.quantization.scheme import ActivationFormat, Scheme
 
 Forward = Callable[[nn.Module, Tensor], Tensor]  # of a sub-module and its input
@@ -50,6 +52,16 @@ def replaced_forwards(module: nn.Module, forwards: Mapping[str, Forward]) -> Ite
 def unread_output(module: nn.Module, x: Float[Tensor, "*token in"]) -> Float[Tensor, "*token out"]:
     """Zeros for the output of a linear operator that nobody reads."""
     return x.new_zeros(*x.shape[:-1], outputs(module))
+
+
+def shared_largest(module: nn.Module, operators: Sequence[Operator], scheme: Scheme) -> dict[str, Tensor]:
+    """The largest |weight| of what a runtime fuses, by group, where it gives that one tensor scale."""
+    if scheme.weight is None or FORMATS[scheme.weight.number].tensor_scale is None:
+        return {}
+    groups: dict[str, list[Tensor]] = {}
+    for op in operators:
+        groups.setdefault(op.group, []).append(module.get_submodule(op.path).get_parameter("weight"))
+    return {name: largest_value(weights) for name, weights in groups.items()}
 
 
 @contextmanager
