@@ -57,6 +57,7 @@ TASKS = {
     "export_onnx": "qvl_hydra.tasks.export_onnx",
     "measure_costs": "qvl_hydra.tasks.measure_costs",
 }
+NO_MEMORY = ("can't allocate memory", "Cannot allocate memory")  # torch's words, and the system's
 LONGEST_NAME = 120  # characters of a run's name
 log = logging.getLogger(__name__)
 
@@ -228,7 +229,7 @@ def _explained(error: Exception, folder: Path) -> Exception:
         lack = "too many files are open: raise the limit (ulimit -n)"
     elif number in (errno.EIO, errno.ESTALE):
         lack = f"a disk failed ({error}): see to it, or take a hydra.run.dir elsewhere"
-    elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    elif isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in NO_MEMORY):
         lack = "memory ran out: take model.placement=streamed, model.dtype=bfloat16 or a smaller backend.row_chunk"
     elif number in (errno.EACCES, errno.EROFS, errno.EPERM):
         lack = f"{getattr(error, 'filename', None) or folder} cannot be written: take a hydra.run.dir elsewhere"

@@ -268,7 +268,7 @@ def require_memory(description: ModelDescription, extra_bytes: int, purpose: str
         remedy += "(operators.max_ops, operators.blocks) or a smaller model"
         if own.placement == "streamed":
             what = "its largest block, rounded"
-            remedy = f"{smaller}fewer of profile.choices or a smaller model"
+            remedy = f"{smaller}a smaller model or, of a profile, fewer profile.choices"
         raise ModelError(
             f"{own.name} in {own.dtype} needs {need / GIB:.1f} GiB for {purpose} ({what}), and {free / GIB:.1f} GiB "
             f"are free; take {remedy}"
