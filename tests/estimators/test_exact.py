@@ -60,8 +60,8 @@ def assert_equal_scores(found: list[dict[str, dict[str, float]]], expected: list
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
         for op, metrics in other.items():
-            # `fallback` and the loss are differences of larger numbers: what float32 cannot tell apart is not counted. On
-            # processors whose products round otherwise for other numbers of rows that is more than on others.
+            # `fallback` and the loss are differences of larger numbers: what float32 cannot tell apart is not counted.
+            # It is more on processors whose products round otherwise for another number of rows.
             for name, value in metrics.items():
                 largest = max(abs(scores[name]) for scores in other.values())
                 rounding = {"loss_change": 3e-6, "kl": 3e-8}.get(name, 5e-6 * largest)
