@@ -262,7 +262,10 @@ def test_samples_in_several_groups_score_alike(
 def test_a_kept_reference_changes_no_score(
     job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, component: str
 ) -> None:
-    """Bit for bit; the samples have images, but for the last."""
+    """But by what float32 rounds, where a processor's products depend on how many rows there are.
+
+    The samples have images, but for the last.
+    """
     text = text_alone()
     job = make_job(job.model, (*job.scored[:2], text), job.scheme, component, estimator="auto", probes=1)
     found = [scores(job, tmp_path / "known")[0]]
@@ -274,7 +277,7 @@ def test_a_kept_reference_changes_no_score(
     monkeypatch.setattr(Walker, "weights", lambda walker, segment: walked.append("") or weights(walker, segment))
     found.append(scores(job, tmp_path / "walked")[0])
     for frame in found[1:]:
-        pd.testing.assert_frame_equal(found[0], frame, check_exact=True)
+        pd.testing.assert_frame_equal(found[0], frame, rtol=2e-3, atol=3e-7)
     again = len(walked)
     walked.clear()
     monkeypatch.undo()

@@ -209,7 +209,8 @@ def test_a_failing_job_does_not_stop_the_others(here: Here, tmp_path: Path) -> N
         (OSError(errno.EIO, "broken"), "a disk failed ([Errno 5] broken): see to it"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory ran out: take model.placement"),
         (RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"), "memory ran out: take model.placement"),
-        (torch.OutOfMemoryError("made up"), "memory ran out: take model.placement=streamed"),
+        (torch.OutOfMemoryError("made up"),
+         "memory ran out: take model.placement=streamed, model.dtype=bfloat16, a smaller backend.row_chunk"),
     ],
     ids=str,
 )

@@ -117,7 +117,7 @@ class _Job:
             if self.sweep is not None:
                 raise
         except Exception as error:
-            end = self._fail(_explained(error, self.path))
+            end = self._fail(_explained(error, self.path, config))
         finally:
             with contextlib.suppress(OSError):  # a full disk; without its end a run counts as killed
                 if own:
@@ -217,7 +217,7 @@ def _saved(config: DictConfig, settings: Settings) -> str:
     return OmegaConf.to_yaml(resolved)
 
 
-def _explained(error: Exception, folder: Path) -> Exception:
+def _explained(error: Exception, folder: Path, config: DictConfig) -> Exception:
     """What the place that a run writes to lacks, with what to do about it; any other error as it is."""
     told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' way
     number = int(told[1]) if told else getattr(error, "errno", None)
@@ -230,7 +230,9 @@ def _explained(error: Exception, folder: Path) -> Exception:
     elif number in (errno.EIO, errno.ESTALE):
         lack = f"a disk failed ({error}): see to it, or take a hydra.run.dir elsewhere"
     elif isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in NO_MEMORY):
-        lack = "memory ran out: take model.placement=streamed, model.dtype=bfloat16 or a smaller backend.row_chunk"
+        smaller = {"model.placement": "streamed", "model.dtype": "bfloat16"}
+        asked = [f"{key}={value}, " for key, value in smaller.items() if OmegaConf.select(config, key) != value]
+        lack = f"memory ran out: take {''.join(asked)}a smaller backend.row_chunk or fewer samples"
     elif number in (errno.EACCES, errno.EROFS, errno.EPERM):
         lack = f"{getattr(error, 'filename', None) or folder} cannot be written: take a hydra.run.dir elsewhere"
     else:
