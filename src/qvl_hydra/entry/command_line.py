@@ -123,7 +123,7 @@ def as_typed(arguments: Sequence[str]) -> list[str]:
 
 
 def _with_quotes(line: str) -> str:
-    parts = re.fullmatch(r"""(\+{0,2}[\w./@:-]+=)(?:\[(.+)\]|(?!\[|\w+\()(.+))""", line)
+    parts = re.fullmatch(r"""(\+{0,2}[\w./@:][\w./@:-]*=)(?:\[(.+)\]|(?!\[|\w+\()(.+))""", line)
     if parts is None or set(line) & set("'\"{}") or _is_read(line):
         return line
     key, items, text = parts.groups()

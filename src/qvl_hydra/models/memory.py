@@ -50,7 +50,9 @@ def _group_room() -> Iterator[int]:
 
 
 def _group_cache(folder: Path) -> int:
-    told = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    if not (table := folder / "memory.stat").exists():
+        return 0
+    told = dict(line.split() for line in table.read_text().splitlines())
     return sum(int(told.get(f"total_{name}", told.get(name, 0))) for name in GROUP_CACHE)  # version 1 has both
 
 
