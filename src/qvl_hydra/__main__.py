@@ -2,6 +2,8 @@
 
 import sys
 
+from qvl_hydra.entry.process import STOPPED, WRONG_INPUT
+
 
 def main() -> None:
     """Run the command line, and exit; what stops it while modules are still read is told without a traceback, too."""
@@ -11,10 +13,10 @@ def main() -> None:
         run()
     except KeyboardInterrupt:
         print("stopped")
-        sys.exit(130)
+        sys.exit(STOPPED)
     except MemoryError:
         print("error: memory ran out before anything was begun")
-        sys.exit(2)
+        sys.exit(WRONG_INPUT)
 
 
 if __name__ == "__main__":

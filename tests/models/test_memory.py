@@ -22,7 +22,7 @@ MIB = 1 << 20
 )  # fmt: skip
 def test_control_groups(version: int, own: str, room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     top = tmp_path / ("groups" if version == 2 else "groups/memory")
-    limit, used = memory.GROUP_FILES[2 - version]
+    limit, used = memory.GROUP_FILES["" if version == 2 else "memory"]
     for place, most, taken in (("", 900, 500), ("job", 500, 200), ("job/inner", 300, 200), ("endless", None, 200)):
         folder = top / place
         folder.mkdir(parents=True, exist_ok=True)

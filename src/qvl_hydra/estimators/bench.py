@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool
@@ -83,10 +84,13 @@ class Bench:
 
         Operators that are scored as one target share what a runtime gives them together.
         """
-        own = next((t for t in self.targets if op in t.operators), None)
-        if own is None or len(own.operators) == 1:
-            return None
-        return shared_largest(self.walker.module, own.operators, scheme).get(op.group)
+        own = self._fused.get(op.path)
+        return None if own is None else shared_largest(self.walker.module, own.operators, scheme).get(op.group)
+
+    @cached_property
+    def _fused(self) -> dict[str, Target]:
+        """The target of each operator that is scored with others, by the operator's path."""
+        return {op.path: target for target in self.targets if len(target.operators) > 1 for op in target.operators}
 
     def scored_positions(self, context: Context) -> list[Bool[Tensor, "token"]]:
         """For each sample of a context the positions that count."""

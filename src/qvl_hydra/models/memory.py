@@ -6,7 +6,7 @@ import ctypes
 import resource
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 from torch import Tensor
@@ -15,7 +15,10 @@ GIB = 1024**3
 KEPT_BYTES = 1 << 28  # that lie together, and in one tensor
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-GROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # version 2, and 1
+GROUP_FILES = {  # the limit and what is used, by controllers as a process's groups name them: of version 2, and of 1
+    "": ("memory.max", "memory.current"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
 GROUP_CACHE = ("inactive_file", "active_file")
 PART_VALUES = {"cpu": 1 << 20, "cuda": 1 << 26}  # of a large matrix at a time, in `row_parts`
 
@@ -37,16 +40,16 @@ def _group_room() -> Iterator[int]:
     """What each control group that this process is in leaves, its parents among them."""
     for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else []:
         _, controllers, own = line.split(":", 2)
-        if controllers not in ("", "memory"):
+        if controllers not in GROUP_FILES:
             continue
-        top = GROUPS / controllers
-        inside = top / own.lstrip("/")
-        for folder in (inside, *inside.parents):  # in a container the outer ones are not seen, or end at its own
-            for limit, used in GROUP_FILES:
-                if folder.is_relative_to(top) and (folder / limit).exists() and (folder / used).exists():
-                    most = (folder / limit).read_text().strip()
-                    if most != "max":
-                        yield int(most) - int((folder / used).read_text()) + _group_cache(folder)
+        limit, used = GROUP_FILES[controllers]
+        path = PurePosixPath("." + own)
+        for place in (path, *path.parents):  # in a container the outer ones are not seen, or end at its own
+            folder = GROUPS / controllers / place
+            if (folder / limit).exists() and (folder / used).exists():
+                most = (folder / limit).read_text().strip()
+                if most != "max":
+                    yield int(most) - int((folder / used).read_text()) + _group_cache(folder)
 
 
 def _group_cache(folder: Path) -> int:
