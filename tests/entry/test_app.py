@@ -204,7 +204,7 @@ def test_a_failing_job_does_not_stop_the_others(here: Here, tmp_path: Path) -> N
     [
         (OSError(errno.ENOSPC, "full"), "no space is left on the disk: make some"),
         (SafetensorError("I/O error: No space left on device"), "no space is left on the disk: make some"),
-        (SafetensorError("I/O error: File too large (os error 27)"), "a file became larger than it may be (ulimit -f"),
+        (SafetensorError("I/O error: File too large (os error 27)"), "a file became too large (ulimit -f"),
         (OSError(errno.EMFILE, "many"), "too many files are open: raise the limit (ulimit -n)"),
         (OSError(errno.EIO, "broken"), "a disk failed ([Errno 5] broken): see to it"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory ran out: take model.placement"),

@@ -57,6 +57,13 @@ TASKS = {
     "export_onnx": "qvl_hydra.tasks.export_onnx",
     "measure_costs": "qvl_hydra.tasks.measure_costs",
 }
+LACKS = {  # by the system's numbers: what a run lacked, and what to do
+    (errno.ENOSPC, errno.EDQUOT): "no space is left on the disk: make some, or take a hydra.run.dir elsewhere",
+    (errno.EFBIG,): "a file became too large (ulimit -f, or the file system): take a hydra.run.dir elsewhere",
+    (errno.EMFILE, errno.ENFILE): "too many files are open: raise the limit (ulimit -n)",
+    (errno.EIO, errno.ESTALE): "a disk failed ({error}): see to it, or take a hydra.run.dir elsewhere",
+    (errno.EACCES, errno.EROFS, errno.EPERM): "{place} cannot be written: take a hydra.run.dir elsewhere",
+}
 NO_MEMORY = ("can't allocate memory", "Cannot allocate memory")  # torch's words, and the system's
 LONGEST_NAME = 120  # characters of a run's name
 log = logging.getLogger(__name__)
@@ -221,22 +228,16 @@ def _explained(error: Exception, folder: Path, config: DictConfig) -> Exception:
     """What the place that a run writes to lacks, with what to do about it; any other error as it is."""
     told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' way
     number = int(told[1]) if told else getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-        lack = "no space is left on the disk: make some, or take a hydra.run.dir elsewhere"
-    elif number == errno.EFBIG:
-        lack = "a file became larger than it may be (ulimit -f, or the file system): take a hydra.run.dir elsewhere"
-    elif number in (errno.EMFILE, errno.ENFILE):
-        lack = "too many files are open: raise the limit (ulimit -n)"
-    elif number in (errno.EIO, errno.ESTALE):
-        lack = f"a disk failed ({error}): see to it, or take a hydra.run.dir elsewhere"
-    elif isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in NO_MEMORY):
+    if "No space left on device" in str(error):  # without a number
+        number = errno.ENOSPC
+    lack = next((said for numbers, said in LACKS.items() if number in numbers), None)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in NO_MEMORY):
         smaller = {"model.placement": "streamed", "model.dtype": "bfloat16"}
         asked = [f"{key}={value}, " for key, value in smaller.items() if OmegaConf.select(config, key) != value]
         lack = f"memory ran out: take {''.join(asked)}a smaller backend.row_chunk or fewer samples"
-    elif number in (errno.EACCES, errno.EROFS, errno.EPERM):
-        lack = f"{getattr(error, 'filename', None) or folder} cannot be written: take a hydra.run.dir elsewhere"
-    else:
+    if lack is None:
         return error
+    lack = lack.format(error=error, place=getattr(error, "filename", None) or folder)
     return QvlHydraError(f"{lack} ({folder}); then the same command goes on from what was measured")
 
 
