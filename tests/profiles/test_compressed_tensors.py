@@ -21,7 +21,6 @@ from qvl_hydra.profiles.agreement import compare
 from qvl_hydra.profiles.apply import Quantizers, quantizer_key
 from qvl_hydra.profiles.checkpoint import write_checkpoint
 from qvl_hydra.profiles.formats.compressed_tensors import quantization_config
-from qvl_hydra.profiles.names import rename
 from qvl_hydra.profiles.profile import Profile
 from qvl_hydra.profiles.storable import not_loaded, unlike_qdq, unpacked_narrow
 from qvl_hydra.quantization.formats.table import not_offered
@@ -52,8 +51,7 @@ def test_stored_numbers_are_those_of_qdq(
         stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     low = {op.path for op in profile.low}
     for op in find_operators(tiny_model.module, "full"):
-        name = rename(op, "checkpoint")
-        weight = tiny_model.module.get_submodule(op.path).weight
+        name, weight = op.path, tiny_model.module.get_submodule(op.path).weight
         if op.path not in low:
             assert torch.equal(stored[f"{name}.weight"], weight)
             assert f"{name}.weight_scale" not in stored

@@ -145,8 +145,8 @@ def test_comparison_report_has_its_parts_in_order(tmp_path: Path) -> None:
     assert {"Agreement in parts", "What the choice costs", "Alignment", "Operators"} <= set(titles)
     assert "Missing: job 2; it failed." in text
     row = comparison.pairs.iloc[0]
-    assert f'data-v="{row["spearman"]!r}"' in text
-    assert f'data-v="{row["kendall"]!r}"' in text
+    assert f'data-v="{float(row["spearman"])!r}"' in text
+    assert f'data-v="{float(row["kendall"])!r}"' in text
     assert all(html.escape(op) in text for op in comparison.reference.table["op"])
     assert not OUTSIDE.search(text)
     assert {path.name for path in (tmp_path / "figures").glob("*")} == {"ranks.png", "regret.png"}

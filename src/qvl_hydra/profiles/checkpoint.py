@@ -66,10 +66,10 @@ def write_checkpoint(
             if not path.name.endswith(".index.json"):
                 shutil.copyfile(path, folder / path.name)
     with _emptied(folder.with_name(f"{folder.name}.parts")) as parts:
-        # Mixtures have the names of published checkpoints, and transformers would turn what `_experts` gives.
-        as_published = not any(op.experts > 1 for op in every)
         state = _state(model, profile, every, quantizers, parts, each)
-        model.module.save_pretrained(folder, state_dict=state, save_original_format=as_published)  # type: ignore[operator]
+        # Under transformers' own names: what they rename, versions before 5.21 load in the dtype that it is stored in
+        # (float32 scales into a model in bfloat16), and experts they would turn from what `_experts` gives.
+        model.module.save_pretrained(folder, state_dict=state, save_original_format=False)  # type: ignore[operator]
     content = json.loads((folder / "config.json").read_text())
     content["quantization_config"] = config
     text = content.get("text_config", content)  # a model for text alone has one config
