@@ -13,7 +13,7 @@ from qvl_hydra.blockwise import batches
 from qvl_hydra.blockwise.batches import make_batches, put_together
 from qvl_hydra.blockwise.walker import Walker
 from qvl_hydra.calibration.sample import Sample
-from qvl_hydra.estimators import reverse_walk
+from qvl_hydra.estimators import reverse, reverse_walk
 from qvl_hydra.models.forward import reference_output
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.scores.shrink import ORIGINS
@@ -107,3 +107,49 @@ def test_a_batch_goes_on_in_halves_when_memory_runs_out(
     pd.testing.assert_frame_equal(
         *(found.sort_values(KEYS, ignore_index=True).drop(columns=APART) for found in (halves, together)), rtol=2e-3
     )
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"estimator": "gradient", "positions": "answer"},
+        {"estimator": "sketch", "metric": "kl", "positions": "text", "probes": 32},
+        {"estimator": "sketch", "probes": 32},
+        {"name": "hawq_v2", "positions": "text"},
+    ],
+    ids=str,
+)
+def test_the_head_is_given_long_samples_in_pieces(
+    tiny_model: LoadedModel,
+    tiny_samples: tuple[Sample, ...],
+    strategy: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their scores are the same, but for probes, which are drawn a piece at a time; curvature needs all at once."""
+    job = make_job(tiny_model, tiny_samples[:2], SCHEMES["w8a16"], "lm", **strategy)
+    found, heads = [], []
+    advance = reverse.Part.__init__
+
+    def counted(part: reverse.Part, state: torch.Tensor, gradients: Any) -> None:
+        heads[-1].append(state.shape[1] if callable(gradients) else 0)
+        advance(part, state, gradients)
+
+    monkeypatch.setattr(reverse.Part, "__init__", counted)
+    for tokens in (100_000, 4):
+        heads.append([])
+        monkeypatch.setattr(reverse_walk, "PIECE_TOKENS", tokens)
+        frame = scores(job, tmp_path / str(tokens))[0]
+        found.append(frame.groupby(["op", "sample"])["value"].mean())
+    whole, pieces = found
+    if strategy.get("name") == "hawq_v2":
+        assert heads[0] == heads[1]
+        pd.testing.assert_series_equal(pieces, whole)
+        return
+    assert max(heads[1]) <= 4 < max(heads[0])
+    assert sum(heads[0]) == sum(heads[1])
+    if strategy["estimator"] == "gradient":
+        pd.testing.assert_series_equal(pieces, whole, rtol=1e-3)
+        return
+    assert not pieces.equals(whole)
+    assert (pieces / whole).median() == pytest.approx(1, abs=0.15)

@@ -27,7 +27,7 @@ from qvl_hydra.estimators.probes import (
     loss_gradient,
     sign_probes,
 )
-from qvl_hydra.estimators.reverse import ReverseSegment, step_back
+from qvl_hydra.estimators.reverse import Part, ReverseSegment, step_back
 from qvl_hydra.families.experts import ExpertProduct
 from qvl_hydra.families.stages import Segment
 from qvl_hydra.models import memory
@@ -91,7 +91,8 @@ def sketched(model: MixedLinear, x: Tensor, scheme: Scheme, reduction: str, prob
     walker = Mock(spec=Walker, module=model)  # all that is asked of it
     work = ReverseSegment(walker, segment, targets, FirstOrder(found, reduction))
     context = Mock(spec=Context)
-    values, _ = step_back(work, context, x[None], [probe[None] for probe in probes], lambda tokens: [slice(tokens)])
+    parts = [Part(x[None], [probe[None] for probe in probes])]
+    values, _ = step_back(work, context, parts, lambda tokens: [slice(tokens)])
     return {target.name: value[:, 1] for target, value in zip(targets, values[0][0], strict=True)}
 
 

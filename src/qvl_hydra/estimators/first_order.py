@@ -69,6 +69,15 @@ class OperatorError:
             found = activation[0] if len(activation) == 1 else activation[0] + activation[1]
             self.activation_products.append(found)
 
+    def joined(self, behind: OperatorError) -> OperatorError:
+        """The products of these tokens and of others behind them, without what they were made of."""
+        by_weight = zip(self.weight_products, behind.weight_products, strict=True)
+        by_activation = zip(self.activation_products, behind.activation_products, strict=True)
+        found = OperatorError(None, None, None, self.slots, taken=self.taken)
+        found.weight_products = [torch.cat(probe) for probe in by_weight]
+        found.activation_products = [torch.cat(probe) for probe in by_activation]
+        return found
+
     def by_token(self, products: Sequence[Tensor], expert: int | None) -> list[Float[Tensor, "token"]]:
         """The products of each probe, summed over the slots of a token, or over those of one expert."""
         if expert is not None:
@@ -174,6 +183,10 @@ class FirstOrder:
     def tap(self, path: str, module: nn.Module, x: Tensor, samples_of: SamplesOf) -> list[OperatorError]:
         """What the operator's input says before any gradient arrives; one a scheme."""
         return [operator_error(module, x, change) for change in self.changes[path]]
+
+    def joined(self, before: Sequence[OperatorError], behind: Sequence[OperatorError]) -> list[OperatorError]:
+        """The taps of all their tokens; of one weight, so no mixture's."""
+        return [own.joined(other) for own, other in zip(before, behind, strict=True)]
 
     def collect(
         self,

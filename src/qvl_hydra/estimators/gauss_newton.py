@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -97,6 +98,7 @@ class WeightCurvature:
     """
 
     factors: Mapping[str, Sequence[float]]
+    joined: ClassVar[None] = None  # every pair of tokens counts
 
     def tap(self, path: str, module: nn.Module, x: Tensor, samples_of: SamplesOf) -> list[WeightGram]:
         own = mixture(module)
@@ -133,7 +135,7 @@ class GaussNewton:
         return bench.targets
 
     def probe_maker(self, bench: Bench) -> MakeSampleProbes:
-        def probes(sample: Sample, mask: Tensor, output: Tensor) -> Iterator[Tensor]:
+        def probes(sample: Sample, places: Tensor, output: Tensor, piece: int) -> Iterator[Tensor]:
             names = (bench.job.seed, sample.id)
             signs = [Signs(output.device, *names, probe=k, probes=self.probes) for k in range(self.probes)]
             return fisher_probes(output, signs)

@@ -58,8 +58,8 @@ class Gradient:
         return bench.targets
 
     def probe_maker(self, bench: Bench) -> MakeSampleProbes:
-        def gradient(sample: Sample, mask: Tensor, output: Tensor) -> list[Tensor]:
-            return [loss_gradient(output, predicted_tokens(sample)[mask].to(output.device))]
+        def gradient(sample: Sample, places: Tensor, output: Tensor, piece: int) -> list[Tensor]:
+            return [loss_gradient(output, predicted_tokens(sample)[places].to(output.device))]
 
         return gradient
 

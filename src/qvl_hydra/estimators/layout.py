@@ -68,6 +68,11 @@ class ScoredTokens:
 
     masks: Sequence[Bool[Tensor, "_token"]]
 
+    @property
+    def most(self) -> int:
+        """Positions that count in the sample that has most of them."""
+        return max(int(mask.sum()) for mask in self.masks)
+
     def put_together(self, states: Sequence[State]) -> State:
         return torch.cat([state[:, mask.to(state.device)] for state, mask in zip(states, self.masks, strict=True)], 1)
 

@@ -6,7 +6,7 @@ weights (`gauss_newton`). Neither needs a loop over operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,6 +39,10 @@ class Reading(Protocol):
 
     def tap(self, path: str, module: nn.Module, x: Tensor, samples_of: SamplesOf) -> Sequence[Any]:
         """Taps of an operator on its input, (token, *in)."""
+
+    @property
+    def joined(self) -> Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]] | None:
+        """Makes an operator's taps from those of some tokens and of others behind; None: all are read at once."""
 
     def collect(
         self,
@@ -92,25 +96,52 @@ class ReverseSegment:
         return [path for path in dict.fromkeys(every) if self.segment.holds(path)]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Tokens that walk back together.
+
+    Attributes:
+        state: the segment's input: one row, or one a sample.
+        gradients: at the segment's output, one a probe; of the last segment a function that makes them from it.
+    """
+
+    state: State
+    gradients: Sequence[State] | MakeProbes
+
+
 def step_back(
     work: ReverseSegment,
     context: Context,
-    state: State,
-    gradients: Sequence[State] | MakeProbes,
+    parts: Iterable[Part],
     samples_of: SamplesOf,
     kinds: Sequence[Tensor | int] | None = None,
 ) -> tuple[list[list[Float[Tensor, "target probe part"]]], list[State]]:
     """Compute a segment again and take every probe's gradient through it.
 
     Args:
-        state: the segment's input: one row, or one a sample.
-        gradients: at the segment's output, one a probe; of the last segment a function that makes them from it.
-        samples_of: where each sample's tokens are.
+        parts: of the samples together, one; of the head, which works on each token by itself, any of their tokens one
+            behind the other.
+        samples_of: where each sample's tokens are among those of all parts.
         kinds: of each sample the kind of every token, or the one of all; see `positions`.
 
     Returns:
         Values by scheme and sample; and the gradients at the segment's input.
     """
+    taps: dict[str, Sequence[Tap]] = {}
+    back: list[list[State]] = []
+    for part in parts:
+        own, gradients = _through(work, context, part, samples_of)
+        joined = work.reading.joined
+        taps = {path: joined(taps[path], own[path]) for path in own} if joined and taps else own
+        back.append(gradients)
+    whole = back[0] if len(back) == 1 else [torch.cat(of_parts, 1) for of_parts in zip(*back, strict=True)]
+    return work.reading.collect(work.targets, taps, samples_of, kinds), whole
+
+
+def _through(
+    work: ReverseSegment, context: Context, part: Part, samples_of: SamplesOf
+) -> tuple[dict[str, Sequence[Tap]], list[State]]:
+    """Taps of one part, which hold what they read, and the gradients at its input."""
     taps: dict[str, Sequence[Tap]] = {}
 
     def forward_of(path: str) -> Forward:
@@ -124,13 +155,12 @@ def step_back(
         return forward
 
     with torch.enable_grad(), replaced_forwards(work.walker.module, {path: forward_of(path) for path in work.paths}):
-        start = state.detach().requires_grad_()
+        start = part.state.detach().requires_grad_()
         with attention_for_backward(start):
             end = work.segment.run(start, context)
-        if callable(gradients):
-            gradients = gradients(end.detach())
+        gradients = part.gradients(end.detach()) if callable(part.gradients) else part.gradients
         back = [
             torch.autograd.grad(end, start, gradient.to(end.dtype), retain_graph=index + 1 < len(gradients))[0]
             for index, gradient in enumerate(gradients)
         ]
-    return work.reading.collect(work.targets, taps, samples_of, kinds), back
+    return taps, back

@@ -1,7 +1,8 @@
 """The reverse walk over a whole component: one backward pass a probe, with scores and state on disk after each segment.
 
 A forward walk, then a reverse walk with each segment computed again: memory for the states between segments and one
-segment's graph, weights touched twice. Cost: K + 3 forwards for K probes (docs/estimators.md).
+segment's graph (of the head's, for some tokens), weights touched twice. Cost: K + 3 forwards for K probes
+(docs/estimators.md).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from qvl_hydra.estimators.bench import Bench
 from qvl_hydra.estimators.groups import groups
 from qvl_hydra.estimators.layout import Layout, ScoredTokens, WholeSamples
 from qvl_hydra.estimators.positions import IMAGE, token_kinds
-from qvl_hydra.estimators.reverse import MakeProbes, Reading, ReverseSegment, step_back
+from qvl_hydra.estimators.reverse import Part, Reading, ReverseSegment, step_back
 from qvl_hydra.families.stages import Segment, State
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target
@@ -32,8 +33,11 @@ from qvl_hydra.runs.files import written_whole
 from qvl_hydra.runs.folder import SampleScore
 from qvl_hydra.scores.shrink import ORIGINS
 
-# From a sample, the mask of the positions that count, and the output at those (token, value); features come whole.
-MakeSampleProbes = Callable[[Sample, Tensor, Tensor], Iterable[Tensor]]
+# From a sample, positions that count, the output at those (token, value), and which piece of the sample they are;
+# features come whole.
+MakeSampleProbes = Callable[[Sample, Tensor, Tensor, int], Iterable[Tensor]]
+MakeParts = Callable[[Batch, State, Layout], list[Part]]  # from a batch, its state, and its layout behind the segment
+PIECE_TOKENS = 256  # of a sample that the head is given at a time: their logits, probabilities and probes are in memory
 FORWARDS = 3  # forward walk, recomputation, products of the weights' errors
 
 
@@ -142,14 +146,14 @@ def _measure_segment(
     with bench.walker.weights(segment):
         unread = None if gradients is None else _last_linear(bench, segment)  # probes are made from the output
         work = ReverseSegment(bench.walker, segment, targets, plan.reading(bench, operators), unread)
-        entering = _entering(bench, plan, gradients)
+        parts = _parts(bench, plan, work, gradients)
         for batch in list(group.batches):
             if segment.vision and not batch.has_images:
                 assert gradients is not None, "no sample passes over the last segment"
                 nothing = [torch.zeros(len(targets), len(gradients[batch.places[0]]), 2 + len(ORIGINS))] * plan.values
                 found = [(place, nothing, gradients[place]) for place in batch.places]
             else:
-                found = _walk_back(bench, group, batch, work, states, entering)
+                found = _walk_back(bench, group, batch, work, states, parts)
             for place, values, gradient in found:
                 after[place] = gradient
                 if targets:
@@ -163,19 +167,26 @@ def _last_linear(bench: Bench, segment: Segment) -> str | None:
     return inside[-1].path if inside and inside[-1].kind == "Linear" else None
 
 
-def _entering(
-    bench: Bench, plan: Plan, gradients: list[list[State]] | None
-) -> Callable[[Batch, Layout], list[State] | MakeProbes]:
-    """The gradients at the output of a batch, or what makes them there."""
+def _parts(bench: Bench, plan: Plan, work: ReverseSegment, gradients: list[list[State]] | None) -> MakeParts:
+    """What walks back together of a batch, with the gradients at the output, or what makes them there."""
     make = plan.probe_maker(bench) if gradients is None else None
 
-    def entering(batch: Batch, layout: Layout) -> list[State] | MakeProbes:
-        if gradients is None:
-            assert make is not None
-            return partial(_probes, bench, batch, make, layout)
-        return [layout.put_together(list(probe)) for probe in zip(*(gradients[p] for p in batch.places), strict=True)]
+    def parts(batch: Batch, state: State, behind: Layout) -> list[Part]:
+        if gradients is not None:
+            of_batch = zip(*(gradients[place] for place in batch.places), strict=True)
+            return [Part(state, [behind.put_together(list(probe)) for probe in of_batch])]
+        assert make is not None
+        if not isinstance(behind, ScoredTokens) or work.reading.joined is None or behind.most <= PIECE_TOKENS:
+            return [Part(state, partial(_probes, bench, batch, make, behind))]
+        return [
+            Part(tokens, partial(_probes_of_piece, make, sample, places, piece))
+            for sample, mask, own in zip(batch.context.samples, behind.masks, behind.own(state), strict=True)
+            for piece, (places, tokens) in enumerate(
+                zip(mask.nonzero().flatten().split(PIECE_TOKENS), own.split(PIECE_TOKENS, 1), strict=True)
+            )
+        ]
 
-    return entering
+    return parts
 
 
 def _walk_back(
@@ -184,7 +195,7 @@ def _walk_back(
     batch: Batch,
     work: ReverseSegment,
     states: list[State],
-    entering: Callable[[Batch, Layout], list[State] | MakeProbes],
+    parts: MakeParts,
 ) -> list[tuple[int, list[Tensor], list[State]]]:
     """One batch through one segment; in halves, and so from then on, when CUDA runs out of memory.
 
@@ -195,7 +206,7 @@ def _walk_back(
     done = None
     try:
         state = before.put_together([states[place] for place in batch.places])
-        done = step_back(work, batch.context, state, entering(batch, behind), before.slices, _kinds(batch, before))
+        done = step_back(work, batch.context, parts(batch, state, behind), before.slices, _kinds(batch, before))
     except torch.cuda.OutOfMemoryError:
         if len(batch.places) == 1:
             raise
@@ -204,7 +215,7 @@ def _walk_back(
         halves = halved(bench.walker, group.contexts, batch)
         at = group.batches.index(batch)
         group.batches[at : at + 1] = halves
-        return [part for half in halves for part in _walk_back(bench, group, half, work, states, entering)]
+        return [part for half in halves for part in _walk_back(bench, group, half, work, states, parts)]
     values, back = done
     gradients = zip(*(before.take_apart(gradient) for gradient in back), strict=True)
     return [
@@ -232,9 +243,8 @@ def _layouts(bench: Bench, segment: Segment, batch: Batch) -> tuple[Layout, Layo
     walker = bench.walker
     index = walker.segments.index(segment)
     if index + 1 == len(walker.segments) and not segment.vision:
-        masks = bench.scored_positions(batch.context)
-        if not all(bool(mask.all()) for mask in masks):
-            return ScoredTokens(masks), ScoredTokens(masks)
+        scored = ScoredTokens(bench.scored_positions(batch.context))
+        return scored, scored
     return WholeSamples(batch, walker.packed(index)), WholeSamples(batch, walker.packed(index + 1))
 
 
@@ -242,8 +252,14 @@ def _probes(bench: Bench, batch: Batch, make: MakeSampleProbes, layout: Layout, 
     """Gradients of `<r_k, F>` at the outputs of a batch: the probes themselves."""
     masks = bench.scored_positions(batch.context)
     apart = zip(batch.context.samples, masks, layout.own(outputs), strict=True)
-    found = [[probe[None] for probe in make(sample, mask, own[0])] for sample, mask, own in apart]
+    found = [_probes_of_piece(make, sample, mask, 0, own) for sample, mask, own in apart]
     return [layout.joined(list(probe)) for probe in zip(*found, strict=True)]
+
+
+def _probes_of_piece(
+    make: MakeSampleProbes, sample: Sample, places: Tensor, piece: int, output: State
+) -> list[State]:
+    return [probe[None] for probe in make(sample, places, output[0], piece)]
 
 
 def _gradient_path(bench: Bench, plan: Plan, first: int, index: int) -> Path:

@@ -73,25 +73,26 @@ class Sketch:
     def probe_maker(self, bench: Bench) -> MakeSampleProbes:
         strategy = bench.job.strategy
 
-        def signs(sample: Sample, device: torch.device) -> list[Signs]:
-            names, whole = (bench.job.seed, sample.id), self.probes // self.kinds
+        def signs(sample: Sample, device: torch.device, piece: int) -> list[Signs]:
+            names, whole = (bench.job.seed, sample.id, *([piece] if piece else [])), self.probes // self.kinds
             return [Signs(device, *names, probe=k, probes=whole) for k in range(whole)]
 
         if strategy.metric == "kl":
-            return lambda sample, mask, output: fisher_probes(output, signs(sample, output.device))
+            return lambda sample, places, output, piece: fisher_probes(output, signs(sample, output.device, piece))
         directions = leading_directions(_last_weight(bench))
 
-        def probes(sample: Sample, mask: Tensor, output: Tensor) -> Iterator[Tensor]:
+        def probes(sample: Sample, places: Tensor, output: Tensor, piece: int) -> Iterator[Tensor]:
             beside = output.shape[-1] - len(directions)  # features that left the vision tower on the way
-            return sign_probes(output, functional.pad(directions, (0, 0, 0, beside)), signs(sample, output.device))
+            drawn = signs(sample, output.device, piece)
+            return sign_probes(output, functional.pad(directions, (0, 0, 0, beside)), drawn)
 
         if self.kinds == 1:
             return probes
         kinds = {context.sample.id: predicted_kinds(context.sample, context.places[0]) for context in bench.contexts}
 
-        def parts(sample: Sample, mask: Tensor, output: Tensor) -> Iterator[Tensor]:
-            own = kinds[sample.id].to(output.device, output.dtype)
-            for probe in probes(sample, mask, output):
+        def parts(sample: Sample, places: Tensor, output: Tensor, piece: int) -> Iterator[Tensor]:
+            own = kinds[sample.id][places].to(output.device, output.dtype)
+            for probe in probes(sample, places, output, piece):
                 yield from (probe * of_kind[:, None] for of_kind in own.T)
 
         return parts
