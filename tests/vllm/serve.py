@@ -20,6 +20,8 @@ from qvl_hydra.calibration.record import Turn
 from qvl_hydra.calibration.scenes import scene_examples
 
 SEED = 1  # of the evaluation scenes
+# Kernels for AMX refuse some widths of small models ("Expected N == BLOCK_N"); the others take every one.
+torch.cpu._is_amx_tile_supported = lambda: False
 # vLLM runs quantized experts where the processor has AMX; the kernels compute the same without.
 for kernel in (cpu_moe.CPUExpertsInt8, cpu_moe.CPUExpertsFp8):
     kernel._supports_current_device = staticmethod(lambda: True)
