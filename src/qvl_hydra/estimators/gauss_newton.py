@@ -28,16 +28,14 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators.bench import Bench, measuring
 from qvl_hydra.estimators.first_order import SamplesOf
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
-from qvl_hydra.estimators.metrics import UNITS, squared_norms
+from qvl_hydra.estimators.metrics import UNITS, mean_weight_error
 from qvl_hydra.estimators.probes import Signs, fisher_probes
 from qvl_hydra.estimators.reverse_walk import MakeSampleProbes, reverse_walk
 from qvl_hydra.estimators.table import CURVATURE_METRICS
-from qvl_hydra.models.memory import row_parts
 from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.kinds import as_tokens, mixture
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.formats.table import not_offered
-from qvl_hydra.quantization.qdq import weight_change
 from qvl_hydra.runs.folder import RunFolder, SampleScore
 
 ESTIMATOR = "gauss_newton"
@@ -167,12 +165,9 @@ class GaussNewton:
 def _mean_errors(bench: Bench, op: Operator) -> list[float]:
     """For each scheme `||Q(W) - W||^2 / n`; nothing where the scheme leaves the weight alone or is not offered."""
     weight: Tensor = bench.walker.module.get_submodule(op.path).weight
-    errors = []
-    for scheme in bench.job.schemes:
-        if scheme.weight is None or not_offered([op], scheme):
-            errors.append(0.0)
-            continue
-        change = weight_change(weight, scheme.weight, bench.shared_largest(op, scheme))
-        total = sum(float(squared_norms(change[rows].float()).sum()) for rows in row_parts(change))
-        errors.append(total / change.numel())
-    return errors
+    return [
+        0.0
+        if scheme.weight is None or not_offered([op], scheme)
+        else mean_weight_error(weight, scheme.weight, bench.shared_largest(op, scheme))
+        for scheme in bench.job.schemes
+    ]

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
-from qvl_hydra.estimators.metrics import UNITS
+from qvl_hydra.estimators.metrics import UNITS, mean_weight_error
 from qvl_hydra.estimators.probes import random_signs, seeded
 from qvl_hydra.models.forward import logits, text_inputs
 from qvl_hydra.models.memory import free_memory_bytes
@@ -30,7 +30,6 @@ from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target, make_targets
 from qvl_hydra.quantization.apply import shared_largest
 from qvl_hydra.quantization.formats.table import not_offered
-from qvl_hydra.quantization.qdq import qdq_weight
 from qvl_hydra.runs.folder import RunFolder, SampleScore
 
 COPIES = 5  # a weight's gradient, probe, product, and what autograd holds of them
@@ -89,13 +88,8 @@ def run(job: SweepJob, folder: RunFolder, progress: Progress) -> EngineReport:
 def weight_factors(job: SweepJob, target: Target) -> dict[str, float]:
     """`||Q(W) - W||^2 / n` of each operator of a target, by path: what its trace is weighed with."""
     assert job.scheme.weight is not None, "the settings refuse a scheme without a weight format"
-    together = shared_largest(job.model.module, target.operators, job.scheme)
-    factors: dict[str, float] = {}
-    for op in target.operators:
-        weight = weight_of(job, op)
-        change = (qdq_weight(weight, job.scheme.weight, together.get(op.group)) - weight).double()
-        factors[op.path] = float(change.square().sum()) / weight.numel()
-    return factors
+    together, form = shared_largest(job.model.module, target.operators, job.scheme), job.scheme.weight
+    return {op.path: mean_weight_error(weight_of(job, op), form, together.get(op.group)) for op in target.operators}
 
 
 def weight_of(job: SweepJob, op: Operator) -> Tensor:
