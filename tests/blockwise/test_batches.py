@@ -129,11 +129,11 @@ def test_the_head_is_given_long_samples_in_pieces(
     """Their scores are the same, but for probes, which are drawn a piece at a time; curvature needs all at once."""
     job = make_job(tiny_model, tiny_samples[:2], SCHEMES["w8a16"], "lm", **strategy)
     found, heads = [], []
-    advance = reverse.Part.__init__
+    made = reverse.Part.__init__
 
     def counted(part: reverse.Part, state: torch.Tensor, gradients: Any) -> None:
         heads[-1].append(state.shape[1] if callable(gradients) else 0)
-        advance(part, state, gradients)
+        made(part, state, gradients)
 
     monkeypatch.setattr(reverse.Part, "__init__", counted)
     for tokens in (100_000, 4):

@@ -178,13 +178,12 @@ def _parts(bench: Bench, plan: Plan, work: ReverseSegment, gradients: list[list[
         assert make is not None
         if not isinstance(behind, ScoredTokens) or work.reading.joined is None or behind.most <= PIECE_TOKENS:
             return [Part(state, partial(_probes, bench, batch, make, behind))]
-        return [
-            Part(tokens, partial(_probes_of_piece, make, sample, places, piece))
-            for sample, mask, own in zip(batch.context.samples, behind.masks, behind.own(state), strict=True)
-            for piece, (places, tokens) in enumerate(
-                zip(mask.nonzero().flatten().split(PIECE_TOKENS), own.split(PIECE_TOKENS, 1), strict=True)
-            )
-        ]
+        pieces = []
+        for sample, mask, own in zip(batch.context.samples, behind.masks, behind.own(state), strict=True):
+            places = mask.nonzero().flatten().split(PIECE_TOKENS)
+            for piece, (at, tokens) in enumerate(zip(places, own.split(PIECE_TOKENS, 1), strict=True)):
+                pieces.append(Part(tokens, partial(_probes_of_piece, make, sample, at, piece)))
+        return pieces
 
     return parts
 
