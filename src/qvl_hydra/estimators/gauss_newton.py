@@ -28,7 +28,7 @@ from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.estimators.bench import Bench, measuring
 from qvl_hydra.estimators.first_order import SamplesOf
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
-from qvl_hydra.estimators.metrics import UNITS, mean_weight_error
+from qvl_hydra.estimators.metrics import UNITS
 from qvl_hydra.estimators.probes import Signs, fisher_probes
 from qvl_hydra.estimators.reverse_walk import MakeSampleProbes, reverse_walk
 from qvl_hydra.estimators.table import CURVATURE_METRICS
@@ -36,6 +36,7 @@ from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.kinds import as_tokens, mixture
 from qvl_hydra.operators.targets import Target
 from qvl_hydra.quantization.formats.table import not_offered
+from qvl_hydra.quantization.qdq import mean_weight_error
 from qvl_hydra.runs.folder import RunFolder, SampleScore
 
 ESTIMATOR = "gauss_newton"

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qvl_hydra.calibration.sample import Sample
 from qvl_hydra.errors import EngineError
 from qvl_hydra.estimators.job import EngineReport, Progress, SweepJob
-from qvl_hydra.estimators.metrics import UNITS, mean_weight_error
+from qvl_hydra.estimators.metrics import UNITS
 from qvl_hydra.estimators.probes import random_signs, seeded
 from qvl_hydra.models.forward import logits, text_inputs
 from qvl_hydra.models.memory import free_memory_bytes
@@ -30,6 +30,7 @@ from qvl_hydra.operators.discover import Operator
 from qvl_hydra.operators.targets import Target, make_targets
 from qvl_hydra.quantization.apply import shared_largest
 from qvl_hydra.quantization.formats.table import not_offered
+from qvl_hydra.quantization.qdq import mean_weight_error
 from qvl_hydra.runs.folder import RunFolder, SampleScore
 
 COPIES = 5  # a weight's gradient, probe, product, and what autograd holds of them

@@ -8,8 +8,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from qvl_hydra.models.memory import row_parts
-from qvl_hydra.quantization.qdq import weight_change
-from qvl_hydra.quantization.scheme import WeightFormat
 
 UNITS = {
     "squared_error": "squared output difference a sample",
@@ -84,16 +82,6 @@ def _sums_of_some(
     loss = kl[:, chosen] + mean[:, chosen] - of_answer
     sums = [squared, kl.sum(1, dtype=torch.float64), loss.sum(1, dtype=torch.float64)]
     return torch.stack(sums if kinds is None else [*sums, *(squares @ kinds).unbind(1)], dim=1)
-
-
-def mean_weight_error(weight: Float[Tensor, "out *rest"], form: WeightFormat, largest: Tensor | None) -> float:
-    """`||Q(W) - W||^2 / n`.
-
-    Args:
-        largest: see `qdq_weight`.
-    """
-    change = weight_change(weight, form, largest)
-    return sum(float(squared_norms(change[rows].float()).sum()) for rows in row_parts(change)) / change.numel()
 
 
 def squared_norms(values: Float[Tensor, "*row value"]) -> Float64[Tensor, "*row"]:

@@ -66,6 +66,18 @@ def weight_change(
     return change
 
 
+def mean_weight_error(
+    weight: Float[Tensor, "out *rest"], form: WeightFormat, largest: Tensor | None = None
+) -> float:
+    """`||Q(W) - W||^2 / n`, added up in float64.
+
+    Args:
+        largest: see `qdq_weight`.
+    """
+    parts = _rounded_parts(weight, form, largest)
+    return sum(float((rounded - part).double().square().sum()) for _, part, rounded in parts) / weight.numel()
+
+
 def _rounded_parts(
     weight: Tensor, form: WeightFormat, largest: Tensor | None
 ) -> Iterator[tuple[slice, Float[Tensor, "row in"], Float[Tensor, "row in"]]]:
