@@ -119,19 +119,19 @@ def step_back(
     """Compute a segment again and take every probe's gradient through it.
 
     Args:
-        parts: of the samples together, one; of the head, which works on each token by itself, any of their tokens one
-            behind the other.
+        parts: of the samples together, one; of the head, which works on each token by itself, some of their tokens one
+            behind the other, where the reading can join them.
         samples_of: where each sample's tokens are among those of all parts.
         kinds: of each sample the kind of every token, or the one of all; see `positions`.
 
     Returns:
         Values by scheme and sample; and the gradients at the segment's input.
     """
+    joined = work.reading.joined
     taps: dict[str, Sequence[Tap]] = {}
     back: list[list[State]] = []
     for part in parts:
         own, gradients = _through(work, context, part, samples_of)
-        joined = work.reading.joined
         taps = {path: joined(taps[path], own[path]) for path in own} if joined and taps else own
         back.append(gradients)
     whole = back[0] if len(back) == 1 else [torch.cat(of_parts, 1) for of_parts in zip(*back, strict=True)]

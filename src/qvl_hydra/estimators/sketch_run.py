@@ -74,7 +74,7 @@ class Sketch:
         strategy = bench.job.strategy
 
         def signs(sample: Sample, device: torch.device, piece: int) -> list[Signs]:
-            names, whole = (bench.job.seed, sample.id, *([piece] if piece else [])), self.probes // self.kinds
+            names, whole = (bench.job.seed, sample.id, *([piece] if piece else ())), self.probes // self.kinds
             return [Signs(device, *names, probe=k, probes=whole) for k in range(whole)]
 
         if strategy.metric == "kl":
