@@ -157,6 +157,15 @@ def test_a_config_that_is_none(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize("sections", [[1e30, 2, 2], [2, 2, 2], ["4", 6, 6], [4, 6]])
+def test_sections_of_positions_that_no_head_has(sections: list[object], checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["rope_parameters"]["mrope_section"] = sections
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"describes no model that can be built \((Type|Runtime)Error: split_with"):
+        load(tmp_path)
+
+
 def test_another_family(checkpoint: Path) -> None:
     with pytest.raises(ModelError, match="holds a 'qwen2_5_vl' model, but model.family=qwen2_vl; set model.family"):
         load(checkpoint, family="qwen2_vl")

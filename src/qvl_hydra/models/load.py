@@ -11,7 +11,7 @@ import gc
 import hashlib
 import json
 import weakref
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
@@ -136,6 +136,7 @@ def describe_model(settings: ModelSettings) -> ModelDescription:
         config._attn_implementation = "sdpa"
         with torch.device("meta"):
             skeleton: Any = family.load_class()(config)
+            _require_positions(skeleton, family)
         if config.tie_word_embeddings:
             skeleton.tie_weights()
         skeleton = family.adapted(skeleton)
@@ -176,6 +177,15 @@ def _require_sane(config: PretrainedConfig, settings: ModelSettings) -> None:
                 raise ModelError(
                     f"model.path={settings.path}: config.json says {name}={value}; 1 to {most} is built"
                 )
+
+
+def _require_positions(skeleton: Any, family: Family) -> None:
+    """Raise what transformers raises where positions are turned by sections that do not fit the heads.
+
+    They are read nowhere before a forward pass.
+    """
+    axes = (3, 1, 1) if family.position_class else (1, 1)
+    skeleton.get_submodule(family.language).rotary_emb(torch.zeros(1, 1, 1), torch.zeros(axes))
 
 
 def first_line(error: Exception) -> str:
@@ -366,22 +376,23 @@ def model_sha(description: ModelDescription, device: torch.device, seed: int) ->
         digest.update(f"random:{seed}:{device.type}".encode())
     else:
         for path in sorted(description.folder.glob("*.safetensors")):
-            _digest_file(digest, path)
+            for part in _identifying(path):
+                digest.update(part)
     return digest.hexdigest()[:16]
 
 
-def _digest_file(digest: hashlib._Hash, path: Path) -> None:
+def _identifying(path: Path) -> Iterator[bytes]:
     """A weight file's name, size and content; of a file above 1 GiB only its header and 4096 places spread over it."""
     size = path.stat().st_size
-    digest.update(f"{path.name}:{size}".encode())
+    yield f"{path.name}:{size}".encode()
     with path.open("rb") as stream:
         if size <= GIB:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+            yield hashlib.file_digest(stream, "sha256").digest()
             return
-        digest.update(stream.read(8 + int.from_bytes(stream.read(8), "little")))
+        yield stream.read(8 + int.from_bytes(stream.read(8), "little"))
         for index in range(4096):
             stream.seek(size * index // 4096)
-            digest.update(stream.read(4096))
+            yield stream.read(4096)
 
 
 _UNHASHED = frozenset({"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"})
