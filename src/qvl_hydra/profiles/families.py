@@ -76,7 +76,8 @@ def family_plans(
     everything = paths(set().union(*names_of.values()))
     own = [paths(names_of[tuple(key)]) for key in largest[list(COLUMNS[:3])].itertuples(index=False)]
     quantized = [everything, *(part for family in own for part in (family, everything - family))]
-    return [replace(float_profile, high=float_profile.high - low, chooser="families") for low in quantized]
+    high = float_profile.high
+    return [replace(float_profile, high=high - low, chooser="families", predicted=None) for low in quantized]
 
 
 def name_of(row: Mapping[Any, Any]) -> str:

@@ -189,6 +189,11 @@ def profile_of(
     return plan_profile(units, plan, {scheme.name: scheme}, high_bits, chooser)
 
 
+def left_alone(units: Sequence[Unit], scheme: Scheme, high_bits: int) -> Profile:
+    """The profile that keeps every unit in high precision."""
+    return profile_of(units, np.ones(len(units), dtype=bool), scheme, high_bits, "scores")
+
+
 def _fewest(units: Sequence[Unit], allowed: float, terms: Terms) -> Plan:
     """The plan with the fewest operators in high precision whose scores sum to what is allowed at most."""
     options = [list(unit.scores) for unit in units]

@@ -18,7 +18,7 @@ from qvl_hydra.profiles.joint import Interactions
 from qvl_hydra.profiles.measure import Measurement, measure_profiles
 from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile
-from qvl_hydra.profiles.select import Budget, profile_of
+from qvl_hydra.profiles.select import Budget, left_alone, profile_of
 from qvl_hydra.profiles.units import Unit
 from qvl_hydra.quantization.qdq import OperatorQuantizer
 from qvl_hydra.runs.folder import RunFolder
@@ -85,7 +85,7 @@ def candidates(
     least, all_of_it = _least(units), Budget("share", 1.0)
     (scheme,) = terms.schemes.values()
     quantized = profile_of(units, np.array([unit.stays for unit in units]), scheme, terms.high_bits, "scores")
-    in_float = profile_of(units, np.ones(len(units), dtype=bool), scheme, terms.high_bits, "scores")
+    in_float = left_alone(units, scheme, terms.high_bits)
     found: list[Candidate] = []
     every = {Budget("share", least): quantized, all_of_it: in_float, **decided}
     for item in sorted(every, key=lambda budget: (budget.kind != "share", budget.value)):

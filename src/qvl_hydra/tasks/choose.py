@@ -21,7 +21,7 @@ from qvl_hydra.profiles.formats.written import not_exported, pasted, write_forma
 from qvl_hydra.profiles.measure import steps
 from qvl_hydra.profiles.prices import Terms
 from qvl_hydra.profiles.profile import Profile, describe
-from qvl_hydra.profiles.select import Budget, cost_of, frontier, prices_of, select, several, size_of
+from qvl_hydra.profiles.select import Budget, cost_of, frontier, left_alone, prices_of, select, several, size_of
 from qvl_hydra.profiles.spectrum import Candidate, described, measure_curve
 from qvl_hydra.profiles.units import Unit, calibrated, units_from_scores
 from qvl_hydra.reports.profile import PLANS, profile_sections
@@ -196,13 +196,11 @@ def _measure(
     settings: Settings, plans: Plans, samples: Sequence[Sample], folder: RunFolder, screen: Screen
 ) -> pd.DataFrame:
     """Plans, everything in its cheapest choice and everything in high precision, on held-out samples."""
-    prepared, bits = plans.prepared, settings.profile.high_bits
-    cost, terms = plans.cost, plans.terms
+    prepared, cost, terms = plans.prepared, plans.cost, plans.terms
     size = size_of(plans.units, cost)
     cheapest = frontier(plans.units, prices_of(plans.units, cost, terms), size, 2)[0]
     least = select(plans.units, Budget(cost.name, cheapest), terms)
-    operators = least.operators
-    whole = Profile(least.scheme, operators, frozenset(op.path for op in operators), bits, "scores", 0.0)
+    whole = left_alone(plans.units, least.scheme, settings.profile.high_bits)
     ends = [
         Candidate(Budget(cost.name, cheapest), least),
         Candidate(Budget(cost.name, cost_of(whole, cost, terms) / size), whole),

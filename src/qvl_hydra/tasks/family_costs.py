@@ -5,7 +5,7 @@ from __future__ import annotations
 from qvl_hydra.operators.discover import find_operators
 from qvl_hydra.profiles.families import families, family_plans, name_of
 from qvl_hydra.profiles.measure import measure_profiles, steps
-from qvl_hydra.profiles.profile import Profile
+from qvl_hydra.profiles.select import left_alone
 from qvl_hydra.runs.files import read_table, write_parquet
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
@@ -36,9 +36,7 @@ def measure_families(settings: Settings, lists: Lists, folder: RunFolder, screen
     count = min(settings.profile.families, len(table))
     if not count:
         return []
-    operators = tuple(op for unit in lists.units for op in unit.members)
-    high = frozenset(op.path for op in operators)
-    kept = Profile(scheme, operators, high, settings.profile.high_bits, "families")
+    kept = left_alone(lists.units, scheme, settings.profile.high_bits)
     plans = family_plans(scores, table.head(count), kept, shared)
     model, component = lists.prepared.model, settings.component.name
     with screen.working(steps(model, plans, lists.samples, component), f"measuring {count} families"):
