@@ -19,6 +19,7 @@ from qvl_hydra.entry.compose import scheme_settings
 from qvl_hydra.errors import CalibrationError, MissingExtraError, OperatorError, ProfileError
 from qvl_hydra.models.load import describe_model
 from qvl_hydra.operators.discover import find_operators
+from qvl_hydra.profiles import storable
 from qvl_hydra.runs.folder import RunFolder
 from qvl_hydra.screen import Screen
 from qvl_hydra.settings import Settings
@@ -337,6 +338,24 @@ def test_a_checkpoint_gets_a_plan_that_it_can_hold(tmp_path: Path, tools: str) -
     assert "cannot be w4a16_g32: a compressed-tensors checkpoint holds whole groups of 32 only, and it has 48" in said
     assert "holds linear modules only, and it is a Conv3d" in said
     assert list(json.loads((tmp_path / "run.json").read_text())["quantize"]) == ["compressed_tensors"]
+
+
+@pytest.mark.parametrize(("installed", "compared"), [("0.17.1", False), ("0.20.1", True)])
+def test_blocks_are_written_where_they_cannot_be_unpacked(
+    tmp_path: Path, installed: str, compared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """compressed-tensors below 0.19, which vLLM 0.32 pins, fails at scales of blocks; vLLM itself reads them."""
+    pytest.importorskip("compressed_tensors", minversion="0.19")
+    few = ["calibration.size=2", "strategy.estimator=gradient", "profile.evaluation_size=2", "tracking.enabled=false"]
+    settings = composed("experiment=quantize_w8a8", "quant=fp8_block", "profile.value=0.8", CHECKPOINT, *few)
+    monkeypatch.setattr(storable, "version", lambda name: installed)
+    shown, text = screen()
+    quantize.run(settings, RunFolder(tmp_path), shown)
+    assert (tmp_path / "compressed_tensors" / "model.safetensors").exists()
+    said = " ".join(text.getvalue().split())
+    why = "compressed-tensors 0.17.1 unpacks no scales of blocks for transformers; 0.19 and newer do"
+    assert (why in said) != compared
+    assert ("was not compared with QDQ" in said) != compared
 
 
 @pytest.mark.parametrize("placement", ["resident", "streamed"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import torch
 
 from qvl_hydra.errors import ProfileError
@@ -14,6 +16,7 @@ from qvl_hydra.quantization.formats.float8 import BLOCK
 from qvl_hydra.quantization.scheme import Scheme
 
 CPU_MULTIPLE = 32  # of the outputs of packed integers in vLLM's CPU build
+READS_BLOCKS = (0, 19)  # of compressed-tensors: older ones multiply weights with scales of another shape
 NARROW = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 
 
@@ -60,6 +63,17 @@ def unlike_qdq(profile: Profile, dtype: torch.dtype) -> list[str]:
             "the checkpoint is coarser in transformers than what was scored"
         )
     return found
+
+
+def not_unpacked(profile: Profile) -> str | None:
+    """Why the compressed-tensors that is installed unpacks no such checkpoint for transformers, or None."""
+    installed = version("compressed-tensors")
+    blocks = any(part.scheme.weight is not None and part.scheme.weight.granularity == "block"
+                 for part in profile.by_scheme())  # fmt: skip
+    if not blocks or tuple(int(part) for part in installed.split(".")[:2]) >= READS_BLOCKS:
+        return None
+    least = ".".join(map(str, READS_BLOCKS))
+    return f"compressed-tensors {installed} unpacks no scales of blocks for transformers; {least} and newer do"
 
 
 def unpacked_bytes(description: ModelDescription) -> int:

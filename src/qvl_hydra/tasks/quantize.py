@@ -29,7 +29,7 @@ from qvl_hydra.profiles.checkpoint import write_checkpoint
 from qvl_hydra.profiles.formats.table import FORMATS
 from qvl_hydra.profiles.formats.written import require_able, write_formats
 from qvl_hydra.profiles.profile import Profile, describe
-from qvl_hydra.profiles.storable import not_loaded, unlike_qdq, unpacked_bytes
+from qvl_hydra.profiles.storable import not_loaded, not_unpacked, unlike_qdq, unpacked_bytes
 from qvl_hydra.reports.quantize import quantize_sections
 from qvl_hydra.reports.sweep import write_sweep_report
 from qvl_hydra.runs.files import write_json
@@ -156,6 +156,8 @@ def _not_run(model: LoadedModel, profile: Profile) -> str | None:
         free = min(free, torch.cuda.mem_get_info(model.device)[0])
     if any(op.experts > 1 for op in profile.low):
         why = "its quantized experts are stored one by one, as vLLM reads them and transformers does not"
+    elif (unread := not_unpacked(profile)) is not None:
+        why = unread
     elif free < need:
         why = f"transformers unpacks it, which takes {need / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
     return why and f"compressed_tensors: the checkpoint is written, and was not compared with QDQ: {why}"
