@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from qvl_hydra.entry.compose import scheme_settings
 from qvl_hydra.models import memory
 from qvl_hydra.models.load import LoadedModel
 from qvl_hydra.operators.discover import find_operators
-from qvl_hydra.quantization.formats import float4
+from qvl_hydra.quantization.formats import float4, float8
 from qvl_hydra.quantization.formats.table import FORMATS, format_faults, refusal, weight_bits
 from qvl_hydra.quantization.qdq import largest_value, qdq_activation, qdq_weight, weight_change
 from qvl_hydra.quantization.scheme import Scheme, WeightFormat, scheme_from_settings
@@ -136,6 +137,31 @@ def test_integer_tokens_have_the_runtimes_scale() -> None:
 def test_float4_values_by_hand() -> None:
     found = float4.rounded(torch.tensor([0.25, 0.26, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 5.01, 9.0, -0.3, -7.0]))
     assert found.tolist() == [0.0, 0.5, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0, 6.0, -0.5, -6.0]
+
+
+def every_tie() -> Tensor:
+    """All values of bfloat16, NaN and infinities among them, with the float32 before and after each."""
+    halves = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16
+    return torch.cat([halves, halves + 1, halves - 1]).view(torch.float32)
+
+
+def same_bits(found: Tensor, expected: Tensor) -> bool:
+    both_nan = found.isnan() & expected.isnan()
+    return bool((both_nan | (found.view(torch.int32) == expected.view(torch.int32))).all())
+
+
+def test_float8_is_rounded_as_a_cast_rounds() -> None:
+    x = every_tie()
+    assert same_bits(float8.rounded(x, 1.0), x.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+
+
+def test_float4_is_rounded_to_the_nearest_code() -> None:
+    """The nearest of eight values, of two as near the one with the even code, which stands first."""
+    x = every_tie()
+    values = np.array([0.0, 1.0, 2.0, 4.0, 0.5, 1.5, 3.0, 6.0])
+    away = np.abs(x.double().abs().clamp(max=6.0).numpy()[:, None] - values)
+    expected = torch.from_numpy(values[away.argmin(1)]).float().copysign(x).masked_fill(x.isnan(), torch.nan)
+    assert same_bits(float4.rounded(x), expected)
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "w4a16"])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qvl_hydra.models.memory import row_parts
+from qvl_hydra.quantization.qdq import largest_value
 
 FLOAT16 = 65504.0
 FLOAT8 = 448.0
@@ -53,7 +54,7 @@ class Census:
         own = self.found.setdefault(path, OperatorCensus())
         norms = torch.cat([weight[rows].float().norm(dim=1) for rows in row_parts(weight)])
         median = float(norms.median())
-        own.weight_max = float(torch.maximum(weight.amax(), -weight.amin()))
+        own.weight_max = float(largest_value([weight]))
         own.largest_row = int(norms.argmax())
         own.row_ratio = float(norms.amax()) / median if median > 0 else 0.0
 

@@ -11,10 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from qvl_hydra.quantization.formats.narrow import nearest
 from qvl_hydra.quantization.formats.record import NumberFormat, QuantParams
 from qvl_hydra.quantization.scheme import ActivationFormat, WeightFormat
 
 LARGEST = 448.0
+SMALLEST = 2.0**-6  # normal number
 BLOCK = 128
 SMALLEST_SCALE = torch.finfo(torch.float32).eps  # what a scale of zero becomes
 
@@ -27,7 +29,7 @@ def scale_of(largest: Tensor) -> Tensor:
 
 def rounded(x: Tensor, scale: Tensor | float) -> Tensor:
     """The nearest values that FP8 has with this scale, which broadcasts."""
-    return (x / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float() * scale
+    return nearest(x / scale, bits=3, smallest=SMALLEST, largest=LARGEST).mul_(scale)
 
 
 def _weight(x: Float[Tensor, "out in"], form: WeightFormat, largest: Tensor | None) -> Float[Tensor, "out in"]:

@@ -34,11 +34,11 @@ def power_of_two(largest: Tensor, offset: int) -> Tensor:
 def _rounded(x: Float[Tensor, "row in"], offset: int, cast: Callable[[Tensor], Tensor]) -> Float[Tensor, "row in"]:
     groups = x.unflatten(-1, (-1, GROUP))
     scale = power_of_two(groups.abs().amax(-1, keepdim=True), offset)
-    return (cast(groups / scale) * scale).flatten(-2)
+    return cast(groups / scale).mul_(scale).flatten(-2)
 
 
 def _to_float4(x: Tensor) -> Tensor:
-    return float4.rounded(x.clamp_(-float4.LARGEST, float4.LARGEST))
+    return float4.rounded(x)
 
 
 def _to_float8(x: Tensor) -> Tensor:

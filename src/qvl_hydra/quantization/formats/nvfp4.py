@@ -35,7 +35,7 @@ def _group_scales(groups: Float[Tensor, "row group value"], whole: Tensor) -> Fl
 def _rounded(x: Float[Tensor, "row in"], whole: Tensor) -> Float[Tensor, "row in"]:
     groups = x.unflatten(-1, (-1, GROUP))
     scale = _group_scales(groups, whole)[..., None] / whole
-    return (float4.rounded((groups / scale).clamp_(-float4.LARGEST, float4.LARGEST)) * scale).flatten(-2)
+    return float4.rounded(groups / scale).mul_(scale).flatten(-2)
 
 
 def _weight(x: Tensor, form: WeightFormat, largest: Tensor | None) -> Tensor:
