@@ -16,7 +16,7 @@ def nearest(
     """The nearest values of a format, in float32; beyond its largest it is that one.
 
     A number to which 1.5 x 2^(23 - bits) of its own power of two is added has its last bit where the format has its:
-    the sum is rounded as the format rounds. It takes a third of the time of a cast to a narrow dtype and back on a CPU.
+    the sum is rounded as the format rounds. On a CPU that is faster than a cast there and back (`benchmarks.rounding`).
 
     Args:
         bits: of the mantissa.
