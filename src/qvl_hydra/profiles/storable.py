@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 import torch
+from packaging.version import Version
 
 from qvl_hydra.errors import ProfileError
 from qvl_hydra.models.load import ModelDescription
@@ -16,7 +17,7 @@ from qvl_hydra.quantization.formats.float8 import BLOCK
 from qvl_hydra.quantization.scheme import Scheme
 
 CPU_MULTIPLE = 32  # of the outputs of packed integers in vLLM's CPU build
-READS_BLOCKS = (0, 19)  # of compressed-tensors: older ones multiply weights with scales of another shape
+READS_BLOCKS = "0.19"  # of compressed-tensors: older ones multiply weights with scales of another shape
 NARROW = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 
 
@@ -70,10 +71,9 @@ def not_unpacked(profile: Profile) -> str | None:
     installed = version("compressed-tensors")
     blocks = any(part.scheme.weight is not None and part.scheme.weight.granularity == "block"
                  for part in profile.by_scheme())  # fmt: skip
-    if not blocks or tuple(int(part) for part in installed.split(".")[:2]) >= READS_BLOCKS:
+    if not blocks or Version(installed) >= Version(READS_BLOCKS):
         return None
-    least = ".".join(map(str, READS_BLOCKS))
-    return f"compressed-tensors {installed} unpacks no scales of blocks for transformers; {least} and newer do"
+    return f"compressed-tensors {installed} unpacks no scales of blocks for transformers; {READS_BLOCKS} and newer do"
 
 
 def unpacked_bytes(description: ModelDescription) -> int:
