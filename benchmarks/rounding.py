@@ -19,7 +19,6 @@ from torch import Tensor
 
 from benchmarks.jobs import save_results
 from qvl_hydra.quantization.formats import float4, float8
-from qvl_hydra.quantization.formats.narrow import nearest
 
 
 def cast(x: Tensor) -> Tensor:
@@ -34,13 +33,9 @@ def choice(x: Tensor) -> Tensor:
     return torch.where(size < 2, fine, coarse).copysign_(x)
 
 
-def to_float8(x: Tensor) -> Tensor:
-    return nearest(x, bits=3, smallest=float8.SMALLEST, largest=float8.LARGEST)
-
-
 # format: our way, the other, and the largest value that it is given
 FORMATS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], float]] = {
-    "float8_e4m3": (to_float8, cast, float8.LARGEST),
+    "float8_e4m3": (float8.rounded, cast, float8.LARGEST),
     "float4_e2m1": (float4.rounded, choice, float4.LARGEST),
 }
 

@@ -73,8 +73,7 @@ class Census:
             own.output_max = max(own.output_max, self._largest(own, y))
 
     def _largest(self, own: OperatorCensus, values: Tensor) -> float:
-        low, high = torch.aminmax(values.detach())
-        largest = float(torch.maximum(high, -low))
+        largest = float(largest_value([values]))
         if largest < float("inf"):  # and so not a nan
             return largest
         finite = values.isfinite()

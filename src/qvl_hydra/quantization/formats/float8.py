@@ -27,20 +27,25 @@ def scale_of(largest: Tensor) -> Tensor:
     return torch.where(scale == 0, SMALLEST_SCALE, scale)
 
 
-def rounded(x: Tensor, scale: Tensor | float) -> Tensor:
+def rounded(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The nearest values of E4M3; beyond 448 it is 448."""
+    return nearest(x, bits=3, smallest=SMALLEST, largest=LARGEST)
+
+
+def _at_scale(x: Tensor, scale: Tensor | float) -> Tensor:
     """The nearest values that FP8 has with this scale, which broadcasts."""
-    return nearest(x / scale, bits=3, smallest=SMALLEST, largest=LARGEST).mul_(scale)
+    return rounded(x / scale).mul_(scale)
 
 
 def _weight(x: Float[Tensor, "out in"], form: WeightFormat, largest: Tensor | None) -> Float[Tensor, "out in"]:
     if form.granularity == "tensor":
         assert largest is not None, "a tensor's scale is taken from all of it"
-        return rounded(x, scale_of(largest))
+        return _at_scale(x, scale_of(largest))
     if form.granularity == "channel":
-        return rounded(x, scale_of(x.abs().amax(1, keepdim=True)))
+        return _at_scale(x, scale_of(x.abs().amax(1, keepdim=True)))
     blocks = _blocks(x)
     scale = scale_of(blocks.abs().amax((1, 3), keepdim=True))
-    return rounded(blocks, scale).flatten(2).flatten(0, 1)[: x.shape[0], : x.shape[1]].contiguous()
+    return _at_scale(blocks, scale).flatten(2).flatten(0, 1)[: x.shape[0], : x.shape[1]].contiguous()
 
 
 def _scales(x: Float[Tensor, "out in"], form: WeightFormat, largest: Tensor | None) -> Float[Tensor, "*scale"]:
@@ -63,9 +68,9 @@ def _activation(
 ) -> Float[Tensor, "token in"]:
     if not form.dynamic:
         assert params is not None, "a static format was used before its range was observed"
-        return rounded(x, params.scale)
+        return _at_scale(x, params.scale)
     groups = x if form.group_size is None else x.unflatten(-1, (-1, form.group_size))
-    return rounded(groups, scale_of(groups.abs().amax(-1, keepdim=True))).view_as(x)
+    return _at_scale(groups, scale_of(groups.abs().amax(-1, keepdim=True))).view_as(x)
 
 
 def _static(low: Tensor, high: Tensor, form: ActivationFormat) -> QuantParams:

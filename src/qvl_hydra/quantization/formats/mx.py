@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qvl_hydra.quantization.formats import float4, float8
+from qvl_hydra.quantization.formats.narrow import EXPONENT
 from qvl_hydra.quantization.formats.record import NumberFormat, QuantParams
 from qvl_hydra.quantization.scheme import ActivationFormat, WeightFormat
 
 GROUP = 32
 HALF_OF_LAST_BIT = 1 << 21  # in a float32's mantissa, of the one bit that E2M1 has
-EXPONENT = 0x7F800000
 BIAS = 127
 
 
@@ -35,14 +35,6 @@ def _rounded(x: Float[Tensor, "row in"], offset: int, cast: Callable[[Tensor], T
     groups = x.unflatten(-1, (-1, GROUP))
     scale = power_of_two(groups.abs().amax(-1, keepdim=True), offset)
     return cast(groups / scale).mul_(scale).flatten(-2)
-
-
-def _to_float4(x: Tensor) -> Tensor:
-    return float4.rounded(x)
-
-
-def _to_float8(x: Tensor) -> Tensor:
-    return float8.rounded(x, 1.0)
 
 
 def _weight(
@@ -73,5 +65,5 @@ def _row(name: str, bits: int, offset: int, cast: Callable[[Tensor], Tensor]) ->
     )  # fmt: skip
 
 
-MXFP4 = _row("mxfp4", 4, 2, _to_float4)
-MXFP8 = _row("mxfp8", 8, 8, _to_float8)
+MXFP4 = _row("mxfp4", 4, 2, float4.rounded)
+MXFP8 = _row("mxfp8", 8, 8, float8.rounded)

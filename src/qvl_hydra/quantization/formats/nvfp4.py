@@ -27,8 +27,7 @@ def tensor_scale(largest: Tensor) -> Tensor:
 
 def _group_scales(groups: Float[Tensor, "row group value"], whole: Tensor) -> Float[Tensor, "row group"]:
     """Of groups, as FP8 numbers: still to be divided by the tensor's scale."""
-    scale = whole * (groups.abs().amax(-1) / float4.LARGEST)
-    scale = scale.clamp(max=float8.LARGEST).to(torch.float8_e4m3fn).float()
+    scale = float8.rounded(whole * (groups.abs().amax(-1) / float4.LARGEST))
     return torch.where(scale == 0, ZERO_SCALE, scale)
 
 
